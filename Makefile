@@ -1,0 +1,71 @@
+# Everything runs in .venv, which `make` builds by itself from constraints.txt, the verified set of versions.
+# The package index is whatever pip is configured to use. For another torch build: make install TORCH=torch==2.13.0+cu130
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTHON ?=
+TORCH ?=
+WORKSPACE ?= workspace/demo
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo test lint format bench ui clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(STAMP) ## make the virtual environment and install driftrec into it
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+	  for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; \
+	    python=; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "no Python 3.11 or newer found; install one, or name it: make install PYTHON=/path/to/python" >&2; exit 2; \
+	  fi; \
+	  "$$python" -m venv $(VENV); \
+	fi
+	@sed -e '$(if $(TORCH),/^torch==/d)' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt $(TORCH) -e '.[dev]'
+	@touch $@
+
+demo: install ## train and compare on a generated shop log, a few minutes
+	$(BIN)/driftrec demo
+
+test: lint ## lint, types, tests
+	$(BIN)/python -m pytest
+
+lint: install ## ruff and basedpyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: install ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## run every script in benchmarks/
+	@for script in benchmarks/[!_]*.py; do \
+	  if [ -e "$$script" ]; then echo "== $$script"; $(BIN)/python "$$script"; fi; \
+	done
+
+ui: install ## Prefect on port 4200 and MLflow on port 5000, this machine only, for WORKSPACE
+	@echo "Prefect http://127.0.0.1:4200    MLflow http://127.0.0.1:5000    Ctrl-C stops both"
+	@export DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false MLFLOW_DISABLE_TELEMETRY=true; \
+	export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false PREFECT_HOME="$(abspath $(WORKSPACE))/prefect"; \
+	trap 'kill $$(jobs -p) 2>/dev/null || true' EXIT INT TERM; \
+	$(BIN)/prefect server start --host 127.0.0.1 & \
+	$(BIN)/mlflow server --host 127.0.0.1 --port 5000 --workers 1 \
+	  --backend-store-uri "sqlite:///$(abspath $(WORKSPACE))/mlflow.db" & \
+	wait
+
+clean: ## remove the environment, caches and builds; workspaces and data stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find flows models regularizers stages tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

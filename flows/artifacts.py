@@ -1,0 +1,100 @@
+"""What Prefect's UI shows of a run: progress, a table for each stage, the summary and the links onward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.runtime import flow_run
+
+from flows import experiment, steps
+from flows.findings import HEADLINE, PROTOCOL_TITLES, Findings, Line, metric_title, sample_note
+from flows.plan import Plan
+from flows.terminal import watcher
+
+STEP = 2.0
+"""Percent of progress below which Prefect is not told: a message costs tens of milliseconds."""
+
+
+def remember(plan: Plan, command: str) -> None:
+    """Note the command for `driftrec resume`, with this flow run's id and parameters."""
+    parameters = {name: value for name, value in flow_run.parameters.items() if name != "workspace"}
+    arguments = {**parameters, "config": str(Path(parameters["config"]).resolve())}
+    experiment.remember_command(plan.workspace, command, arguments, flow_run.id)
+
+
+def show_progress() -> None:
+    """A progress bar in the UI that follows the terminal's."""
+    bar = create_progress_artifact(0.0, key="progress", description="finished steps of this run")
+    assert isinstance(bar, UUID)  # noqa: S101 (its type allows a coroutine, which it is only in asynchronous code)
+    told = [0.0]
+
+    def tell(percent: float) -> None:
+        if percent - told[0] >= STEP or percent >= 100.0:
+            told[0] = percent
+            update_progress_artifact(bar, percent)
+
+    watcher().listeners.append(tell)
+
+
+def publish(folder: Path, chart: str | None) -> None:
+    """The report's tables and links.
+
+    Args:
+        folder: of the report.
+        chart: address of the MLflow chart, if it was recorded.
+    """
+    findings = steps.findings(folder)
+    for stage in findings.stages:
+        create_table_artifact(stage_rows(findings, stage), key="stage-metrics", description=f"Metrics on stage {stage}")
+    create_markdown_artifact(summary(findings), key="summary", description="Mean over the stages after the first")
+    create_link_artifact((folder / "report.html").resolve().as_uri(), "report.html", key="report")
+    if chart is not None:
+        create_link_artifact(chart, "quality by stage in MLflow (start it with `make ui`)", key="mlflow-chart")
+
+
+def stage_rows(findings: Findings, stage: int) -> list[dict[str, Any]]:
+    """One dict for each protocol and method tested on `stage`."""
+    rows = []
+    for protocol in findings.protocols:
+        for line in findings.lines(protocol, stage=stage):
+            row: dict[str, Any] = {"stage": stage, "protocol": protocol, "method": line.method}
+            for metric, cell in line.cells.items():
+                row |= {metric: cell.value, f"{metric} low": cell.low, f"{metric} high": cell.high, "users": cell.users}
+            rows.append(row)
+    return rows
+
+
+def summary(findings: Findings) -> str:
+    """The headline tables as Markdown."""
+    note = sample_note(findings.report)
+    parts = [f"**{note}**\n"] if note else []
+    for protocol in findings.protocols:
+        parts.append(f"### {PROTOCOL_TITLES.get(protocol, protocol)}\n")
+        parts.append("| method | " + " | ".join(metric_title(metric) for metric in HEADLINE) + " |")
+        parts.append("|---|" + "---|" * len(HEADLINE))
+        parts.extend(_markdown_line(line) for line in findings.lines(protocol))
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _markdown_line(line: Line) -> str:
+    name = line.method.replace("|", "\\|")
+    cells = [_markdown_cell(line, metric) for metric in HEADLINE]
+    return f"| {'*' + name + '*' if line.baseline else name} | " + " | ".join(cells) + " |"
+
+
+def _markdown_cell(line: Line, metric: str) -> str:
+    cell = line.cells.get(metric)
+    if cell is None or cell.value is None:
+        return "–"
+    value = f"**{cell.value:.4f}**" if metric in line.best else f"{cell.value:.4f}"
+    return value if cell.low is None or cell.high is None else f"{value} [{cell.low:.4f}, {cell.high:.4f}]"

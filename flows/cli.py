@@ -1,0 +1,300 @@
+"""The command line. Nothing heavy is imported before a command needs it, so that --help answers at once."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.environment import set_defaults
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    from flows.findings import Findings
+
+app = typer.Typer(
+    name="driftrec",
+    help="Keeps an LLM recommender current: stages, continual methods, one honest comparison.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_running_in: list[Path] = []
+"""The workspace of the command under way, for the crash file."""
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="TOML file of the experiment.")]
+Folder = Annotated[Path | None, typer.Option("--workspace", "-w", help="Folder for everything the run writes.")]
+ThisFolder = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of an earlier run.")]
+Stages = Annotated[int | None, typer.Option("--stages", min=1, help="Only the first N stages.")]
+Users = Annotated[int | None, typer.Option("--users", min=1, help="Quick look: test a seeded sample of N users.")]
+Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]
+
+
+@app.command()
+def demo(
+    workspace: ThisFolder = Path("workspace/demo"),
+    seeds: Seeds = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas.")] = None,
+    stages: Stages = None,
+    users: Users = None,
+) -> None:
+    """Generate a shop log, compare methods on it, and show the best score anyone could reach."""
+    _start(workspace)
+    from flows.demo import best_scores, write_demo
+    from flows.steps import findings
+
+    config = write_demo(workspace)
+    folder = _compare(config, workspace, methods, seeds, stages, users)
+    found = findings(folder)
+    later = [stage for stage in found.stages if stage > 0]
+    _show(folder, best_scores(workspace, found.protocols, later))
+
+
+@app.command()
+def ingest(config: ConfigFile, workspace: Folder = None) -> None:
+    """Read and check the log; refused rows go to the workspace with their reasons."""
+    from flows import steps, terminal
+
+    plan = steps.make_plan(config, _start(workspace))
+    with terminal.watching(lines=True):
+        steps.read(plan)
+    terminal.stdout().print(f"log: {plan.workspace.log}", soft_wrap=True)
+
+
+@app.command()
+def split(config: ConfigFile, workspace: Folder = None) -> None:
+    """Cut the log into stages; print how it drifts and where the picture is."""
+    from flows import steps, tables, terminal
+
+    plan = steps.make_plan(config, _start(workspace))
+    with terminal.watching(lines=True):
+        steps.read(plan)
+        steps.split(plan)
+    from stages.drift import draw_drift, drift_table
+
+    console = terminal.stdout()
+    console.print(tables.drift(drift_table(plan.workspace)))
+    picture = draw_drift(plan.workspace, plan.workspace.stages / "drift.png")
+    console.print(f"picture: {picture}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    method: Annotated[str, typer.Option("--method", "-m", help="Which method.")] = "single",
+    seeds: Seeds = None,
+    stages: Stages = None,
+    users: Users = None,
+    workspace: Folder = None,
+) -> None:
+    """Train and test one method over all stages."""
+    arguments = {"method": method, "seeds": _numbers(seeds), "stages": stages, "users": users}
+    _show(_flow("continual", config, _start(_place(config, workspace)), arguments))
+
+
+@app.command()
+def compare(
+    config: ConfigFile,
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; absent: the config's.")] = None,
+    seeds: Seeds = None,
+    stages: Stages = None,
+    users: Users = None,
+    workspace: Folder = None,
+) -> None:
+    """Train several methods and seeds over the same stages, and report them beside the baselines."""
+    _show(_compare(config, _start(_place(config, workspace)), methods, seeds, stages, users))
+
+
+@app.command()
+def recommend(
+    workspace: ThisFolder,
+    user: Annotated[str | None, typer.Option("--user", "-u", help="User id in the log.")] = None,
+    history: Annotated[str | None, typer.Option(help="Item ids, oldest first, separated by commas.")] = None,
+    k: Annotated[int, typer.Option("-k", help="Length of the list.")] = 10,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="Absent: the best of the last report.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Training seed; absent: the lowest.")] = None,
+) -> None:
+    """Recommend items to a user of the log, or to anybody from a history."""
+    _start(workspace)
+    from flows import tables, terminal
+    from flows.recommending import recommend as ranked
+
+    found = ranked(workspace, user, _words(history), k, method, seed)
+    job = found.job
+    console = terminal.stdout()
+    recent = ", ".join(found.history[-5:]) or "nothing"
+    console.print(f"after {tables.escaped(recent)}", style="dim")
+    title = f"{job.method}, seed {job.seed}, after stage {job.stage}"
+    console.print(tables.recommendations(found.rows, title))
+
+
+@app.command()
+def report(
+    workspace: ThisFolder,
+    name: Annotated[str | None, typer.Option(help="Folder name below runs/reports; absent: the newest.")] = None,
+) -> None:
+    """Draw a report anew from its report.json, record it in MLflow, and print its tables."""
+    _start(workspace)
+    from flows import steps, terminal
+    from flows.report import write_page
+    from stages.workspace import Workspace, read_json
+
+    place = Workspace(workspace)
+    folder = steps.latest_report(place, name)
+    with terminal.watching():
+        write_page(read_json(folder / "report.json"), folder)
+        chart = steps.record(place, folder) if (folder / "jobs.json").exists() else None
+    _show(folder, chart=chart)
+
+
+@app.command()
+def resume(workspace: ThisFolder) -> None:
+    """Go on with the last command of a workspace; committed stages are not trained again."""
+    _start(workspace)
+    from flows.experiment import last_command
+
+    command, arguments, flow_run = last_command(workspace)
+    config = Path(arguments.pop("config"))
+    _show(_flow(command, config, workspace, arguments, interrupted=flow_run))
+
+
+@app.command()
+def doctor(workspace: Folder = None) -> None:
+    """Check versions, pins, processor, threads, memory, disk and a workspace; say what to do."""
+    from flows import tables, terminal
+    from flows.doctor import examine, healthy
+
+    checks = examine(workspace)
+    console = terminal.stdout()
+    marks = {"ok": "[green]ok[/]", "advice": "[yellow]advice[/]", "fault": "[red]fault[/]"}
+    for check in checks:
+        remedy = f"  → {tables.escaped(check.remedy)}" if check.remedy else ""
+        line = f"{marks[check.level]:>6}  {check.subject}: {tables.escaped(check.found)}{remedy}"
+        console.print(line, soft_wrap=True)
+    raise typer.Exit(0 if healthy(checks) else 1)
+
+
+def _start(workspace: Path | None) -> Path | None:
+    """Set the libraries' variables before their import, and remember where a crash file would go."""
+    set_defaults(workspace)
+    if workspace is not None:
+        _running_in.append(workspace)
+    return workspace
+
+
+def _place(config: Path, workspace: Path | None) -> Path:
+    """The workspace a flow will use; Prefect must know it before it is imported."""
+    from stages.config import load_config
+
+    return workspace or Path(load_config(config).workspace).expanduser()
+
+
+def _compare(
+    config: Path, workspace: Path | None, methods: str | None, seeds: str | None, stages: int | None, users: int | None
+) -> Path:
+    arguments = {"methods": _words(methods), "seeds": _numbers(seeds), "stages": stages, "users": users}
+    return _flow("compare", config, workspace, arguments)
+
+
+def _flow(
+    name: str, config: Path, workspace: Path | None, arguments: dict[str, Any], interrupted: str | None = None
+) -> Path:
+    """Run a flow while holding the workspace; returns the report's folder."""
+    from flows import steps, terminal
+    from flows.experiment import exclusive
+
+    # Before Prefect starts: a mistake in config or arguments is told at once.
+    methods = [arguments["method"]] if "method" in arguments else arguments["methods"]
+    plan = steps.make_plan(config, workspace, methods, arguments["seeds"], users=arguments["users"])
+    with exclusive(plan.workspace), terminal.watching() as watcher:
+        watcher.label = "starting Prefect"
+        watcher.expect(0)
+        from flows.running import run
+
+        return Path(run(name, {"config": config.resolve(), "workspace": plan.workspace.root, **arguments}, interrupted))
+
+
+def _show(folder: Path, best: dict[str, dict[str, float]] | None = None, chart: str | None = None) -> None:
+    """The report's tables and where everything is."""
+    from flows import steps, tables, terminal
+
+    found: Findings = steps.findings(folder)
+    console = terminal.stdout()
+    for table in tables.headline(found, best):
+        console.print(table)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    chart = chart or steps.recorded_chart(folder)
+    if chart is not None:
+        console.print(f"chart:  {chart}", soft_wrap=True)
+        console.print(
+            "        start MLflow with `make ui` first, and switch its view to model training", soft_wrap=True
+        )
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    words = _words(text)
+    if words is None:
+        return None
+    if not words or not all(word.isdecimal() for word in words):
+        raise UserError(f"--seeds {text}: give whole numbers from 0, separated by commas")
+    return [int(word) for word in words]
+
+
+def main() -> None:
+    """Run the command line; exit code 0, 2 for the user's mistake, 1 for ours or the machine's, 130 for Ctrl-C."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; `driftrec resume` goes on from the last committed stage", 130)
+    except OSError as error:
+        _fail(_machine_fault(error) or _crash(error), 1)
+    except Exception as error:
+        _fail(_crash(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write("driftrec: " + " ".join(message.split()) + "\n")
+    sys.exit(code)
+
+
+def _machine_fault(error: OSError) -> str | None:
+    """The sentence for a full or read-only disk; None for anything else."""
+    place = error.filename or (_running_in[-1] if _running_in else "the disk")
+    faults = {
+        errno.ENOSPC: "no space left; free some and run `driftrec resume`",
+        errno.EDQUOT: "the disk quota is used up; free some space and run `driftrec resume`",
+        errno.EROFS: "the file system is read-only; choose another --workspace",
+        errno.EACCES: "permission denied; choose another --workspace or mend its rights",
+    }
+    return f"{place}: {faults[error.errno]}" if error.errno in faults else None
+
+
+def _crash(error: BaseException) -> str:
+    """Write the traceback to a file and say where it is."""
+    import tempfile
+
+    text = "".join(traceback.format_exception(error))
+    for folder in (*_running_in[-1:], Path(tempfile.gettempdir())):
+        try:
+            number = 1 + len(list(folder.glob("crash-*.log")))
+            path = folder / f"crash-{number}.log"
+            with path.open("x", encoding="utf-8") as handle:
+                handle.write(text)
+        except OSError:
+            continue
+        return f"{type(error).__name__}: {error}; this is a defect of driftrec, the full traceback is in {path}"
+    return f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    main()

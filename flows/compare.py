@@ -1,0 +1,41 @@
+"""`compare`: methods × seeds on the same stages beside the baselines, one report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+
+from flows import artifacts, tasks
+from flows.continual import follow_all, prepared
+from flows.steps import make_plan
+
+
+@flow(name="compare")
+def compare(
+    config: Path,
+    methods: list[str] | None = None,
+    seeds: list[int] | None = None,
+    stages: int | None = None,
+    users: int | None = None,
+    workspace: Path | None = None,
+) -> str:
+    """Train every method and seed over the stages, test all of them and the baselines alike, and report.
+
+    Args:
+        config: TOML file of the experiment.
+        methods: names; absent: the config's `compare`.
+        seeds: absent: the config's.
+        stages: only the first so many stages.
+        users: a seeded sample of so many test users, for a quick look.
+        workspace: absent: the config's.
+
+    Returns:
+        The report's folder.
+    """
+    plan = prepared(make_plan(config, workspace, methods, seeds, stages, users), "compare")
+    baselines = [tasks.evaluate(plan, job, tested) for job, tested in plan.baselines()]
+    trained, tests = follow_all(plan)
+    folder = tasks.summarise(plan, [*baselines, *tests], trained)
+    artifacts.publish(folder, tasks.record(plan.workspace, folder))
+    return str(folder)

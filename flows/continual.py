@@ -1,0 +1,62 @@
+"""`continual`: one method over all stages, in time order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+
+from flows import artifacts, tasks
+from flows.plan import Lineage, Plan
+from flows.steps import make_plan
+from stages.jobs import Checkpoint, Evaluation
+
+
+@flow(name="continual", flow_run_name="continual-{method}")
+def continual(
+    config: Path,
+    method: str = "single",
+    seeds: list[int] | None = None,
+    stages: int | None = None,
+    users: int | None = None,
+    workspace: Path | None = None,
+) -> str:
+    """Train and test one method stage by stage; a stage that is committed already is not trained again.
+
+    Returns:
+        The report's folder.
+    """
+    plan = prepared(make_plan(config, workspace, [method], seeds, stages, users, comparison=False), "continual")
+    trained, tests = follow_all(plan)
+    folder = tasks.summarise(plan, tests, trained)
+    artifacts.publish(folder, tasks.record(plan.workspace, folder))
+    return str(folder)
+
+
+def prepared(plan: Plan, command: str) -> Plan:
+    """Log, stages and semantic IDs, in this order; the plan then knows its stages."""
+    artifacts.remember(plan, command)
+    tasks.read(plan)
+    plan = tasks.split(plan)
+    artifacts.show_progress()
+    tasks.identify(plan)
+    return plan
+
+
+def follow_all(plan: Plan) -> tuple[list[Checkpoint], list[Evaluation]]:
+    """Every lineage of the plan, one after the other: torch's threads already use every core."""
+    pairs = [follow(plan, lineage) for lineage in plan.lineages()]
+    return [one for trained, _ in pairs for one in trained], [one for _, tests in pairs for one in tests]
+
+
+def follow(plan: Plan, lineage: Lineage) -> tuple[list[Checkpoint], list[Evaluation]]:
+    """One lineage through its stages: train, then test what the protocol asks of that model."""
+    trained: list[Checkpoint] = []
+    tests: list[Evaluation] = []
+    for stage in plan.trained(lineage):
+        job = lineage.at(stage)
+        trained.append(tasks.train(plan, job))
+        tests.extend(tasks.evaluate(plan, job, tested) for tested in plan.tested(lineage, stage))
+        if row := plan.matrix(lineage):
+            tests.extend(tasks.evaluate_row(plan, job, row))
+    return trained, tests

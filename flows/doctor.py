@@ -1,0 +1,154 @@
+"""`driftrec doctor`: what about this machine, installation and workspace would spoil a run, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from flows import machine
+
+LEAST_DISK = 2 * 2**30
+LEAST_MEMORY = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's.
+
+    Attributes:
+        level: `fault` spoils a run, `advice` costs something, `ok` neither.
+        subject: what was looked at.
+        found: what was seen.
+        remedy: what to do; empty where nothing is.
+    """
+
+    level: Literal["ok", "advice", "fault"]
+    subject: str
+    found: str
+    remedy: str = ""
+
+
+def examine(root: Path | None = None) -> list[Check]:
+    """Every check, faults included; reads only.
+
+    Args:
+        root: a workspace to look at as well.
+    """
+    checks = [*_pins(), _processor(), *_threads(), _memory(), _disk(root or Path.cwd())]
+    return [*checks, *(_workspace(root) if root is not None else ())]
+
+
+def healthy(checks: list[Check]) -> bool:
+    """Nothing in `checks` spoils a run."""
+    return all(check.level != "fault" for check in checks)
+
+
+def _pins() -> Iterator[Check]:
+    """Each requirement of the installed driftrec against what is installed beside it."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = metadata.requires("driftrec") or []
+    except metadata.PackageNotFoundError:
+        yield Check(
+            "fault", "driftrec", "not installed", "run `make install`, or `pip install -c constraints.txt -e .`"
+        )
+        return
+    for line in lines:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        yield pin(requirement.name, str(requirement.specifier), machine.installed(requirement.name))
+
+
+def pin(name: str, wanted: str, version: str | None) -> Check:
+    """Whether the installed `version` of `name` is one that driftrec works with."""
+    from packaging.specifiers import SpecifierSet
+
+    remedy = f"pip install -c constraints.txt '{name}{wanted}'"
+    if version is None:
+        return Check("fault", name, f"not installed; {wanted} needed", remedy)
+    if not SpecifierSet(wanted).contains(version, prereleases=True):
+        return Check("fault", name, f"{version}; {wanted} needed{_reason(name)}", remedy)
+    return Check("ok", name, version)
+
+
+def _reason(name: str) -> str:
+    reasons = {
+        "fastapi": " (later ones break Prefect's server at its start)",
+        "sqlalchemy": " (with 2.1 Prefect's schedules never fire, without an error)",
+    }
+    return reasons.get(name, "")
+
+
+def _processor() -> Check:
+    found = machine.features()
+    shown = ", ".join(found) or "no known features"
+    if "amx_bf16" in found or "avx512_bf16" in found:
+        return Check("ok", "processor", f"{shown}: bfloat16 in hardware")
+    if "avx2" in found:
+        return Check("advice", "processor", f"{shown}: training runs in float32", "nothing to do; it is slower")
+    return Check("advice", "processor", shown, "expect slow training: neither AVX2 nor bfloat16 was seen")
+
+
+def _threads() -> Iterator[Check]:
+    cores = machine.cores()
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > cores:
+        yield Check(
+            "advice", "threads", f"OMP_NUM_THREADS={wanted} on {cores} cores", f"export OMP_NUM_THREADS={cores}"
+        )
+    else:
+        yield Check("ok", "threads", f"{wanted or cores} on {cores} cores")
+
+
+def _memory() -> Check:
+    size = machine.memory()
+    if size is None:
+        return Check("advice", "memory", "size unknown", "")
+    if size < LEAST_MEMORY:
+        return Check(
+            "advice", "memory", f"{size / 2**30:.1f} GiB", "4 GiB are the least for the demo's Prefect and MLflow"
+        )
+    return Check("ok", "memory", f"{size / 2**30:.1f} GiB")
+
+
+def _disk(folder: Path) -> Check:
+    place = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    found = f"{free / 2**30:.1f} GiB free at {place}"
+    if not os.access(place, os.W_OK):
+        return Check("fault", "disk", f"{place} cannot be written", "choose another folder with --workspace")
+    if free < LEAST_DISK:
+        return Check("fault", "disk", found, "free some space; a run wants at least 2 GiB")
+    return Check("ok", "disk", found)
+
+
+def _workspace(root: Path) -> Iterator[Check]:
+    if not (root / "workspace.json").exists():
+        yield Check("advice", "workspace", f"{root} holds none yet", "driftrec demo, or driftrec compare --config ...")
+        return
+    yield Check("ok", "workspace", str(root))
+    left = sorted(str(path.relative_to(root)) for path in root.rglob(".tmp-*") if not _alive(path.name))
+    if left:
+        yield Check(
+            "advice", "left-overs", f"{len(left)} of killed runs, such as {left[0]}", f"rm -r {root / left[0]} ..."
+        )
+    broken = sorted(path.name for path in (root / "runs").rglob("quarantine/*"))
+    if broken:
+        yield Check(
+            "advice",
+            "quarantine",
+            f"{len(broken)} damaged checkpoints set aside",
+            "they are trained again by themselves",
+        )
+
+
+def _alive(name: str) -> bool:
+    """Whether the process named in a temporary file's name still runs; its part of the name is the one of digits."""
+    return any(part.isdigit() and Path(f"/proc/{part}").exists() for part in name.split("-"))

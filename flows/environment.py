@@ -1,0 +1,41 @@
+"""Defaults for the libraries' environment variables, set before their import; whatever the user set stays.
+
+Knows neither Prefect nor MLflow: both read these variables once, when they are imported.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+DEFAULTS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+    # The default of 20 s is too short for a first start on a busy two-core machine.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,models,regularizers,stages",
+    # The run's logs still reach Prefect's UI; the console belongs to our own progress lines.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MPLBACKEND": "Agg",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def set_defaults(root: Path | None = None) -> None:
+    """Fill in the variables the user left unset.
+
+    PREFECT_API_URL is never set: without it a flow starts its own server, with it a flow needs that server to answer.
+
+    Args:
+        root: the workspace; Prefect's database and logs go below it. Absent: Prefect's own folder is left alone.
+    """
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if root is not None:
+        os.environ.setdefault("PREFECT_HOME", str(root.resolve() / "prefect"))

@@ -1,0 +1,178 @@
+"""What a workspace remembers: the config it was made with, the last command, and which models are trained."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stages.config import Config
+from stages.errors import UserError
+from stages.jobs import Checkpoint, Job
+from stages.workspace import Workspace, read_json, write_json
+
+DATA_TABLES = ("log", "catalogue", "stages", "items")
+
+
+def open_workspace(config: Config, folder: Path | None) -> tuple[Config, Workspace]:
+    """Claim the workspace for `config` and write the resolved config into it.
+
+    Args:
+        config: as loaded.
+        folder: overrides `config.workspace`.
+
+    Returns:
+        The config with the workspace it really uses, and that workspace.
+
+    Raises:
+        UserError: the folder belongs to another experiment, or its data was read and cut by other rules.
+    """
+    root = folder if folder is not None else Path(config.workspace).expanduser()
+    config = config.model_copy(update={"workspace": str(root)})
+    workspace = Workspace(root)
+    workspace.claim(config.name)
+    values = _with_places(config.model_dump(mode="json"), lambda path: os.path.relpath(path, root.resolve()))
+    stored = root / "config.json"
+    found = read_json(stored) if stored.exists() else {}
+    changed = _changed_data(found["config"], values) if found else None
+    if changed and _has_runs(workspace):
+        raise UserError(
+            f"{root}: this workspace was made with other settings in [{changed}], and its models rest on them; "
+            "choose another workspace, or delete this one"
+        )
+    if changed:
+        found.pop("log_digest", None)
+    write_json(stored, {**found, "schema": 1, "config": {**values, "workspace": "."}})
+    return config, workspace
+
+
+def remembered_config(root: Path) -> tuple[Config, Workspace]:
+    """The config a workspace was last used with, its source paths made absolute again.
+
+    Raises:
+        UserError: not a workspace, or one in which nothing has run.
+    """
+    stored = root / "config.json"
+    if not stored.exists():
+        raise UserError(
+            f"{root}: no driftrec workspace (config.json is missing); run `driftrec demo` or `compare` first"
+        )
+    values = _with_places(read_json(stored)["config"], lambda path: os.path.normpath(root.resolve() / path))
+    config = Config.model_validate({**values, "workspace": str(root)})
+    workspace = Workspace(root)
+    workspace.claim(config.name)
+    return config, workspace
+
+
+def check_log(workspace: Workspace, digest: str) -> None:
+    """Note the log's digest; refuse another log once models rest on the first.
+
+    Raises:
+        UserError: the log's rows changed since the workspace was made.
+    """
+    stored = workspace.root / "config.json"
+    found = read_json(stored)
+    if found.get("log_digest", digest) != digest and _has_runs(workspace):
+        raise UserError(
+            f"{workspace.root}: the log's rows changed since this workspace was made (digest {digest[:12]}, "
+            f"was {found['log_digest'][:12]}); choose another workspace for the new rows"
+        )
+    write_json(stored, {**found, "log_digest": digest})
+
+
+def remember_command(workspace: Workspace, command: str, arguments: dict[str, Any], flow_run: str | None) -> None:
+    """Write what `driftrec resume` needs to `last_command.json`.
+
+    Args:
+        workspace: where.
+        command: name of the flow.
+        arguments: its JSON arguments besides the workspace; a `config` path is stored relative to the workspace.
+        flow_run: Prefect's id of the run, for marking it as crashed if it never ends.
+    """
+    kept = {**arguments, "config": os.path.relpath(arguments["config"], workspace.root.resolve())}
+    write_json(
+        workspace.root / "last_command.json", {"schema": 1, "command": command, "arguments": kept, "flow_run": flow_run}
+    )
+
+
+def last_command(root: Path) -> tuple[str, dict[str, Any], str | None]:
+    """The last flow of a workspace, its arguments and Prefect's id of the run.
+
+    Raises:
+        UserError: nothing has run there.
+    """
+    stored = root / "last_command.json"
+    if not stored.exists():
+        raise UserError(f"{root}: nothing to resume there; start with `driftrec compare --config ...`")
+    found = read_json(stored)
+    arguments = {**found["arguments"], "config": os.path.normpath(root.resolve() / found["arguments"]["config"])}
+    return found["command"], arguments, found["flow_run"]
+
+
+def remember_trained(workspace: Workspace, checkpoint: Checkpoint) -> None:
+    """Add a committed stage to `runs/trained.json`, from which `recommend` chooses."""
+    stored = workspace.root / "runs" / "trained.json"
+    known: list[dict[str, Any]] = read_json(stored) if stored.exists() else []
+    entry = asdict(checkpoint.job)
+    if entry not in known:
+        write_json(stored, [*known, entry])
+
+
+def trained_jobs(workspace: Workspace) -> list[Job]:
+    """Every model trained in the workspace, in the order in which they were committed."""
+    stored = workspace.root / "runs" / "trained.json"
+    return [Job(**entry) for entry in read_json(stored)] if stored.exists() else []
+
+
+@contextmanager
+def exclusive(workspace: Workspace) -> Iterator[None]:
+    """Hold the workspace for one flow: two ephemeral Prefect servers on one database lock each other out.
+
+    The lock file is never deleted; the kernel frees the lock with the process.
+
+    Raises:
+        UserError: another process holds it; the message says which.
+    """
+    workspace.root.mkdir(parents=True, exist_ok=True)
+    with (workspace.root / "run.lock").open("a+", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise UserError(f"{workspace.root}: in use by {holder}; wait, or choose another workspace") from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        handle.flush()
+        yield
+
+
+def _has_runs(workspace: Workspace) -> bool:
+    """Until something was trained, settings of the data may still be mended."""
+    return (workspace.root / "runs").exists()
+
+
+def _changed_data(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """The first table about the data that differs; a moved file does not count, its digest speaks for it."""
+    before, after = (_with_places(values, os.path.basename) for values in (found, wanted))
+    return next((table for table in DATA_TABLES if before.get(table) != after[table]), None)
+
+
+def _with_places(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """A copy of a dumped config with every source path changed."""
+    values = copy.deepcopy(values)
+    log = values["log"]
+    for key in ("blocks", "index", "sequences"):
+        if log.get(key):
+            log[key] = change(log[key])
+    for source in [*log["sources"], *values["catalogue"]["sources"]]:
+        source["path"] = change(source["path"])
+        for join in source["join"]:
+            join["path"] = change(join["path"])
+    return values

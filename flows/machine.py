@@ -1,0 +1,76 @@
+"""What the numbers were made with: versions, processor, memory, disk."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = (
+    "driftrec",
+    "torch",
+    "transformers",
+    "peft",
+    "polars",
+    "numpy",
+    "scikit-learn",
+    "prefect",
+    "mlflow",
+    "fastapi",
+    "sqlalchemy",
+)
+FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+
+
+def versions() -> dict[str, str | None]:
+    """Python's and each library's version; None where it is not installed."""
+    return {"python": platform.python_version()} | {name: installed(name) for name in LIBRARIES}
+
+
+def installed(name: str) -> str | None:
+    """Version of a distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def description() -> dict[str, Any]:
+    """Processor, cores this process may use, memory in bytes, thread setting; no host name, no user name."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _cpu_line("model name") or platform.processor() or "unknown",
+        "cores": cores(),
+        "features": features(),
+        "memory_bytes": memory(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int | None:
+    """Bytes of memory, None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def features() -> list[str]:
+    """Which of the instruction sets that matter here the processor has; empty where the system does not say."""
+    flags = set((_cpu_line("flags") or "").split())
+    return [name for name in FEATURES if name in flags]
+
+
+def _cpu_line(key: str) -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == key), None)

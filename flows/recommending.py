@@ -1,0 +1,144 @@
+"""`driftrec recommend`: one user's list from a trained workspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flows.experiment import remembered_config, trained_jobs
+from stages.config import nearest
+from stages.errors import UserError
+from stages.jobs import BASELINES, Job
+
+if TYPE_CHECKING:
+    from stages.dataset import Dataset
+    from stages.interactions import Catalogue, IntArray
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A ranked list.
+
+    Attributes:
+        job: the model that made it.
+        history: titles of the items it rests on, oldest first.
+        rows: item id, title and score, best first.
+    """
+
+    job: Job
+    history: list[str]
+    rows: list[tuple[str, str, float]]
+
+
+def recommend(
+    root: Path,
+    user: str | None = None,
+    history: list[str] | None = None,
+    k: int = 10,
+    method: str | None = None,
+    seed: int | None = None,
+) -> Listing:
+    """Rank items for a user of the log, or for a history given by item ids.
+
+    Args:
+        root: a workspace in which something was trained.
+        user: id in the log.
+        history: item ids, oldest first; instead of the user's own.
+        k: length of the list, at most the config's `evaluation.beam` for a trained model.
+        method: a trained method or a baseline; absent: the one that the newest report puts first.
+        seed: absent: the lowest trained one.
+
+    Raises:
+        UserError: nothing trained, or an unknown user, item, method or seed.
+    """
+    from stages.dataset import load_dataset
+    from stages.evaluate import recommender
+
+    config, workspace = remembered_config(root)
+    job = choose(trained_jobs(workspace), method or _favourite(root), seed, root)
+    if not 1 <= k <= config.evaluation.beam:
+        raise UserError(f"-k {k}: give a number from 1 to evaluation.beam, which is {config.evaluation.beam} here")
+    dataset = load_dataset(config, workspace)
+    past = known_history(dataset, user, history)
+    found = recommender(config, workspace, dataset, job).recommend([past[-config.training.history_length :]], k)
+    names = dataset.catalogue
+    rows = [
+        (names.item_ids[item], names.titles[item], float(score))
+        for item, score in zip(found.items[0].tolist(), found.scores[0].tolist(), strict=True)
+        if item >= 0
+    ]
+    return Listing(job, [names.titles[item] for item in past.tolist()], rows)
+
+
+def choose(trained: list[Job], method: str | None, seed: int | None, root: Path) -> Job:
+    """The newest model of a method and seed: its latest stage, of the next-stage protocol where both reach it.
+
+    Raises:
+        UserError: no such model in the workspace.
+    """
+    if not trained:
+        raise UserError(f"{root}: no trained model; run `driftrec compare` or `driftrec train` first")
+    if method in BASELINES:
+        # A baseline is counted anew from the log, up to the last stage that any model was trained on.
+        return Job(method, 0 if seed is None else seed, "next_stage", max(job.stage for job in trained))
+    methods = list(dict.fromkeys(job.method for job in trained))
+    if method is not None and method not in methods:
+        hint = nearest(method, [*methods, *BASELINES])
+        raise UserError(f"method {method!r} is not trained in {root}{hint}; trained: {', '.join(methods)}")
+    fitting = [job for job in trained if method in (None, job.method)]
+    seeds = sorted({job.seed for job in fitting})
+    if seed is not None and seed not in seeds:
+        raise UserError(f"seed {seed} is not trained for {method or methods[0]}; trained: {', '.join(map(str, seeds))}")
+    fitting = [job for job in fitting if job.seed == (seeds[0] if seed is None else seed)]
+    return max(fitting, key=lambda job: (job.stage, job.protocol == "next_stage"))
+
+
+def _favourite(root: Path) -> str | None:
+    """The trained method that leads the newest report's first table; None without a report."""
+    from flows.steps import findings, latest_report
+    from stages.workspace import Workspace
+
+    try:
+        found = findings(latest_report(Workspace(root)))
+    except UserError:
+        return None
+    lines = found.lines(found.protocols[0]) if found.protocols else []
+    scores = {
+        line.method: line.cells["hit_at_10"].value or 0.0
+        for line in lines
+        if not line.baseline and "hit_at_10" in line.cells
+    }
+    return max(scores, key=scores.__getitem__, default=None)
+
+
+def known_history(dataset: Dataset, user: str | None, history: list[str] | None) -> IntArray:
+    """Item numbers of a user of the log, or of the items named.
+
+    Raises:
+        UserError: no such user or item; the nearest ids are suggested.
+    """
+    if history is not None:
+        return _numbers(dataset.catalogue, history)
+    events = dataset.interactions
+    if user is None:
+        raise UserError("whom for? give --user, or --history with item ids separated by commas")
+    try:
+        row = events.user_ids.index(user)
+    except ValueError:
+        hint = nearest(user, events.user_ids[:100_000])
+        raise UserError(
+            f"user {user!r} is not in the log{hint}; for anybody else give --history item,item,..."
+        ) from None
+    return events.history(row, int(events.offsets[row + 1]))
+
+
+def _numbers(catalogue: Catalogue, history: list[str]) -> IntArray:
+    places = {item: number for number, item in enumerate(catalogue.item_ids)}
+    unknown = [item for item in history if item not in places]
+    if unknown:
+        named = "; ".join(f"{item!r}{nearest(item, catalogue.item_ids).replace(';', ',')}" for item in unknown)
+        raise UserError(f"--history: not in the catalogue: {named}")
+    return np.array([places[item] for item in history], dtype=np.int64)

@@ -1,0 +1,203 @@
+"""The steps of every flow as plain functions: they work without Prefect, and exchange only small frozen values."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows import experiment, machine
+from flows.findings import Findings
+from flows.plan import Plan
+from flows.terminal import watcher
+from stages.config import load_config
+from stages.errors import UserError
+from stages.jobs import Checkpoint, Evaluation, Job
+from stages.workspace import Workspace, read_json, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+log = logging.getLogger("flows.steps")
+
+
+def make_plan(
+    config: Path,
+    workspace: Path | None = None,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    stages: int | None = None,
+    users: int | None = None,
+    comparison: bool = True,
+) -> Plan:
+    """Read the config, apply a command's wishes, and claim the workspace.
+
+    Args:
+        config: TOML file.
+        workspace: overrides the config's.
+        methods: names; absent: the config's `compare`.
+        seeds: absent: the config's.
+        stages: only the first so many.
+        users: only a seeded sample of so many test users; every output says so.
+        comparison: baselines and R[i][j] belong to it.
+
+    Raises:
+        UserError: config, method or workspace is not usable.
+    """
+    settings = load_config(Path(config))
+    # Validated anew: a number from the command line obeys the rules of the file's.
+    changed = settings.evaluation.model_dump() | ({"users": users} if users is not None else {})
+    settings = settings.model_copy(update={"evaluation": type(settings.evaluation).model_validate(changed)})
+    names = tuple(dict.fromkeys(methods or settings.compare))
+    for name in names:
+        settings.method(name)
+    chosen = tuple(dict.fromkeys(settings.seeds if seeds is None else seeds))
+    settings, place = experiment.open_workspace(settings, workspace)
+    return Plan(settings, place, names, chosen, stages, comparison)
+
+
+def read(plan: Plan) -> None:
+    """Read and check the log into the workspace."""
+    from stages.log import read_log
+
+    watcher().label = "reading the log"
+    report = read_log(plan.config, plan.workspace, progress=watcher().say)
+    experiment.check_log(plan.workspace, report.digest)
+
+
+def split(plan: Plan) -> Plan:
+    """Cut the log into stages; the plan then knows how many there are."""
+    from stages.split import split_stages
+
+    watcher().label = "cutting stages"
+    plan = plan.with_stages(len(split_stages(plan.config, plan.workspace)))
+    watcher().expect(plan.steps())
+    return plan
+
+
+def identify(plan: Plan) -> None:
+    """Give every item its semantic ID."""
+    from stages.items import build_semantic_ids
+
+    watcher().label = "semantic IDs"
+    build_semantic_ids(plan.config, plan.workspace, progress=watcher().say)
+
+
+def train(plan: Plan, job: Job) -> Checkpoint:
+    """Train one stage of one lineage, or return it where it is committed already."""
+    from stages.train import train_stage
+
+    watcher().start(f"train {_title(job)}")
+    checkpoint = train_stage(plan.config, plan.workspace, job, progress=watcher().say)
+    experiment.remember_trained(plan.workspace, checkpoint)
+    watcher().finish()
+    return checkpoint
+
+
+def evaluate(plan: Plan, job: Job, tested: int) -> Evaluation:
+    """Measure one model on one stage's tests."""
+    from stages.evaluate import evaluate_stage
+
+    watcher().start(f"test {_title(job)} on stage {tested}")
+    users = plan.config.evaluation.users
+    evaluation = evaluate_stage(
+        plan.config, plan.workspace, job, tested=tested, users=users, matrix=False, progress=watcher().count
+    )
+    watcher().finish()
+    return evaluation
+
+
+def evaluate_row(plan: Plan, job: Job, tested: Sequence[int]) -> list[Evaluation]:
+    """Measure one model on every stage's tests, on the sample for R[i][j]: one row of that matrix."""
+    from stages.evaluate import evaluate_stage
+
+    watcher().start(f"R[{job.stage}] of {job.method}")
+    users = plan.config.evaluation.matrix_users
+    row = [evaluate_stage(plan.config, plan.workspace, job, tested=j, users=users, matrix=True) for j in tested]
+    watcher().finish()
+    return row
+
+
+def _title(job: Job) -> str:
+    return f"{job.method}, seed {job.seed}, {job.protocol.replace('_', ' ')}, stage {job.stage}"
+
+
+def summarise(plan: Plan, evaluations: list[Evaluation], checkpoints: list[Checkpoint]) -> Path:
+    """Means, intervals and differences, the figures and the page.
+
+    Returns:
+        The report's folder.
+    """
+    from flows.report import write_report
+    from stages import summary
+    from stages.drift import draw_drift
+
+    watcher().label = "summing up"
+    report = summary.summarise(plan.config, plan.workspace, evaluations, checkpoints, progress=watcher().say)
+    stored = read_json(plan.workspace.root / "config.json")["config"]
+    report |= {"config": stored, "versions": machine.versions(), "machine": machine.description()}
+    folder = plan.workspace.reports / plan.key()
+    write_json(folder / "jobs.json", _jobs(evaluations, checkpoints))
+    draw_drift(plan.workspace, folder / "figures" / "drift.png")
+    write_report(report, folder)
+    write_json(plan.workspace.reports / "latest.json", {"schema": 1, "report": folder.name})
+    return folder
+
+
+def _jobs(evaluations: list[Evaluation], checkpoints: list[Checkpoint]) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "evaluations": [asdict(evaluation) for evaluation in evaluations],
+        "checkpoints": [asdict(checkpoint) for checkpoint in checkpoints],
+    }
+
+
+def record(workspace: Workspace, folder: Path) -> str | None:
+    """Copy a report into MLflow; the report is the truth, so a tracking store that fails only costs a warning.
+
+    Returns:
+        Address of the chart, or None where it could not be recorded.
+    """
+    from flows import tracking
+
+    watcher().label = "recording in MLflow"
+    found = read_json(folder / "jobs.json")
+    evaluations = [Evaluation(**{**row, "job": Job(**row["job"])}) for row in found["evaluations"]]
+    checkpoints = [Checkpoint(**{**row, "job": Job(**row["job"])}) for row in found["checkpoints"]]
+    try:
+        report = read_json(folder / "report.json")
+        chart = tracking.record(report, workspace, checkpoints, evaluations, folder)
+    except Exception as error:
+        log.warning("MLflow was not written (%s); `driftrec report` records it later", error)
+        return None
+    write_json(folder / "chart.json", {"schema": 1, "mlflow": chart})
+    return chart
+
+
+def recorded_chart(folder: Path) -> str | None:
+    """Address of the chart of a report that was recorded in MLflow."""
+    stored = folder / "chart.json"
+    return str(read_json(stored)["mlflow"]) if stored.exists() else None
+
+
+def latest_report(workspace: Workspace, name: str | None = None) -> Path:
+    """Folder of the newest report, or of the one called `name`.
+
+    Raises:
+        UserError: there is none.
+    """
+    pointer = workspace.reports / "latest.json"
+    if name is None and pointer.exists():
+        name = str(read_json(pointer)["report"])
+    folder = workspace.reports / (name or "")
+    if name is None or Path(name).name != name or not (folder / "report.json").exists():
+        known = sorted(path.parent.name for path in workspace.reports.glob("*/report.json"))
+        there = f"reports there: {', '.join(known)}" if known else "run `driftrec compare` first"
+        raise UserError(f"{workspace.root}: no report {name or ''!r}; {there}")
+    return folder
+
+
+def findings(folder: Path) -> Findings:
+    """A written report, ready to be shown."""
+    return Findings(read_json(folder / "report.json"))

@@ -1,0 +1,325 @@
+"""MLflow's copy of a report: the only module that imports mlflow.
+
+report.json is the truth and MLflow follows it, so recording the same report again changes nothing: a run is found by
+its `driftrec.key`, and a point (key, step) that is there already is not logged twice, which MLflow would keep as two.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities.run_inputs import RunInputs
+
+from flows.charts import LIGHT, matrix_chart
+from flows.findings import HEADLINE, Findings
+from stages.jobs import Checkpoint, Evaluation
+from stages.workspace import Workspace, digest_of, read_json
+
+PREFIX = {"same_stage": "test", "next_stage": "next"}
+BATCH = 1000
+"""Most metrics MLflow takes in one call."""
+LARGEST_COPY = 64 * 2**20
+"""Checkpoints above this many bytes are named by path and digest instead of copied."""
+SERVER = "http://127.0.0.1:5000"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One number of a run; `step` is the tested or trained stage, or the training step of a loss."""
+
+    key: str
+    value: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One method and seed of a report, with the files behind it."""
+
+    method: str
+    seed: int
+    checkpoints: tuple[Checkpoint, ...]
+    evaluations: tuple[Evaluation, ...]
+
+    def key(self, stage: int | None = None) -> str:
+        """Names the MLflow run: the same files give the same run, whichever report they are part of."""
+        digests = [sorted(item.digest for item in items) for items in (self.checkpoints, self.evaluations)]
+        return digest_of([1, self.method, self.seed, stage, *digests])[:32]
+
+
+def record(
+    report: dict[str, Any],
+    workspace: Workspace,
+    checkpoints: Sequence[Checkpoint],
+    evaluations: Sequence[Evaluation],
+    folder: Path | None = None,
+) -> str:
+    """Record a report: a parent run for each method and seed, a child run for each stage.
+
+    Args:
+        report: contents of report.json.
+        workspace: holds the store, the checkpoints and their training logs.
+        checkpoints: everything trained for the report.
+        evaluations: everything measured for it.
+        folder: of the report; its page goes to every parent.
+
+    Returns:
+        Address of the ready-made chart, quality by stage with a line for each method.
+    """
+    client = MlflowClient(workspace.mlflow_uri)
+    experiment = _experiment(client, report["name"], workspace.mlflow_artifacts)
+    book = Book(client, experiment, Findings(report), workspace, folder)
+    for subject in subjects(checkpoints, evaluations):
+        book.record(subject)
+    return chart_address(experiment)
+
+
+def subjects(checkpoints: Sequence[Checkpoint], evaluations: Sequence[Evaluation]) -> list[Subject]:
+    """Methods × seeds, in the order of their evaluations."""
+    places = dict.fromkeys((one.job.method, one.job.seed) for one in [*evaluations, *checkpoints])
+    return [
+        Subject(
+            method,
+            seed,
+            tuple(one for one in checkpoints if (one.job.method, one.job.seed) == (method, seed)),
+            tuple(one for one in evaluations if (one.job.method, one.job.seed) == (method, seed)),
+        )
+        for method, seed in places
+    ]
+
+
+def chart_address(experiment: str) -> str:
+    """Address in MLflow's UI of the parents' line charts."""
+    wanted = quote('tags.role = "method"', safe="")
+    return f"{SERVER}/#/experiments/{experiment}?searchFilter={wanted}&compareRunsMode=CHART"
+
+
+def _experiment(client: MlflowClient, name: str, artifacts: Path) -> str:
+    """The experiment's id; a workspace that was moved gets a new one, or files would go to the old place."""
+    place = artifacts.resolve()
+    found = client.get_experiment_by_name(name)
+    if found is not None and found.artifact_location != place.as_uri():
+        name = f"{name}-{digest_of(str(place))[:6]}"
+        found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    place.mkdir(parents=True, exist_ok=True)
+    return str(client.create_experiment(name, artifact_location=place.as_uri()))
+
+
+def points(findings: Findings, subject: Subject) -> list[Point]:
+    """Every number of a method and seed by stage: the parent logs them with the stage as step, each child its own.
+
+    `test/…` and `next/…` stand at the tested stage, `cost/…` at the trained one.
+    """
+    report = findings.report
+    found = [
+        Point(name, row["value"], row["stage"])
+        for row in report["rows"]
+        if row["method"] == subject.method
+        and isinstance(row["stage"], int)
+        and row["value"] is not None
+        and (
+            row["seed"] == subject.seed or (row["seed"] is None and subject.seed not in findings.seeds(subject.method))
+        )
+        and (name := _metric_name(findings, row))
+    ]
+    for row in report["costs"]:
+        if (row["method"], row["seed"]) == (subject.method, subject.seed):
+            place = "" if row["protocol"] == findings.protocols[0] else f"_{PREFIX[row['protocol']]}"
+            costs = {"train_s": row["train_seconds"], "adapter_mb": _megabytes(row["bytes"])}
+            costs |= {"users_per_s": row["users_per_second"], "trained_parameters": row["trained_parameters"]}
+            costs["peak_mb"] = _megabytes(row["peak_memory_bytes"])
+            found += [
+                Point(f"cost/{name}{place}", value, row["stage"]) for name, value in costs.items() if value is not None
+            ]
+    return found
+
+
+def _metric_name(findings: Findings, row: dict[str, Any]) -> str | None:
+    """`test/hit_at_10`; slices and further objectives only for the headline metrics, or the charts drown."""
+    if row["slice"] != "all" and row["metric"] not in HEADLINE:
+        return None
+    parts: list[str] = [PREFIX[row["protocol"]]]
+    if row["objective"] != findings.objectives[0]:
+        parts.append(row["objective"])
+    parts.append(row["metric"])
+    return "/".join(parts if row["slice"] == "all" else [*parts, row["slice"]])
+
+
+def _megabytes(size: float | None) -> float | None:
+    return None if size is None else size / 1e6
+
+
+def _lasting(findings: Findings, subject: Subject, last: int) -> list[Point]:
+    """The continual metrics: one number for the whole lineage, at its last stage."""
+    return [
+        Point(f"forget/{row['metric']}", row["value"], last)
+        for row in findings.report["continual"]
+        if (row["method"], row["seed"]) == (subject.method, subject.seed) and row["value"] is not None
+    ]
+
+
+@dataclass(frozen=True)
+class Book:
+    """One report being written into one experiment."""
+
+    client: MlflowClient
+    experiment: str
+    findings: Findings
+    workspace: Workspace
+    folder: Path | None
+
+    def record(self, subject: Subject) -> None:
+        """Parent and children of one method and seed."""
+        numbers = points(self.findings, subject)
+        stages = sorted({point.step for point in numbers})
+        parent = self._run(subject, None, {"role": "method"}, f"{subject.method} seed {subject.seed}")
+        self._numbers(parent, [*numbers, *_lasting(self.findings, subject, max(stages, default=0))])
+        self._matrix(parent, subject)
+        if self.folder is not None and (self.folder / "report.html").exists():
+            self.client.log_artifact(parent, str(self.folder / "report.html"))
+        for stage in stages:
+            own = [Point(point.key, point.value, 0) for point in numbers if point.step == stage]
+            self._child(parent, subject, stage, own)
+        self.client.set_terminated(parent)
+
+    def _child(self, parent: str, subject: Subject, stage: int, finals: list[Point]) -> None:
+        tags = {"role": "stage", "mlflow.parentRunId": parent}
+        run = self._run(subject, stage, tags, f"{subject.method} seed {subject.seed} stage {stage}")
+        trained = [checkpoint for checkpoint in subject.checkpoints if checkpoint.job.stage == stage]
+        losses = [point for checkpoint in trained for point in self._losses(checkpoint, len(trained) > 1)]
+        self._numbers(run, [*finals, *losses])
+        self._datasets(run, stage)
+        for checkpoint in trained:
+            self._files(run, checkpoint)
+        self.client.set_terminated(run)
+
+    def _run(self, subject: Subject, stage: int | None, tags: dict[str, str], name: str) -> str:
+        """The run of this subject (and stage): found by its key, or created."""
+        key = subject.key(stage)
+        found = self.client.search_runs([self.experiment], f'tags.`driftrec.key` = "{key}"', max_results=1)
+        if found:
+            return str(found[0].info.run_id)
+        run = self.client.create_run(self.experiment, run_name=name, tags=self._tags() | tags | {"driftrec.key": key})
+        params = {"method": subject.method, "seed": subject.seed} | ({} if stage is None else {"stage": stage})
+        self.client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in params.items()])
+        return str(run.info.run_id)
+
+    def _tags(self) -> dict[str, str]:
+        report = self.findings.report
+        tags = {
+            f"digest.{name}": str(value)[:64] for name, value in report["digests"].items() if isinstance(value, str)
+        }
+        tags["git.sha"] = git_sha() or "not a git checkout"
+        if report.get("sampled_users"):
+            tags["sampled_users"] = str(report["sampled_users"])
+        if self.folder is not None:
+            tags["driftrec.report"] = self.folder.name
+        return tags | flow_run_tags()
+
+    def _numbers(self, run: str, wanted: Iterable[Point]) -> None:
+        """Log the points that the run does not have yet, in as few calls as possible."""
+        have = self._have(self.client.get_run(run))
+        missing = list({(p.key, p.step): p for p in wanted if (p.key, p.step) not in have}.values())
+        # One time for all: MLflow orders by step, and a repeated recording stays comparable.
+        metrics = [Metric(point.key, float(point.value), 0, point.step) for point in missing]
+        for start in range(0, len(metrics), BATCH):
+            self.client.log_batch(run, metrics=metrics[start : start + BATCH])
+
+    def _have(self, run: Run) -> set[tuple[str, int]]:
+        keys = run.data.metrics
+        return {(key, point.step) for key in keys for point in self.client.get_metric_history(run.info.run_id, key)}
+
+    def _losses(self, checkpoint: Checkpoint, several: bool) -> list[Point]:
+        """Training numbers by optimiser step; the protocol is part of the name where a stage was trained for both."""
+        state = self.workspace.checkpoints / checkpoint.key / "state.json"
+        # Nothing was trained for this stage (a frozen model): its files are another stage's, and so is their log.
+        if not state.exists() or checkpoint.targets == 0:
+            return []
+        prefix = f"train/{PREFIX[checkpoint.job.protocol]}/" if several else "train/"
+        return [
+            Point(prefix + name, float(value), int(row["step"]))
+            for row in read_json(state).get("training", [])
+            for name, value in row.items()
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+        ]
+
+    def _datasets(self, run: str, stage: int) -> None:
+        inputs: RunInputs | None = self.client.get_run(run).inputs
+        if inputs is not None and inputs.dataset_inputs:
+            return
+        datasets = [
+            DatasetInput(_dataset(row), [InputTag("mlflow.data.context", "training")])
+            for row in self.findings.report["stages"]
+            if row["index"] == stage
+        ]
+        if datasets:
+            self.client.log_inputs(run, datasets=datasets)
+
+    def _files(self, run: str, checkpoint: Checkpoint) -> None:
+        """The checkpoint of a stage; stage 0's is the base of all methods and is only named, as are large ones."""
+        protocol = PREFIX[checkpoint.job.protocol]
+        folder = self.workspace.checkpoints / checkpoint.key
+        named = f"{folder.relative_to(self.workspace.root)} sha256:{checkpoint.digest}"
+        self.client.log_batch(run, tags=[RunTag(f"checkpoint.{protocol}", named)])
+        copied = checkpoint.job.stage > 0 and checkpoint.targets > 0 and checkpoint.bytes <= LARGEST_COPY
+        if copied and folder.is_dir():
+            self.client.log_artifacts(run, str(folder), artifact_path=f"checkpoint/{protocol}")
+
+    def _matrix(self, run: str, subject: Subject) -> None:
+        rows = [
+            row
+            for row in self.findings.report["matrix"]
+            if (row["method"], row["seed"]) == (subject.method, subject.seed)
+        ]
+        if not rows:
+            return
+        columns = ["protocol", "metric", "trained", "tested", "value", "users"]
+        # MLflow shows a JSON file of this form as a table.
+        table = {"columns": columns, "data": [[row[column] for column in columns] for row in rows]}
+        self.client.log_text(run, json.dumps(table), "eval_matrix.json")
+        figure = matrix_chart(self.findings, LIGHT, only=subject.method)
+        if figure is not None:
+            figure.set_facecolor("white")
+            self.client.log_figure(run, figure, "eval_matrix.png", save_kwargs={"facecolor": "white"})
+
+
+def _dataset(row: dict[str, Any]) -> Dataset:
+    profile = {"num_rows": row["events"], "users": row["users"], "items": row["items"]}
+    return Dataset(
+        name=f"stage {row['index']}",
+        digest=row["digest"][:32],
+        source_type="local",
+        source=json.dumps({"uri": row["path"]}),
+        profile=json.dumps(profile),
+    )
+
+
+def git_sha() -> str | None:
+    """Commit of the checkout this code runs from, marked where files differ from it; None outside of one."""
+    folder = Path(__file__).resolve().parent
+    if not (folder.parent / ".git").exists():
+        return None
+    describe = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def flow_run_tags() -> dict[str, str]:
+    """Prefect's id and name of the flow run we are in, if we are in one."""
+    from prefect.runtime import flow_run
+
+    identity = flow_run.id
+    return {"prefect.flow_run_id": identity, "prefect.flow_run": flow_run.name or ""} if identity else {}

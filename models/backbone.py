@@ -1,0 +1,110 @@
+"""The language model under the adapter: `small`, a Llama built from numbers, or any local decoder LM.
+
+A backbone is the decoder stack without its output head; rows for item codes live in `models.generative`, so nothing
+here is ever resized. Remote code and pickled weights are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel
+
+CONTROL_TOKENS = 4
+"""Rows of `small`'s own vocabulary: beginning of sequence, and three spare ones for prompts."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A decoder stack and what is needed to put item codes around it.
+
+    Attributes:
+        stack: maps `inputs_embeds` (B, T, d) to hidden states (B, T, d).
+        bos: row of the stack's embedding that opens every sequence.
+        head: (V, d) output rows of the stack's own vocabulary, or None where it has none (`small`).
+        pretrained: it holds general knowledge, so stage 0 trains an adapter and not every weight.
+    """
+
+    stack: PreTrainedModel
+    bos: int
+    head: Tensor | None
+    pretrained: bool
+
+
+def small_backbone(hidden: int, layers: int, heads: int, feed_forward: int, seed: int) -> Backbone:
+    """A Llama with random weights (Touvron et al., 2023), the embedded default.
+
+    Args:
+        hidden: width d.
+        layers: decoder layers.
+        heads: attention heads; d / heads must be even.
+        feed_forward: inner width of the gated MLP.
+        seed: of the initial weights.
+    """
+    config = LlamaConfig(
+        vocab_size=CONTROL_TOKENS,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stack = LlamaModel(config)
+    return Backbone(stack=stack, bos=0, head=None, pretrained=False)
+
+
+def pretrained_backbone(path: str) -> Backbone:
+    """Load a decoder LM from a local folder or by hub id, in float32.
+
+    Raises:
+        ValueError: no safetensors weights there, an encoder-decoder, or a state that is not plain attention.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"backbone.path = {path!r} cannot be loaded: {_first_line(error)}") from None
+    if model.config.is_encoder_decoder or not getattr(model, "_supports_sdpa", True):
+        raise ValueError(f"backbone.path = {path!r} is a {model.config.model_type}; a decoder with attention is needed")
+    bos = model.config.bos_token_id
+    stack = cast(PreTrainedModel, model.base_model)
+    head = cast(nn.Linear, model.get_output_embeddings()).weight.detach()
+    return Backbone(stack=stack, bos=int(bos if bos is not None else 0), head=head, pretrained=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def wants_bfloat16(precision: str) -> bool:
+    """Whether autocast to bfloat16 is used: as told, or under `auto` where the hardware multiplies it natively."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool({"amx_bf16", "avx512_bf16"} & cpu_features())
+
+
+def cpu_features() -> set[str]:
+    """Instruction-set flags of this machine's processor; empty where the system does not list them."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            flags = next((line for line in handle if line.startswith("flags")), "")
+    except OSError:
+        return set()
+    return set(flags.partition(":")[2].split())
+
+
+def linear_shapes(stack: nn.Module) -> dict[str, Any]:
+    """Shape (out, in) of every linear map of the stack, by module name."""
+    return {name: tuple(m.weight.shape) for name, m in stack.named_modules() if isinstance(m, nn.Linear)}

@@ -1,0 +1,133 @@
+"""Time-decayed co-occurrence: what people took next to the items you took last.
+
+A counter of a few lines that many generative recommenders do not beat (evaluation of arXiv 2605.07125), so it stands
+in every table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+from models.baselines.popularity import Popularity, held, padded
+from models.recommender import IntArray, Recommendations
+
+REACH = 3
+"""Places before a target that are linked to it."""
+NEIGHBOURS = 60
+"""Strongest links kept an item."""
+RECENT = 10
+"""Newest history items that vote."""
+
+# Link weights 1, 1/2, 1/3 (and half of that backwards) times 12, votes 1/1 … 1/10 times 2520: all integers, so that
+# equal scores are equal bit for bit and ties are broken by item number, not by rounding.
+_LINK_UNIT = 12
+_VOTE_UNIT = 2520
+
+
+class ItemGraph:
+    """Scores items by their links with the last ten history items, each vote divided by 1 + recency.
+
+    For every training event, 1, 1/2 and 1/3 are added to the links from the items 1, 2 and 3 places before it in the
+    user's row, and half of that to the links back. With `backfill`, items without any link to the history follow
+    behind in order of popularity, with scores below 0: a person without history gets a list, too.
+
+    Args:
+        users: (N,) user of each event; a user's events stand together, oldest first.
+        items: (N,) item numbers.
+        targets: (N,) bool, which events are training events; the others only serve as context before them.
+        known: items numbered 0 … known - 1 may be recommended.
+        exclude_history: never recommend what is in the history.
+        backfill: fill a list up with popular items; without it, a list ends where the links end.
+
+    Raises:
+        ValueError: a training event's item is not known.
+    """
+
+    def __init__(
+        self,
+        users: IntArray,
+        items: IntArray,
+        targets: npt.NDArray[np.bool_],
+        known: int,
+        exclude_history: bool,
+        backfill: bool = True,
+    ) -> None:
+        self.known = known
+        self.popularity = Popularity(items[targets], known, exclude_history)
+        self.links = _strongest(_links(users, items, targets, known), NEIGHBOURS)
+        self.exclude_history = exclude_history
+        self.backfill = backfill
+
+    def recommend(self, histories: Sequence[IntArray], k: int) -> Recommendations:
+        """Rank items for each history; see `models.recommender.Recommender`."""
+        votes = _votes(histories, self.known) @ self.links  # (B, known)
+        rows, items, scores = _entries(votes)
+        if self.exclude_history:
+            free = ~held(histories, rows, items, self.known)
+            rows, items, scores = rows[free], items[free], scores[free]
+        order = np.lexsort((items, -scores, rows))
+        rows, items, scores = rows[order], items[order], scores[order]
+        place = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        kept = place < k
+        top = np.full((len(histories), k), -1, dtype=np.int64)
+        values = np.full((len(histories), k), -np.inf)
+        top[rows[kept], place[kept]] = items[kept]
+        values[rows[kept], place[kept]] = scores[kept] / (_LINK_UNIT * _VOTE_UNIT)
+        return self._backfilled(histories, top, values, k) if self.backfill else padded(top, values, k)
+
+    def _backfilled(
+        self, histories: Sequence[IntArray], top: IntArray, values: npt.NDArray[np.float64], k: int
+    ) -> Recommendations:
+        """Popular items behind the linked ones, so that every list is as long as the catalogue allows."""
+        popular = self.popularity.recommend(histories, 2 * k)  # at most k of them are in the list already
+        fresh = (popular.items >= 0) & ~held(list(top), np.arange(len(top))[:, None], popular.items, self.known)
+        fill = np.where(fresh, popular.items, -1)
+        behind = np.where(fresh, -1.0 / (1.0 + self.popularity.counts[popular.items]), -np.inf)
+        items = np.concatenate([top, fill], axis=1)
+        places = np.argsort(items < 0, axis=1, kind="stable")[:, :k]
+        scores = np.concatenate([values, behind], axis=1)
+        return padded(np.take_along_axis(items, places, axis=1), np.take_along_axis(scores, places, axis=1), k)
+
+
+def _links(users: IntArray, items: IntArray, targets: npt.NDArray[np.bool_], known: int) -> sparse.csr_array:
+    """(known, known) summed integer weights: row = item in the history, column = item to recommend."""
+    sources, ends, weights = [], [], []
+    for lag in range(1, REACH + 1):
+        row = lag + np.flatnonzero(targets[lag:] & (users[lag:] == users[:-lag]))
+        before, after = items[row - lag], items[row]
+        sources += [before, after]
+        ends += [after, before]
+        weights += [np.full(len(row), _LINK_UNIT // lag), np.full(len(row), _LINK_UNIT // (2 * lag))]
+    pairs = (np.concatenate(sources), np.concatenate(ends))
+    return sparse.coo_array((np.concatenate(weights).astype(np.float64), pairs), shape=(known, known)).tocsr()
+
+
+def _strongest(links: sparse.csr_array, count: int) -> sparse.csr_array:
+    """The `count` heaviest links of each row; equal weights by item number."""
+    rows, columns, weights = _entries(links)
+    order = np.lexsort((columns, -weights, rows))
+    rows, columns, weights = rows[order], columns[order], weights[order]
+    kept = np.arange(len(rows)) - np.searchsorted(rows, rows) < count
+    return sparse.csr_array((weights[kept], (rows[kept], columns[kept])), shape=links.shape)
+
+
+def _votes(histories: Sequence[IntArray], known: int) -> sparse.csr_array:
+    """(B, known) integer votes of the newest history items; items that are not known have none."""
+    recent = [history[-RECENT:][::-1] for history in histories]
+    rows = np.repeat(np.arange(len(recent)), [len(items) for items in recent])
+    items = np.concatenate([*recent, np.empty(0, dtype=np.int64)]).astype(np.int64)
+    recency = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    votes = (_VOTE_UNIT // (1 + recency)).astype(np.float64)
+    heard = items < known
+    return sparse.coo_array((votes[heard], (rows[heard], items[heard])), shape=(len(recent), known)).tocsr()
+
+
+def _entries(matrix: Any) -> tuple[IntArray, IntArray, npt.NDArray[np.float64]]:
+    """(row, column, value) of every stored entry."""
+    entries = matrix.tocoo()
+    return entries.row.astype(np.int64), entries.col.astype(np.int64), entries.data

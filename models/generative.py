@@ -1,0 +1,101 @@
+"""A decoder LM that reads and writes items as semantic IDs.
+
+Token numbers here are code tokens: code c of level l is `offset[l] + c`, C of them in all, and number C is the
+beginning of the sequence. Their rows, on the input and the output side, are this module's own two matrices; the
+backbone's vocabulary is untouched, so a row outside the semantic-ID set can never change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor, nn
+
+from models.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Sequences padded on the right, and where the loss is taken.
+
+    Attributes:
+        tokens: (B, T) code-token numbers; BOS first; padding is BOS too and is never attended to.
+        positions: (M,) flat indices into B·T whose next token is a target.
+        labels: (M,) those next tokens.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    labels: Tensor
+
+
+class GenerativeModel(nn.Module):
+    """Backbone, code rows and restricted output head.
+
+    Args:
+        backbone: the decoder stack.
+        codes: C, number of code tokens over all levels.
+        seed: of the new rows.
+        full_vocabulary: softmax over the backbone's own vocabulary as well as the codes.
+        dropout: on the input embeddings while training.
+
+    Raises:
+        ValueError: `full_vocabulary` with a backbone that has no vocabulary of its own.
+    """
+
+    def __init__(self, backbone: Backbone, codes: int, seed: int, full_vocabulary: bool, dropout: float) -> None:
+        super().__init__()
+        if full_vocabulary and backbone.head is None:
+            raise ValueError('backbone.vocabulary = "full" needs a pretrained backbone; `small` knows codes only')
+        self.stack = backbone.stack
+        self.bos_row = backbone.bos
+        self.pretrained = backbone.pretrained
+        self.codes = codes
+        self.dropout = dropout
+        embedding = self.own_embedding.detach()
+        generator = torch.Generator().manual_seed(seed)
+        spread = 0.02 if not backbone.pretrained else float(embedding.std())
+        middle = embedding.mean(dim=0) if backbone.pretrained else torch.zeros(embedding.shape[1])
+        noise = torch.empty(2, codes, embedding.shape[1]).normal_(0, spread, generator=generator)
+        self.input_rows = nn.Parameter(middle + noise[0])  # (C, d)
+        self.output_rows = nn.Parameter(middle + noise[1])  # (C, d)
+        self.register_buffer("other_rows", backbone.head if full_vocabulary else None, persistent=False)
+
+    @property
+    def bos(self) -> int:
+        """The number of the beginning-of-sequence token."""
+        return self.codes
+
+    @property
+    def own_embedding(self) -> Tensor:
+        """The backbone's own input rows (V, d); of these only the beginning of a sequence is ever read."""
+        return cast(nn.Embedding, self.stack.get_input_embeddings()).weight
+
+    def rows(self) -> dict[str, nn.Parameter]:
+        """The code tokens' rows on both sides, by name."""
+        return {"input_rows": self.input_rows, "output_rows": self.output_rows}
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) token numbers -> (B, T, d)."""
+        first = self.own_embedding[self.bos_row : self.bos_row + 1]
+        vectors = F.embedding(tokens, torch.cat([self.input_rows, first]))
+        return F.dropout(vectors, self.dropout, self.training)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Causal hidden states (B, T, d); right padding needs no mask, since nothing attends forward."""
+        return self.stack(inputs_embeds=self.embed(tokens), use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., C), or (..., C + V) with the full vocabulary."""
+        rows = self.output_rows
+        other = self.get_buffer("other_rows") if self._buffers["other_rows"] is not None else None
+        return F.linear(hidden, rows if other is None else torch.cat([rows, other]))
+
+    def loss(self, batch: TokenBatch, temperature: float = 1.0, smoothing: float = 0.0) -> Tensor:
+        """Summed cross-entropy (nats) over the M targets of a batch; logits are formed at targets only."""
+        states = self.hidden(batch.tokens).flatten(0, 1)[batch.positions]  # (M, d)
+        logits = self.logits(states).float() / temperature
+        return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)

@@ -1,0 +1,113 @@
+"""The generative model behind the `Recommender` protocol: encode the history, search the trie, name the items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.beam import beam_search
+from models.generative import GenerativeModel
+from models.recommender import IntArray, Recommendations
+from models.trie import Trie
+
+
+class GenerativeRecommender:
+    """Ranks the items of a trie by the log-probability of their semantic IDs.
+
+    Args:
+        model: in eval mode.
+        codes: (I, L) semantic IDs of the known items, item number by row.
+        sizes: codes at each level.
+        prompts: histories -> (tokens (B, P), lengths (B,)).
+        history_length: items of history the model sees.
+        beam: width; never changed silently.
+        exclude_history: never return what the history holds.
+    """
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        codes: IntArray,
+        sizes: Sequence[int],
+        prompts: Callable[[list[IntArray]], tuple[Tensor, Tensor]],
+        history_length: int,
+        beam: int,
+        exclude_history: bool,
+    ) -> None:
+        self.model, self.prompts, self.beam = model, prompts, beam
+        self.history_length, self.exclude_history = history_length, exclude_history
+        self.trie = Trie.build(codes)
+        self.offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64))
+        self.leaf_of = _leaf_of(self.trie, len(codes))
+
+    def recommend(self, histories: Sequence[IntArray], k: int) -> Recommendations:
+        """Rank items for each history; see `models.recommender.Recommender`.
+
+        Raises:
+            ValueError: k exceeds the beam.
+        """
+        if k > self.beam:
+            raise ValueError(f"k ({k}) exceeds the beam ({self.beam}); widen evaluation.beam")
+        tokens, lengths = self.prompts([history[-self.history_length :] for history in histories])
+        forbidden = self._forbidden(histories) if self.exclude_history else None
+        with torch.inference_mode():
+            leaves, scores = beam_search(self.model, self.trie, self.offsets, tokens, lengths, self.beam, forbidden)
+        return self._expand(leaves.numpy(), scores.numpy(), histories, k)
+
+    def _forbidden(self, histories: Sequence[IntArray]) -> Tensor:
+        """(B, F) leaves whose every item is in the history; a shared ID stays while one of its items is new."""
+        rows = [self._whole_leaves(history) for history in histories]
+        table = np.full((len(rows), max((len(row) for row in rows), default=0)), -1, dtype=np.int64)
+        for line, row in zip(table, rows, strict=True):
+            line[: len(row)] = row
+        return torch.from_numpy(table)
+
+    def _whole_leaves(self, history: IntArray) -> IntArray:
+        own = np.unique(history[history < len(self.leaf_of)])
+        leaves, counts = np.unique(self.leaf_of[own], return_counts=True)
+        first = self.trie.leaf_first.numpy()
+        return leaves[counts == first[leaves + 1] - first[leaves]]
+
+    def _expand(self, leaves: IntArray, scores: np.ndarray, histories: Sequence[IntArray], k: int) -> Recommendations:
+        """Leaves to items: an ID shared by several items gives them all, in the catalogue's order, as one tie group."""
+        first, members = self.trie.leaf_first.numpy(), self.trie.leaf_items.numpy()
+        valid = leaves >= 0
+        counts = np.where(valid, first[leaves + 1] - first[leaves], 0)
+        line = np.repeat(np.arange(len(leaves)), counts.sum(axis=1))
+        group = np.repeat(leaves[valid], counts[valid])
+        begin = np.repeat(np.cumsum(counts[valid]) - counts[valid], counts[valid])
+        item = members[first[group] + np.arange(len(group)) - begin]
+        score = np.repeat(scores[valid], counts[valid])
+        if self.exclude_history:
+            keep = ~_in_history(line, item, histories)
+            line, group, item, score = line[keep], group[keep], item[keep], score[keep]
+        return _table(line, item, score, group, len(leaves), k)
+
+
+def _leaf_of(trie: Trie, items: int) -> IntArray:
+    sizes = np.diff(trie.leaf_first.numpy())
+    leaf = np.empty(items, dtype=np.int64)
+    leaf[trie.leaf_items.numpy()] = np.repeat(np.arange(len(sizes)), sizes)
+    return leaf
+
+
+def _in_history(line: IntArray, item: IntArray, histories: Sequence[IntArray]) -> np.ndarray:
+    span = 1 + max(int(item.max(initial=0)), max((int(h.max(initial=0)) for h in histories), default=0))
+    rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+    seen = rows * span + np.concatenate([*histories, np.empty(0, dtype=np.int64)])
+    return np.isin(line * span + item, seen)
+
+
+def _table(line: IntArray, item: IntArray, score: np.ndarray, group: IntArray, rows: int, k: int) -> Recommendations:
+    place = np.arange(len(line)) - np.searchsorted(line, line)
+    keep = place < k
+    items = np.full((rows, k), -1, dtype=np.int64)
+    groups = np.full((rows, k), -1, dtype=np.int64)
+    scores = np.full((rows, k), -np.inf, dtype=np.float32)
+    items[line[keep], place[keep]] = item[keep]
+    groups[line[keep], place[keep]] = group[keep]
+    scores[line[keep], place[keep]] = score[keep]
+    return Recommendations(items=items, scores=scores, groups=groups)

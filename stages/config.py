@@ -1,0 +1,466 @@
+"""The one tree of settings: TOML in, frozen values out, nothing about how they are used.
+
+Every table of a config file is one class here; an unknown key or a contradiction is refused on construction with a
+message that names the key. The tree imports neither torch nor polars, so that reading a config costs nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from stages.errors import UserError
+
+Protocol = Literal["same_stage", "next_stage"]
+PROTOCOLS: tuple[Protocol, ...] = ("same_stage", "next_stage")
+CUTOFFS = (1, 5, 10, 20)
+
+
+class Settings(BaseModel):
+    """A frozen table that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Source(Settings):
+    """One file, glob or hive-partitioned folder of rows, and how its columns become driftrec's."""
+
+    path: str
+    """Where the rows are; `$NAME` and `~` are expanded, relative paths start at the config file."""
+    format: Literal["auto", "csv", "jsonl", "parquet"] = "auto"
+    separator: str | None = None
+    """Column separator of a text file, one or more characters (`::` works); inferred from the ending if absent."""
+    encoding: Literal["utf8", "latin1"] = "utf8"
+    quote: str | None = '"'
+    """Quoting character of a CSV file; the empty string or null for none."""
+    header: bool = True
+    names: list[str] | None = None
+    """Column names of a file without a header line."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """driftrec's column -> the file's column; a column that already has driftrec's name needs no entry."""
+    derive: dict[str, str] = Field(default_factory=dict)
+    """New column -> polars SQL expression over the file's own columns; computed before `where` and the column map."""
+    where: str | None = None
+    """polars SQL condition; rows for which it is not true are filtered, counted, and not rejects."""
+    time_unit: Literal["s", "ms", "us", "ns", "text"] | None = None
+    """Unit of the timestamp; inferred for each file and printed when absent."""
+    event: Literal["recommendation", "search"] | None = None
+    """Objective of every row of this source; absent: the `event` column, or recommendation."""
+    distinct: list[str] = Field(default_factory=list)
+    """Columns (the file's or derived) that tell two rows apart; the earliest row of each combination is kept, the
+    others are dropped and counted as duplicates. Absent: user, item, timestamp, event and query."""
+    join: list[Join] = Field(default_factory=list)
+    """Side tables joined to the rows before `derive`."""
+
+
+class Join(Settings):
+    """A side table (say, tag texts) joined to a source on one key."""
+
+    path: str
+    on: str
+    """Key column, named alike in both tables (rename it with `columns` of this table: side -> file)."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    format: Literal["auto", "csv", "jsonl", "parquet"] = "auto"
+    separator: str | None = None
+    encoding: Literal["utf8", "latin1"] = "utf8"
+    quote: str | None = '"'
+
+
+class LogConfig(Settings):
+    """The interaction log: rows of events, published stage blocks, or one line per user."""
+
+    kind: Literal["events", "blocks", "sequences"] = "events"
+    sources: list[Source] = Field(default_factory=list)
+    """For `events`: the sources, concatenated."""
+    blocks: str | None = None
+    """For `blocks`: glob of the block files, in stage order by file name."""
+    index: str | None = None
+    """For `blocks`: the semantic-ID index shipped with them (optional)."""
+    sequences: str | None = None
+    """For `sequences`: a text file, `user item item ...` a line, oldest first."""
+    earliest: str = "1970-01-02"
+    """Plausibility window of event times, ISO date; rows before it are rejected."""
+    latest: str = "2100-01-01"
+    """Rows at or after this ISO date are rejected."""
+
+    @model_validator(mode="after")
+    def _kind_has_its_path(self) -> Self:
+        needed = {"events": self.sources, "blocks": self.blocks, "sequences": self.sequences}[self.kind]
+        if not needed:
+            key = "sources" if self.kind == "events" else self.kind
+            raise ValueError(f'log.kind = "{self.kind}" needs log.{key}; add it')
+        return self
+
+
+class CatalogueConfig(Settings):
+    """Optional item table: title, text and categories by item_id; `text` columns may be built with `derive`."""
+
+    sources: list[Source] = Field(default_factory=list)
+    category_separator: str = "|"
+    """Splits a text column of categories into a list."""
+
+
+class StageConfig(Settings):
+    """Where the log is cut; exactly one rule holds."""
+
+    fractions: list[float] | None = None
+    """Shares of the events, in time order; default 0.6 and four times 0.1."""
+    period: str | None = None
+    """Calendar period such as `1w` or `1mo` (polars duration)."""
+    first: str | None = None
+    """With `period`: the instant at which stage 0 ends (ISO); default: after the first 60 % of the events."""
+    instants: list[str] | None = None
+    """Explicit boundaries, ISO, rising; stage 0 is everything before the first."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        given = [name for name in ("fractions", "period", "instants") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"stages has {' and '.join(given)}; keep one boundary rule")
+        if self.first is not None and self.period is None:
+            raise ValueError("stages.first goes with stages.period; remove it or add period")
+        if self.fractions is not None:
+            _check_fractions(self.fractions)
+        if self.instants is not None and sorted(set(self.instants)) != self.instants:
+            raise ValueError(f"stages.instants must rise strictly, got {self.instants}; sort them")
+        return self
+
+
+def _check_fractions(fractions: list[float]) -> None:
+    if len(fractions) < 1 or any(not 0 < share <= 1 for share in fractions):
+        raise ValueError(f"stages.fractions must each lie in (0, 1], got {fractions}")
+    if not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
+        raise ValueError(f"stages.fractions must sum to 1, got {sum(fractions):g}; adjust the last one")
+
+
+class ItemConfig(Settings):
+    """How an item becomes a tuple of codes."""
+
+    vectors: Literal["auto", "tfidf", "cooccurrence", "encoder"] = "auto"
+    """`auto`: tfidf where the catalogue has text, else co-occurrence within stage 0."""
+    encoder: str | None = None
+    """Local path or hub id of a sentence encoder, for `vectors = "encoder"`."""
+    dimensions: Annotated[int, Field(ge=2)] = 64
+    """Width of the item vectors (truncated SVD)."""
+    quantizer: Literal["kmeans", "rqvae"] = "kmeans"
+    levels: Annotated[int, Field(ge=2, le=8)] = 4
+    """Codes in a semantic ID, the last, disambiguating one included."""
+    codes_per_level: Annotated[int, Field(ge=2, le=65536)] = 256
+    """Upper bound; a small catalogue uses fewer."""
+    index: Literal["fitted", "shipped"] = "fitted"
+    """`shipped`: use log.index as it is (its catalogue was known in advance: every output says so)."""
+
+    @model_validator(mode="after")
+    def _encoder_named(self) -> Self:
+        if self.vectors == "encoder" and not self.encoder:
+            raise ValueError('items.vectors = "encoder" needs items.encoder, a local path or hub id')
+        return self
+
+
+class BackboneConfig(Settings):
+    """The language model under the adapter."""
+
+    path: str | None = None
+    """Local folder or hub id of a decoder LM; absent: `small`, a Llama built from the numbers below."""
+    hidden: Annotated[int, Field(ge=8)] = 192
+    layers: Annotated[int, Field(ge=1)] = 4
+    heads: Annotated[int, Field(ge=1)] = 4
+    feed_forward: Annotated[int, Field(ge=8)] = 512
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Dropout on the input embeddings of code tokens while stage 0 of `small` is trained; 0 at later stages."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 autocast with float32 weights where the hardware multiplies it natively, else float32."""
+    vocabulary: Literal["codes", "full"] = "codes"
+    """Output softmax over the code tokens only, or over the backbone's whole vocabulary and the code tokens."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"backbone.hidden ({self.hidden}) must be a multiple of 2 x heads ({self.heads})")
+        return self
+
+
+class AdapterConfig(Settings):
+    """LoRA (Hu et al., 2021) on every linear map of attention and MLP."""
+
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class TrainingConfig(Settings):
+    """One stage's optimisation; the same for every method compared."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Windows an optimiser step sees."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Windows a backward pass sees; absent: the whole batch."""
+    history_length: Annotated[int, Field(ge=1)] = 20
+    """Items of history a target sees at least, and a test query exactly (at most)."""
+    layout: Literal["packed", "per_prefix"] = "packed"
+    """`packed`: a loss at every target of a window; `per_prefix`: one target an example, as in PESO's release."""
+    targets_per_window: Annotated[int, Field(ge=1)] = 30
+    first_epochs: Annotated[int, Field(ge=1)] = 12
+    """Epochs at stage 0."""
+    epochs: Annotated[int, Field(ge=1)] = 4
+    """Epochs at later stages."""
+    first_learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak rate at later stages."""
+    full_learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    """Peak rate at later stages for methods that move every weight."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Share of the steps with a rising rate; cosine decay to zero after it."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the training logits only (the released PESO code uses 0.8)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    patience: Annotated[int, Field(ge=1)] = 2
+    """Epochs without a better validation loss before the stage stops; the best epoch's weights are kept."""
+    token_rows: Literal["evolve", "freeze"] = "evolve"
+    """Whether the code tokens' rows (input and output side) train after stage 0, for every method alike."""
+
+
+class EvaluationConfig(Settings):
+    """Who is tested on what."""
+
+    protocols: list[Protocol] = ["same_stage", "next_stage"]
+    next_target: Literal["all", "first"] = "all"
+    """Next-stage targets: all baskets of the stage with rolling history, or a returning user's first one."""
+    baskets: bool = False
+    """Events of a user that share a timestamp are one target, scored as a set."""
+    exclude_history: bool = False
+    """Never recommend what the user already has (refuse it on logs with repeats)."""
+    beam: Annotated[int, Field(ge=1)] = 20
+    k: Annotated[int, Field(ge=1)] = 20
+    """Length of a recommendation list."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    matrix_users: Annotated[int, Field(ge=0)] = 300
+    """Seeded sample of test users for R[i][j]; 0 leaves the matrix out. The headline cells use every user."""
+    users: Annotated[int, Field(ge=1)] | None = None
+    """Seeded sample of test users for a quick look; every output then says so."""
+    bootstrap: Annotated[int, Field(ge=100)] = 10_000
+
+    @model_validator(mode="after")
+    def _beam_covers_k(self) -> Self:
+        if self.beam < self.k:
+            raise ValueError(f"evaluation.beam ({self.beam}) is below evaluation.k ({self.k}); widen the beam")
+        if self.k < max(CUTOFFS):
+            raise ValueError(f"evaluation.k ({self.k}) must reach {max(CUTOFFS)}, the deepest cut-off reported")
+        return self
+
+
+class MethodConfig(Settings):
+    """Fields every method has."""
+
+    @property
+    def deterministic_name(self) -> str:
+        """The method's own name, whatever key the config gave it."""
+        return str(getattr(self, "method"))
+
+
+class FrozenConfig(MethodConfig):
+    """Stage 0's model, never updated."""
+
+    method: Literal["frozen"] = "frozen"
+
+
+class SingleConfig(MethodConfig):
+    """One LoRA that goes on training at every stage."""
+
+    method: Literal["single"] = "single"
+
+
+class PesoConfig(MethodConfig):
+    """PESO (Yoo et al., 2025): `single` with a proximal term toward the previous stage's adapter."""
+
+    method: Literal["peso"] = "peso"
+    strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    """lambda of eq. 12."""
+    penalty: Literal["softmax_kl", "squared_l2"] = "softmax_kl"
+    reduction: Literal["sum", "mean"] = "sum"
+    """`sum` over matrices (paper) or that sum divided by the wrapped modules (released code)."""
+    scale: Literal["none", "size"] = "none"
+    """`size` multiplies each matrix's term by its number of entries."""
+    anchor: Literal["adapter", "adapter+tokens"] = "adapter"
+
+
+class CumulativeConfig(MethodConfig):
+    """Past adapters frozen and summed under a fresh one."""
+
+    method: Literal["cumulative_sum", "cumulative_normalised"]
+    latest: bool = False
+    """Only the previous stage's adapter in the sum."""
+    inherit: bool = False
+    """Start at the previous adapter instead of a fresh one."""
+
+    @model_validator(mode="after")
+    def _inherit_double_counts(self) -> Self:
+        if self.method == "cumulative_sum" and self.inherit:
+            raise ValueError("cumulative_sum with inherit would count the last adapter twice; use cumulative_normalised")
+        return self
+
+
+class FullRetrainConfig(MethodConfig):
+    """A fresh adapter on all data so far, at every stage."""
+
+    method: Literal["full_retrain"] = "full_retrain"
+
+
+class FullFinetuneConfig(MethodConfig):
+    """Every weight goes on training at every stage."""
+
+    method: Literal["full_finetune"] = "full_finetune"
+
+
+AnyMethod = Annotated[
+    FrozenConfig | SingleConfig | PesoConfig | CumulativeConfig | FullRetrainConfig | FullFinetuneConfig,
+    Field(discriminator="method"),
+]
+
+BUILT_IN: dict[str, MethodConfig] = {
+    "frozen": FrozenConfig(),
+    "single": SingleConfig(),
+    "peso": PesoConfig(),
+    "peso_paper": PesoConfig(strength=2.0, reduction="sum", scale="none"),
+    "peso_released": PesoConfig(strength=2.0, reduction="mean", scale="none"),
+    "peso_working": PesoConfig(strength=0.1, reduction="sum", scale="size"),
+    "cumulative_sum": CumulativeConfig(method="cumulative_sum"),
+    "cumulative_normalised": CumulativeConfig(method="cumulative_normalised"),
+    "cumulative_normalised_latest": CumulativeConfig(method="cumulative_normalised", latest=True),
+    "cumulative_normalised_inherit": CumulativeConfig(method="cumulative_normalised", inherit=True),
+    "full_retrain": FullRetrainConfig(),
+    "full_finetune": FullFinetuneConfig(),
+}
+
+
+class Config(Settings):
+    """One experiment: a log, its stages, a model, and the methods compared on it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+    workspace: str
+    """Folder for everything the run writes; relative paths start at the current directory."""
+    log: LogConfig
+    catalogue: CatalogueConfig = CatalogueConfig()
+    stages: StageConfig = StageConfig()
+    items: ItemConfig = ItemConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    methods: dict[str, AnyMethod] = Field(default_factory=dict)
+    """Named settings besides the built-in ones; a built-in name may be redefined."""
+    compare: list[str] = ["frozen", "single", "peso", "cumulative_sum"]
+    """What `driftrec compare` runs without --methods."""
+    seeds: list[Annotated[int, Field(ge=0)]] = [0, 1, 2]
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_distinct(cls, seeds: list[int]) -> list[int]:
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise ValueError(f"seeds must be distinct and at least one, got {seeds}")
+        return seeds
+
+    @model_validator(mode="after")
+    def _index_is_there(self) -> Self:
+        if self.items.index == "shipped" and not self.log.index:
+            raise ValueError('items.index = "shipped" needs log.index, the file that ships it')
+        return self
+
+    def method(self, name: str) -> MethodConfig:
+        """The settings of the method called `name`.
+
+        Raises:
+            UserError: no such method; the nearest names are suggested.
+        """
+        known = {**BUILT_IN, **self.methods}
+        if name not in known:
+            raise UserError(f"unknown method {name!r}{nearest(name, known)}; known: {', '.join(sorted(known))}")
+        return known[name]
+
+
+def nearest(word: str, known: Any) -> str:
+    """`"; did you mean 'x'?"` for the closest of `known`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a TOML config; relative source paths become relative to the file's folder.
+
+    Raises:
+        UserError: unreadable file, invalid TOML, or a value that breaks a rule (all of them are listed).
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; see configs/ for examples") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not a readable TOML file: {error}") from None
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+    return _anchor_paths(config, path.resolve().parent)
+
+
+def _explain(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"]) or "config"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {place!r}{nearest(str(problem['loc'][-1]), _known_keys(problem['loc'][:-1]))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem.get("input")
+    shown = "" if isinstance(value, dict | list) or problem["type"] == "value_error" else f" (got {value!r})"
+    return f"{place}: {message}{shown}"
+
+
+def _known_keys(place: tuple[Any, ...]) -> list[str]:
+    table: Any = Config
+    for part in place:
+        field = getattr(table, "model_fields", {}).get(part)
+        table = field.annotation if field is not None else table
+    return list(getattr(table, "model_fields", {}))
+
+
+def _anchor_paths(config: Config, folder: Path) -> Config:
+    def anchored(path: str) -> str:
+        expanded = Path(expand(path))
+        return str(expanded if expanded.is_absolute() else folder / expanded)
+
+    def sources(table: list[Source]) -> list[Source]:
+        return [
+            source.model_copy(
+                update={
+                    "path": anchored(source.path),
+                    "join": [join.model_copy(update={"path": anchored(join.path)}) for join in source.join],
+                }
+            )
+            for source in table
+        ]
+
+    places = {key: anchored(value) for key in ("blocks", "index", "sequences") if (value := getattr(config.log, key))}
+    log = config.log.model_copy(update={**places, "sources": sources(config.log.sources)})
+    catalogue = config.catalogue.model_copy(update={"sources": sources(config.catalogue.sources)})
+    return config.model_copy(update={"log": log, "catalogue": catalogue})
+
+
+def expand(path: str) -> str:
+    """`path` with `~` and `$NAME` expanded; `$DRIFTREC_DATA` defaults to `data` in the current directory.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+    os_values = {"DRIFTREC_DATA": str(Path("data").resolve()), **os.environ}
+    expanded = os.path.expanduser(path)
+    for name, value in sorted(os_values.items(), key=lambda pair: -len(pair[0])):
+        expanded = expanded.replace("${" + name + "}", value).replace("$" + name, value)
+    if "$" in expanded:
+        raise UserError(f"{path}: an environment variable in this path is not set; export it or write the path out")
+    return expanded

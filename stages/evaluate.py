@@ -1,0 +1,149 @@
+"""Measures one model on one stage's tests, through the `Recommender` protocol and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from models.generative_recommender import GenerativeRecommender
+from models.recommender import Recommender
+from stages.baselines import fit_baseline
+from stages.commit import commit_key, lineage_jobs
+from stages.config import Config
+from stages.dataset import Dataset, load_dataset
+from stages.examples import Encoder
+from stages.jobs import BASELINES, Evaluation, Job
+from stages.queries import Queries, next_stage_tests, same_stage_tests, sample_users, training_targets
+from stages.ranking import rank_queries
+from stages.train import derived_seed, restore_model
+from stages.workspace import Workspace, digest_of, read_json, replacing, sha256_file, write_json
+
+CODE_VERSION = 1
+"""Raised whenever an evaluation would give other numbers for the same model and data."""
+
+Progress = Callable[[int, int], None]
+
+
+def evaluate_stage(
+    config: Config,
+    workspace: Workspace,
+    job: Job,
+    tested: int,
+    users: int | None = None,
+    matrix: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Rank the test queries of stage `tested` with `job`'s model, or return the result where it is on disk already.
+
+    Args:
+        config: the experiment.
+        workspace: holds the trained lineage of `job` (baselines need none).
+        job: method or baseline, seed, protocol and the last stage it has seen.
+        tested: stage the targets lie in.
+        users: size of a seeded sample of test users; None tests all.
+        matrix: a cell of R[i][j], measured on `evaluation.matrix_users` users.
+        progress: called with (queries done, queries).
+
+    Raises:
+        UserError: the lineage is not trained or is damaged.
+    """
+    dataset = load_dataset(config, workspace)
+    sample = config.evaluation.matrix_users if matrix else users
+    key = _evaluation_key(config, dataset, job, tested, sample)
+    own = job.method if job.method in BASELINES else lineage_jobs(config, job)[-1].method
+    name = f"{job.protocol}-{own}-seed{job.seed}-stage{job.stage:02d}-on{tested:02d}-{key[:16]}"
+    path = workspace.evaluations / f"{name}.parquet"
+    side = path.with_suffix(".json")
+    if not (side.exists() and path.exists() and read_json(side)["digest"] == sha256_file(path)):
+        started = time.perf_counter()
+        frame = _measure(config, workspace, dataset, job, tested, sample, progress)
+        with replacing(path) as temporary:
+            frame.write_parquet(temporary)
+        facts = {"digest": sha256_file(path), "seconds": time.perf_counter() - started, "queries": len(frame)}
+        write_json(side, facts)
+    return Evaluation(
+        job=job,
+        tested=tested,
+        path=str(path.relative_to(workspace.root)),
+        sampled=sample is not None,
+        matrix=matrix,
+        **read_json(side),
+    )
+
+
+def recommender(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> Recommender:
+    """`job`'s model, or the baseline of that name, ready to rank the catalogue known at `job.stage`.
+
+    Raises:
+        UserError: the lineage is not trained or is damaged.
+    """
+    known = dataset.catalogue.known(job.stage)
+    own = config.evaluation
+    if job.method in BASELINES:
+        return fit_baseline(
+            job.method, dataset.interactions, known, job.stage, job.protocol, job.seed, own.exclude_history
+        )
+    return GenerativeRecommender(
+        restore_model(config, workspace, dataset, job),
+        codes=dataset.catalogue.codes[:known],
+        sizes=dataset.catalogue.sizes,
+        prompts=Encoder(dataset.interactions, dataset.catalogue).prompts,
+        history_length=config.training.history_length,
+        beam=own.beam,
+        exclude_history=own.exclude_history,
+    )
+
+
+def test_queries(config: Config, dataset: Dataset, job: Job, tested: int, sample: int | None) -> Queries:
+    """The queries of stage `tested` under the job's protocol, all of them or those of `sample` seeded users."""
+    events = dataset.interactions
+    if job.protocol == "same_stage":
+        queries = same_stage_tests(events, tested)
+    else:
+        queries = next_stage_tests(events, tested, config.evaluation.next_target)
+    # The sample does not depend on the run's seed: every method and seed is asked about the same users.
+    return queries if sample is None else sample_users(queries, sample, derived_seed(0, "users", tested))
+
+
+def _measure(
+    config: Config,
+    workspace: Workspace,
+    dataset: Dataset,
+    job: Job,
+    tested: int,
+    sample: int | None,
+    progress: Progress | None,
+) -> pl.DataFrame:
+    own = config.evaluation
+    return rank_queries(
+        recommender(config, workspace, dataset, job),
+        dataset.interactions,
+        test_queries(config, dataset, job, tested, sample),
+        known=dataset.catalogue.known(job.stage),
+        k=own.k,
+        batch_size=own.batch_size if job.method not in BASELINES else 1024,
+        seen_stage=job.stage,
+        tested_stage=tested,
+        exclude_history=own.exclude_history,
+        trained=_trained_events(config, dataset, job),
+        progress=progress,
+    )
+
+
+def _trained_events(config: Config, dataset: Dataset, job: Job) -> np.ndarray:
+    """(N,) events whose items count as old: every training target up to the job's stage, for every method alike."""
+    return training_targets(dataset.interactions, range(job.stage + 1), job.protocol, job.seed)
+
+
+def _evaluation_key(config: Config, dataset: Dataset, job: Job, tested: int, sample: int | None) -> str:
+    if job.method in BASELINES:
+        model: Any = [job.method, job.seed, job.stage, job.protocol, dataset.digest(job.stage)]
+    else:
+        model = [commit_key(config, dataset, lineage_jobs(config, job)[-1]), job.stage]
+    settings = config.evaluation.model_dump(exclude={"protocols", "bootstrap", "matrix_users", "users", "batch_size"})
+    place = [tested, job.protocol, sample, config.training.history_length, dataset.digest(max(tested, job.stage))]
+    return digest_of({"code": CODE_VERSION, "model": model, "evaluation": settings, "place": place})

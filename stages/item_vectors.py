@@ -1,0 +1,158 @@
+"""What is fitted on stage 0's items, kept in `catalogue/quantizer/` and never fitted again: vectors and quantizer.
+
+Co-occurrence sees training events only: a user's last two events (baskets, where they are scored as sets) of each stage
+are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from safetensors.numpy import load_file, save_file
+
+from models.quantizer import Quantizer, ResidualKMeans
+from models.rqvae import RqVae
+from models.vectors import CooccurrenceVectors, EncoderVectors, TextVectors
+from stages.config import Config, expand
+from stages.errors import UserError
+from stages.workspace import Workspace, read_json, replacing, write_json
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+FloatArray: TypeAlias = npt.NDArray[np.floating]
+Progress: TypeAlias = Callable[[str], None]
+
+SEED = 0  # items are coded once for all seeds of a comparison
+HELD_OUT = 2  # validation and test event of a user's stage
+_TEXT_SHARE = 0.5
+_QUANTIZERS: dict[str, type[ResidualKMeans] | type[RqVae]] = {"kmeans": ResidualKMeans, "rqvae": RqVae}
+
+
+@dataclass(frozen=True)
+class FrozenCoder:
+    """How an item becomes the codes before its last one.
+
+    Attributes:
+        kind: "tfidf", "cooccurrence" or "encoder".
+        vectors: fitted on stage 0's items.
+        quantizer: fitted on their vectors.
+    """
+
+    kind: str
+    vectors: TextVectors | CooccurrenceVectors | EncoderVectors
+    quantizer: Quantizer
+
+
+def fit_coder(config: Config, workspace: Workspace, items: pl.DataFrame, progress: Progress) -> FrozenCoder:
+    """Fit vectors and quantizer on the items of stage 0 and save them.
+
+    Args:
+        config: the `items` table decides; `evaluation.baskets` decides what is held out.
+        workspace: its stages are read, its `catalogue/quantizer/` is written.
+        items: item_id, first_stage, title, text, categories in the order of item numbers.
+        progress: told what is fitted.
+
+    Raises:
+        UserError: no text where text was asked for, or an encoder that cannot be loaded.
+    """
+    first = items.filter(pl.col("first_stage") == 0)
+    documents = _documents(first)
+    kind = _kind(config, documents)
+    progress(f"fitting {kind} vectors and {config.items.quantizer} codes on the {first.height} items of stage 0")
+    try:
+        vectors = _fit_vectors(kind, config, workspace, items, documents)
+    except (OSError, ValueError) as error:
+        raise UserError(f'items.vectors = "{kind}": {error}') from None
+    rows = vectors.vectors if isinstance(vectors, CooccurrenceVectors) else vectors.transform(documents)
+    fit = _QUANTIZERS[config.items.quantizer].fit
+    coder = FrozenCoder(kind, vectors, fit(rows, config.items.levels - 1, config.items.codes_per_level, SEED))
+    _save(config, workspace, coder)
+    return coder
+
+
+def load_coder(config: Config, workspace: Workspace) -> FrozenCoder:
+    """Read what `fit_coder` saved; the encoder's path is the config's, for a workspace can be moved and holds none."""
+    folder = workspace.catalogue / "quantizer"
+    settings, arrays = read_json(folder / "quantizer.json"), load_file(folder / "vectors.safetensors")
+    kind = settings["vectors"]
+    if kind == "tfidf":
+        vectors = TextVectors.from_arrays(arrays, settings["terms"])
+    elif kind == "encoder":
+        vectors = EncoderVectors.from_arrays(arrays, expand(str(config.items.encoder)))
+    else:
+        vectors = CooccurrenceVectors.from_arrays(arrays)
+    quantizer = _QUANTIZERS[settings["quantizer"]].from_arrays(load_file(folder / "codebooks.safetensors"))
+    return FrozenCoder(kind, vectors, quantizer)
+
+
+def stage_vectors(
+    config: Config, workspace: Workspace, coder: FrozenCoder, items: pl.DataFrame, stage: int
+) -> FloatArray:
+    """Vectors (n, d) of the items first seen in `stage`, in the order of their numbers; `items` as in `fit_coder`."""
+    if not isinstance(coder.vectors, CooccurrenceVectors):
+        return coder.vectors.transform(_documents(items.filter(pl.col("first_stage") == stage)))
+    if stage == 0:
+        return coder.vectors.vectors
+    users, numbers = training_events(config, workspace, items, stage)
+    start, stop = (int(items["first_stage"].search_sorted(bound, side="left")) for bound in (stage, stage + 1))
+    return coder.vectors.transform(users, numbers, range(start, stop))
+
+
+def training_events(config: Config, workspace: Workspace, items: pl.DataFrame, stage: int) -> tuple[IntArray, IntArray]:
+    """User and item number of the training events of stages 0 … `stage`, each user's oldest first.
+
+    Left out are each user's last two events of every stage, or with `evaluation.baskets` the last two instants.
+    """
+    parts = []
+    for index in range(stage + 1):
+        frame = pl.read_parquet(workspace.stage_file(index), columns=["user_id", "item_id", "timestamp"])
+        together = config.evaluation.baskets and frame["timestamp"].null_count() == 0
+        place = pl.col("timestamp").rank("dense") if together else pl.int_range(1, pl.len() + 1)
+        frame = frame.with_columns(place=place.over("user_id").cast(pl.Int64))
+        parts.append(frame.filter(pl.col("place") <= pl.col("place").max().over("user_id") - HELD_OUT))
+    events = (
+        pl.concat(parts)
+        .sort("user_id", maintain_order=True)
+        .join(items.select("item_id").with_row_index("item"), on="item_id", how="left", maintain_order="left")
+    )
+    return events["user_id"].rle_id().to_numpy().astype(np.int64), events["item"].to_numpy().astype(np.int64)
+
+
+def _documents(items: pl.DataFrame) -> list[str]:
+    parts = [pl.col("title"), pl.col("categories").list.join(" "), pl.col("text")]
+    return items.select(pl.concat_str(parts, separator=" ", ignore_nulls=True).fill_null("")).to_series().to_list()
+
+
+def _kind(config: Config, documents: list[str]) -> str:
+    """`auto` is tfidf where at least half of stage 0's items have a text."""
+    if config.items.vectors != "auto":
+        return config.items.vectors
+    filled = sum(bool(document.strip()) for document in documents)
+    return "tfidf" if filled >= _TEXT_SHARE * len(documents) else "cooccurrence"
+
+
+def _fit_vectors(
+    kind: str, config: Config, workspace: Workspace, items: pl.DataFrame, documents: list[str]
+) -> TextVectors | CooccurrenceVectors | EncoderVectors:
+    dimensions = config.items.dimensions
+    if kind == "tfidf":
+        return TextVectors.fit(documents, dimensions, SEED)
+    if kind == "encoder":
+        return EncoderVectors.fit(documents, expand(str(config.items.encoder)), dimensions, SEED)
+    users, numbers = training_events(config, workspace, items, 0)
+    return CooccurrenceVectors.fit(users, numbers, len(documents), dimensions, SEED)
+
+
+def _save(config: Config, workspace: Workspace, coder: FrozenCoder) -> None:
+    folder = workspace.catalogue / "quantizer"
+    for name, arrays in (("vectors", coder.vectors.arrays()), ("codebooks", coder.quantizer.arrays())):
+        with replacing(folder / f"{name}.safetensors") as temporary:
+            save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, temporary)
+    settings: dict[str, Any] = {"vectors": coder.kind, "quantizer": config.items.quantizer}
+    if isinstance(coder.vectors, TextVectors):
+        settings["terms"] = coder.vectors.terms
+    write_json(folder / "quantizer.json", settings)

@@ -1,0 +1,61 @@
+"""What a method is: two verbs over a bare model and the checkpoints of its past."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+from torch import Tensor
+
+from models.generative import GenerativeModel
+
+Losses: TypeAlias = Mapping[str, Tensor]
+"""Loss of one micro-batch by objective, each already divided by the targets of the whole batch."""
+
+Step: TypeAlias = Callable[[Iterable[Losses]], dict[str, float]]
+"""One optimiser step: draws the micro-batches' losses one by one, moves the weights, returns numbers to log."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How one stage is optimised.
+
+    Attributes:
+        steps: optimiser steps if nothing stops early.
+        learning_rate: peak rate.
+        warmup: share of the steps over which the rate rises; it then falls to 0 as a cosine.
+        weight_decay: AdamW's, decoupled.
+        clip_norm: bound on the norm of all gradients together.
+        seed: of anything a method draws (a fresh adapter).
+    """
+
+    steps: int
+    learning_rate: float
+    warmup: float
+    weight_decay: float
+    clip_norm: float
+    seed: int
+
+
+class Method(Protocol):
+    """A rule for updating the model at a stage; its memory is the lineage of checkpoints, never itself."""
+
+    @property
+    def data(self) -> Literal["none", "stage", "all"]:
+        """Whose events it trains on: nobody's, the stage's, or all stages' so far."""
+        ...
+
+    @property
+    def every_weight(self) -> bool:
+        """It moves the whole backbone, so `training.full_learning_rate` applies."""
+        ...
+
+    def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
+        """Make the bare `model` the one that stood at the end of `lineage` (stage 0 first, at least one)."""
+        ...
+
+    def begin(self, model: GenerativeModel, lineage: Sequence[Path], schedule: Schedule) -> Step:
+        """Make the bare `model` the one the next stage starts from, choose what trains, return its step."""
+        ...

@@ -1,0 +1,174 @@
+"""Puts test queries to a recommender and writes down where their targets came out: one row a query."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from models.recommender import Recommendations, Recommender
+from stages.interactions import IntArray, Interactions
+from stages.metrics import first_groups, query_metrics
+from stages.queries import BoolArray, Queries
+
+HISTORY_ITEMS = 200
+"""Newest history items handed to a recommender, which cuts further by itself."""
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """The distinct targets of all queries, by query.
+
+    Attributes:
+        query: (M,) rising; item: (M,); repeat: (M,) the item is in the query's history already.
+        sizes: (Q,) number of distinct targets.
+    """
+
+    query: IntArray
+    item: IntArray
+    repeat: BoolArray
+    sizes: IntArray
+
+
+def rank_queries(
+    recommender: Recommender,
+    interactions: Interactions,
+    queries: Queries,
+    *,
+    known: int,
+    k: int,
+    batch_size: int,
+    seen_stage: int,
+    tested_stage: int,
+    exclude_history: bool = False,
+    trained: BoolArray | None = None,
+    objective: str = "recommendation",
+    progress: Callable[[int, int], None] | None = None,
+) -> pl.DataFrame:
+    """Ranks, metrics and slices of every query.
+
+    Args:
+        recommender: what is measured.
+        interactions: events of all stages.
+        queries: whom to ask about what.
+        known: items numbered 0 … known - 1 are the catalogue the recommender may return.
+        k: length of a list; nothing below it counts as retrieved.
+        batch_size: queries a call, ordered by history length so that a batch pads little.
+        seen_stage: last stage the model was trained on.
+        tested_stage: stage the targets lie in.
+        exclude_history: the recommender never returns the history, so it gets all of it and repeats are out of reach.
+        trained: (N,) events whose items are not new; absent: all events up to `seen_stage`.
+        objective: written into every row.
+        progress: called with (queries done, queries) after each batch.
+
+    Returns:
+        One row a query, in order: user, cut, targets, rank and tied of the best-placed target (0 = not retrieved),
+        `stages.metrics.METRICS`, new_item (all targets are), new_user (no event before `tested_stage`), reachable
+        (some target could have been returned), repeat (some target is in the history), objective.
+
+    Raises:
+        ValueError: the recommender returned an item outside its catalogue (an invalid item).
+    """
+    targets = _targets(interactions, queries)
+    names = pl.Series(interactions.user_ids, dtype=pl.String)
+    ranks, tied = _ranks(recommender, interactions, queries, targets, known, k, batch_size, exclude_history, progress)
+    familiar = _familiar_items(interactions, seen_stage, trained)
+    reachable = (targets.item < known) & ~(targets.repeat & exclude_history)
+    first_rank, first_tied, _ = first_groups(targets.query, ranks, tied, len(queries))
+    return pl.DataFrame(
+        {
+            "user": names.gather(queries.user),
+            "cut": queries.cut,
+            "targets": targets.sizes,
+            "rank": first_rank.astype(np.float64),
+            "tied": first_tied,
+            **query_metrics(targets.query, ranks, tied, targets.sizes),
+            "new_item": ~_any(targets, familiar[targets.item]),
+            "new_user": interactions.stages[interactions.offsets[queries.user]] >= tested_stage,
+            "reachable": _any(targets, reachable),
+            "repeat": _any(targets, targets.repeat),
+            "objective": pl.Series([objective] * len(queries), dtype=pl.String),
+        }
+    )
+
+
+def _targets(interactions: Interactions, queries: Queries) -> _Targets:
+    lengths = queries.end - queries.cut
+    query = np.repeat(np.arange(len(queries)), lengths)
+    row = _runs(queries.cut, lengths)
+    catalogue = int(interactions.items.max(initial=0)) + 1
+    _, kept = np.unique(query * catalogue + interactions.items[row], return_index=True)
+    query, row = query[kept], row[kept]
+    repeat = _first_rows(interactions, catalogue)[row] < queries.cut[query]
+    return _Targets(query, interactions.items[row], repeat, np.bincount(query, minlength=len(queries)))
+
+
+def _runs(starts: IntArray, lengths: IntArray) -> IntArray:
+    """start, start + 1, … of every run, one run after the other."""
+    return np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+
+
+def _first_rows(interactions: Interactions, catalogue: int) -> IntArray:
+    """(N,) row at which the event's user met the event's item first."""
+    keys = interactions.users * catalogue + interactions.items
+    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    return first[which]
+
+
+def _familiar_items(interactions: Interactions, seen_stage: int, trained: BoolArray | None) -> BoolArray:
+    familiar = np.zeros(int(interactions.items.max(initial=0)) + 1, dtype=bool)
+    familiar[interactions.items[interactions.stages <= seen_stage if trained is None else trained]] = True
+    return familiar
+
+
+def _any(targets: _Targets, flags: BoolArray) -> BoolArray:
+    """(Q,) whether any target of a query has the flag."""
+    return np.bincount(targets.query, weights=flags, minlength=len(targets.sizes)) > 0
+
+
+def _ranks(
+    recommender: Recommender,
+    interactions: Interactions,
+    queries: Queries,
+    targets: _Targets,
+    known: int,
+    k: int,
+    batch_size: int,
+    exclude_history: bool,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[IntArray, IntArray]:
+    """(M,) rank of each target's tie group (0 = not retrieved) and (M,) size of the group."""
+    rank, tied = np.zeros(len(targets.query), dtype=np.int64), np.ones(len(targets.query), dtype=np.int64)
+    limit = None if exclude_history else HISTORY_ITEMS
+    lengths = queries.cut - interactions.offsets[queries.user]
+    order = np.argsort(lengths, kind="stable")
+    begins = np.cumsum(targets.sizes) - targets.sizes  # targets of query q: begins[q] … begins[q] + sizes[q] - 1
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        histories = [interactions.history(int(queries.user[q]), int(queries.cut[q]), limit) for q in batch]
+        lists = recommender.recommend(histories, k)
+        _refuse_invalid(lists, known)
+        at = _runs(begins[batch], targets.sizes[batch])
+        in_batch = np.repeat(np.arange(len(batch)), targets.sizes[batch])
+        rank[at], tied[at] = _places(lists, in_batch, targets.item[at])
+        if progress is not None:
+            progress(min(start + batch_size, len(order)), len(order))
+    return rank, tied
+
+
+def _refuse_invalid(lists: Recommendations, known: int) -> None:
+    if lists.items.size and int(lists.items.max()) >= known:
+        raise ValueError(
+            f"item {lists.items.max()} was recommended but only 0 … {known - 1} are known; mask the others"
+        )
+
+
+def _places(lists: Recommendations, row: IntArray, item: IntArray) -> tuple[IntArray, IntArray]:
+    """Start and size of the tie group in which list `row` (M,) holds `item` (M,); 0 and 1 where it does not."""
+    hits = lists.items[row] == item[:, None]  # (M, k)
+    found = hits.any(axis=1)
+    group = np.take_along_axis(lists.groups[row], hits.argmax(axis=1)[:, None], axis=1)
+    same = (lists.groups[row] == group) & (lists.items[row] >= 0)
+    return np.where(found, same.argmax(axis=1) + 1, 0), np.where(found, same.sum(axis=1), 1)

@@ -1,0 +1,274 @@
+"""Cutting a log into chronological stages: where the boundaries lie, and what each stage holds.
+
+A stage is the half-open interval [start, end); equal timestamps never straddle a boundary, and every accepted event
+is in exactly one stage.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from fractions import Fraction
+from itertools import pairwise
+
+import polars as pl
+
+from stages.clock import instant
+from stages.config import Config, StageConfig
+from stages.content import content_digest, write_parquet
+from stages.errors import UserError
+from stages.log import load_log
+from stages.workspace import SCHEMA, Workspace, digest_of, need_space, read_json, sha256_file, write_json
+
+DEFAULT_FRACTIONS = (0.6, 0.1, 0.1, 0.1, 0.1)
+COLUMNS = ("user_id", "item_id", "timestamp", "event", "query")
+MOST_STAGES = 1000
+TICK = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One time slice of the log.
+
+    Attributes:
+        index: 0, 1, …
+        start: ISO instant, inclusive; None for a log without a clock.
+        end: ISO instant, exclusive; the last stage ends one microsecond after the last event.
+        events: rows.
+        users: distinct users.
+        new_users: users with no event in an earlier stage.
+        returning_users: the others.
+        items: distinct items.
+        new_items: items in no event of an earlier stage.
+        digest: SHA-256 of the stage's content, hex.
+        sha256: of the file, hex.
+        path: of the file, relative to the workspace.
+    """
+
+    index: int
+    start: str | None
+    end: str | None
+    events: int
+    users: int
+    new_users: int
+    returning_users: int
+    items: int
+    new_items: int
+    digest: str
+    sha256: str
+    path: str
+
+
+def split_stages(config: Config, workspace: Workspace) -> list[Stage]:
+    """Cut the stored log into `stages/stage=NN/events.parquet` and write `stages/manifest.json` last.
+
+    A workspace that already holds exactly these stages of exactly this log is left as it is.
+
+    Args:
+        config: `config.stages` is the boundary rule (published blocks and sequences bring their own stages).
+        workspace: holds the log that `read_log` stored.
+
+    Raises:
+        UserError: no log, or boundaries that lie outside it.
+    """
+    log, report = load_log(workspace)
+    rule = digest_of({"kind": report.kind, **config.stages.model_dump()})
+    committed = _committed(workspace, report.digest, rule)
+    if committed is not None:
+        return committed
+    clock = report.kind == "events"
+    edges = boundaries(log["timestamp"], config.stages) if clock else []
+    staged = log.with_columns(stage=_stage_of(edges) if clock else pl.col("block").fill_null(0))
+    count = len(edges) + 1 if clock else int(staged.select(pl.col("stage").max()).item()) + 1
+    need_space(workspace.root, workspace.log.stat().st_size)
+    (workspace.stages / "manifest.json").unlink(missing_ok=True)
+    # Stages are runs of the stored order: looked up, not searched for.
+    starts = [int(staged["stage"].search_sorted(index)) for index in range(count + 1)]
+    digests = [_write(workspace, staged[low:high], index) for index, (low, high) in enumerate(pairwise(starts))]
+    stages = _described(staged, digests, _spans(log["timestamp"], edges) if clock else [(None, None)] * count)
+    _sweep(workspace, count)
+    manifest = {
+        "schema": SCHEMA,
+        "clock": clock,
+        "digest": digest_of([[stage.start, stage.end, stage.digest] for stage in stages]),
+        "log_digest": report.digest,
+        "rule": rule,
+        "stages": [asdict(stage) for stage in stages],
+    }
+    write_json(workspace.stages / "manifest.json", manifest)
+    return stages
+
+
+def load_stages(workspace: Workspace) -> list[Stage]:
+    """The stages of a workspace, after checking every file against its hash.
+
+    Raises:
+        UserError: no stages yet, another version's, or a file that is missing or damaged.
+    """
+    path = workspace.stages / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no stages yet; run driftrec split first")
+    manifest = read_json(path)
+    if manifest.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path}: schema {manifest.get('schema')}, this version reads {SCHEMA}; run driftrec split again"
+        )
+    stages = [Stage(**row) for row in manifest["stages"]]
+    for stage in stages:
+        file = workspace.root / stage.path
+        if not file.is_file():
+            raise UserError(f"{file}: stage {stage.index} is missing; run driftrec split again")
+        if sha256_file(file) != stage.sha256:
+            raise UserError(f"{file}: stage {stage.index} is not the file that was written; run driftrec split again")
+    return stages
+
+
+def boundaries(times: pl.Series, rule: StageConfig) -> list[datetime]:
+    """Ends of all stages but the last, rising (two may be equal where ties leave a stage empty).
+
+    By fractions, boundary k is the time of the event at place floor(n · (share of stages 0 … k)) in time order, counted
+    from 0. By period, stage 0 ends at `first`, or at the first calendar boundary at or after 60 % of the events.
+
+    Args:
+        times: (n,) event times in any order, n >= 1.
+        rule: fractions, period or instants; the default fractions without any.
+
+    Raises:
+        UserError: a boundary outside the log.
+    """
+    ordered = times.sort()
+    if rule.instants is not None:
+        return _explicit(ordered, [instant(text, "stages.instants") for text in rule.instants])
+    if rule.period is not None:
+        return _calendar(ordered, rule.period, rule.first)
+    return [_at(ordered, share) for share in _shares(rule.fractions or DEFAULT_FRACTIONS)]
+
+
+def _shares(fractions: list[float] | tuple[float, ...]) -> list[Fraction]:
+    # Exact decimals: in floating point .6 + .1 + .1 falls short of .8, and the boundary with it.
+    exact = [Fraction(repr(share)) for share in fractions]
+    return [sum(exact[:count], Fraction(0)) for count in range(1, len(exact))]
+
+
+def _at(ordered: pl.Series, share: Fraction) -> datetime:
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def _explicit(ordered: pl.Series, edges: list[datetime]) -> list[datetime]:
+    if any(late <= early for early, late in pairwise(edges)):
+        raise UserError(f"stages.instants must rise strictly, got {[edge.isoformat() for edge in edges]}; sort them")
+    for edge in edges:
+        _inside(ordered, edge, "stages.instants")
+    return edges
+
+
+def _inside(ordered: pl.Series, edge: datetime, key: str) -> None:
+    first, last = ordered[0], ordered[-1]
+    if not first < edge <= last:
+        raise UserError(
+            f"{key}: {edge.isoformat()} lies outside the log, whose events run from {first.isoformat()} "
+            f"to {last.isoformat()}; choose a boundary between them"
+        )
+
+
+def _calendar(ordered: pl.Series, period: str, first: str | None) -> list[datetime]:
+    try:
+        start = instant(first, "stages.first") if first else _next_calendar(_at(ordered, Fraction(6, 10)), period)
+        edges = [start]
+        while len(edges) < MOST_STAGES and edges[-1] <= ordered[-1]:
+            edges.append(_offset(edges[-1], period))
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"stages.period = {period!r} is no period such as 1w, 1mo, 1d: {reason}") from None
+    if len(edges) == MOST_STAGES:
+        raise UserError(f"stages.period = {period!r} makes more than {MOST_STAGES:,} stages of this log; lengthen it")
+    _inside(ordered, start, "stages.first" if first else f"stages.period = {period!r}")
+    return [edge for edge in edges if edge <= ordered[-1]]
+
+
+def _next_calendar(time: datetime, period: str) -> datetime:
+    floor = pl.Series([time]).dt.truncate(period)[0]
+    return floor if floor == time else _offset(floor, period)
+
+
+def _offset(time: datetime, period: str) -> datetime:
+    later = pl.Series([time]).dt.offset_by(period)[0]
+    if later <= time:
+        raise UserError(f"stages.period = {period!r} does not move forward; write 1w, 1mo or the like")
+    return later
+
+
+def _stage_of(edges: list[datetime]) -> pl.Expr:
+    if not edges:
+        return pl.lit(0, pl.Int32)
+    return pl.sum_horizontal((pl.col("timestamp") >= edge).cast(pl.Int32) for edge in edges)
+
+
+def _spans(times: pl.Series, edges: list[datetime]) -> list[tuple[str | None, str | None]]:
+    first, last = times.min(), times.max()
+    if not isinstance(first, datetime) or not isinstance(last, datetime):
+        raise UserError("the log holds events without a time; run driftrec ingest again")
+    stops = [edge.astimezone(UTC).isoformat() for edge in (first, *edges, last + TICK)]
+    return list(pairwise(stops))
+
+
+def _write(workspace: Workspace, rows: pl.DataFrame, index: int) -> tuple[str, str]:
+    """Write one stage; returns its content digest and the file's SHA-256."""
+    # The log is stored in time order (without a clock: each user's events in the file's order), so that a row's place
+    # says the rest: by user, then by time, item, event and query.
+    ordered = rows.select(COLUMNS).with_row_index("place").sort("user_id", "place").drop("place")
+    return content_digest(ordered), write_parquet(ordered, workspace.stage_file(index))
+
+
+def _described(
+    staged: pl.DataFrame, digests: list[tuple[str, str]], spans: list[tuple[str | None, str | None]]
+) -> list[Stage]:
+    events = dict(staged["stage"].value_counts().iter_rows())
+    users, new_users = _met(staged, "user_id")
+    items, new_items = _met(staged, "item_id")
+    return [
+        Stage(
+            index=index,
+            start=start,
+            end=end,
+            events=events.get(index, 0),
+            users=users.get(index, 0),
+            new_users=new_users.get(index, 0),
+            returning_users=users.get(index, 0) - new_users.get(index, 0),
+            items=items.get(index, 0),
+            new_items=new_items.get(index, 0),
+            digest=digest,
+            sha256=sha256,
+            path=f"stages/stage={index:02d}/events.parquet",
+        )
+        for index, ((start, end), (digest, sha256)) in enumerate(zip(spans, digests, strict=True))
+    ]
+
+
+def _met(staged: pl.DataFrame, column: str) -> tuple[dict[int, int], dict[int, int]]:
+    """By stage: how many distinct values of `column` it has, and how many of them no earlier stage has."""
+    pairs = staged.select("stage", column).unique()
+    first = pairs.group_by(column).agg(pl.col("stage").min())
+    return dict(pairs["stage"].value_counts().iter_rows()), dict(first["stage"].value_counts().iter_rows())
+
+
+def _committed(workspace: Workspace, log_digest: str, rule: str) -> list[Stage] | None:
+    path = workspace.stages / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        manifest = read_json(path)
+        if (manifest.get("log_digest"), manifest.get("rule")) != (log_digest, rule):
+            return None
+        return load_stages(workspace)
+    except UserError:
+        return None  # damaged stages are cut afresh
+
+
+def _sweep(workspace: Workspace, count: int) -> None:
+    """Remove stages that an earlier split left beyond the last one."""
+    kept = {workspace.stage_file(index).parent for index in range(count)}
+    for folder in workspace.stages.glob("stage=*"):
+        if folder not in kept:
+            shutil.rmtree(folder)

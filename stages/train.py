@@ -1,0 +1,369 @@
+"""The only training loop: one stage of one lineage, whatever the method."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import adapter as lora
+from models.backbone import Backbone, pretrained_backbone, small_backbone, wants_bfloat16
+from models.generative import GenerativeModel
+from stages.checkpoint import fault_of, quarantine, size_of, trained_tensors, write_checkpoint
+from stages.commit import FIRST, checkpoint_folder, commit_key, lineage_jobs, method_of
+from stages.config import Config, TrainingConfig
+from stages.dataset import Dataset, load_dataset
+from stages.errors import UserError
+from stages.examples import Encoder, Windows, batches, make_windows
+from stages.jobs import Checkpoint, Job
+from stages.methods.contract import Losses, Schedule, Step
+from stages.queries import next_stage_validation, same_stage_validation, training_targets
+from stages.workspace import Workspace, digest_of, read_json, sha256_file
+
+Progress = Callable[[Mapping[str, Any]], None]
+
+
+def train_stage(config: Config, workspace: Workspace, job: Job, progress: Progress = lambda _: None) -> Checkpoint:
+    """Train `job`'s last stage from the checkpoints before it, or return it where it is committed already.
+
+    Args:
+        config: the experiment.
+        workspace: prepared by `split_stages` and `build_semantic_ids`; earlier stages of the lineage are trained first.
+        job: method, seed, protocol and stage.
+        progress: called after every optimiser step with `method, stage, epoch, step, steps, loss`.
+
+    Raises:
+        UserError: the workspace is not prepared, or the settings do not fit the backbone.
+    """
+    dataset = load_dataset(config, workspace)
+    if not 0 <= job.stage < dataset.stages:
+        raise UserError(f"stage {job.stage} does not exist; the log has stages 0 to {dataset.stages - 1}")
+    lineage = lineage_jobs(config, job)
+    for earlier in lineage[:-1]:
+        _committed_or_trained(config, workspace, dataset, earlier, progress)
+    done = _committed_or_trained(config, workspace, dataset, lineage[-1], progress)
+    if lineage[-1].stage == job.stage:
+        return replace(done, job=job)
+    return replace(done, job=job, seconds=0.0, trained_parameters=0, bytes=0, targets=0)
+
+
+def lineage_folders(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> list[Path]:
+    """The verified checkpoints of `job`'s model, stage 0 first.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    folders = [checkpoint_folder(config, workspace, dataset, part) for part in lineage_jobs(config, job)]
+    for folder in folders:
+        fault = fault_of(folder)
+        if fault:
+            raise UserError(f"{folder}: {fault}; run the same command again to train this stage")
+    return folders
+
+
+def restore_model(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> GenerativeModel:
+    """`job`'s model in eval mode, with its adapter folded in."""
+    model = bare_model(config, dataset, job.seed)
+    folders = lineage_folders(config, workspace, dataset, job)
+    method_of(config, job.method).restore(model, folders)
+    lora.fold(model.stack)
+    return model.eval()
+
+
+def bare_model(config: Config, dataset: Dataset, seed: int) -> GenerativeModel:
+    """Backbone and code rows before anything was trained.
+
+    Raises:
+        UserError: the backbone cannot be loaded or contradicts the settings.
+    """
+    settings = config.backbone
+    try:
+        backbone = _backbone(config, seed)
+        return GenerativeModel(
+            backbone,
+            codes=sum(dataset.catalogue.sizes),
+            seed=seed,
+            full_vocabulary=settings.vocabulary == "full",
+            dropout=settings.dropout,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _backbone(config: Config, seed: int) -> Backbone:
+    own = config.backbone
+    if own.path is not None:
+        return pretrained_backbone(own.path)
+    return small_backbone(own.hidden, own.layers, own.heads, own.feed_forward, seed)
+
+
+def _committed_or_trained(
+    config: Config, workspace: Workspace, dataset: Dataset, job: Job, progress: Progress
+) -> Checkpoint:
+    folder = checkpoint_folder(config, workspace, dataset, job)
+    reused = folder.exists()
+    if reused and (fault := fault_of(folder)):
+        quarantine(folder, fault)
+        reused = False
+    if not reused:
+        _train(config, workspace, dataset, job, progress)
+    state = read_json(folder / "state.json")
+    return Checkpoint(
+        job=job,
+        key=folder.name,
+        digest=sha256_file(folder / "manifest.json"),
+        seconds=state["seconds"],
+        trained_parameters=state["trained_parameters"],
+        bytes=size_of(folder),
+        peak_memory=state["peak_memory"],
+        targets=state["targets"],
+        reused=reused,
+    )
+
+
+def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, progress: Progress) -> None:
+    started = time.perf_counter()
+    stage_seed = derived_seed(job.seed, job.stage)
+    method = method_of(config, job.method)
+    examples = _examples(config, dataset, job, method.data == "all")
+    model = bare_model(config, dataset, job.seed)
+    model.dropout = config.backbone.dropout if job.stage == 0 and not model.pretrained else 0.0
+    folders = lineage_folders(config, workspace, dataset, replace(job, stage=job.stage - 1)) if job.stage else []
+    schedule = _schedule(config, job, method.every_weight, len(examples.training), stage_seed)
+    try:
+        step = method.begin(model, folders, schedule)
+    except ValueError as error:
+        raise UserError(f"method {job.method}, stage {job.stage}: {error}") from None
+    before = _moving(model)
+    with _reproducible(stage_seed):
+        training = Fit(config, model, step, examples, stage_seed).run(_epochs(config, job), job, progress)
+    drift = _drift(before, _moving(model))
+    moved = sum(value.numel() for value in before.values())
+    tensors = trained_tensors(model)
+    if job.method == FIRST and not tensors.adapter:
+        lora.attach(model.stack, config.adapter.rank, config.adapter.alpha, config.adapter.targets, stage_seed)
+        tensors = replace(tensors, adapter=lora.snapshot(model.stack))
+    state = {
+        "schema": 1,
+        "job": asdict(job),
+        "key": commit_key(config, dataset, job),
+        "seconds": time.perf_counter() - started,
+        "trained_parameters": moved,
+        "targets": examples.training.targets,
+        "validation_targets": examples.validation.targets,
+        "unseen_code_rows": examples.unseen_rows,
+        "peak_memory": peak_memory(),
+        "precision": "bfloat16" if wants_bfloat16(config.backbone.precision) else "float32",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "parents": [folder.name for folder in folders],
+        **drift,
+        **training,
+    }
+    write_checkpoint(checkpoint_folder(config, workspace, dataset, job), tensors, config.adapter, state)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What one stage trains and validates on."""
+
+    encoder: Encoder
+    training: Windows
+    validation: Windows
+    unseen_rows: int
+    """Code tokens among the targets that no earlier stage's events contain."""
+
+
+def _examples(config: Config, dataset: Dataset, job: Job, everything: bool) -> Examples:
+    events = dataset.interactions
+    stages = list(range(job.stage + 1)) if everything else [job.stage]
+    targets = training_targets(events, stages, job.protocol, job.seed)
+    validation = _validation_targets(dataset, job)
+    encoder = Encoder(events, dataset.catalogue)
+    old = np.unique(encoder.tokens[events.items[events.stages < job.stage]])
+    new = np.setdiff1d(np.unique(encoder.tokens[events.items[targets]]), old)
+    return Examples(
+        encoder=encoder,
+        training=make_windows(events, targets, config.training),
+        validation=make_windows(events, validation, config.training),
+        unseen_rows=len(new),
+    )
+
+
+def _validation_targets(dataset: Dataset, job: Job) -> np.ndarray:
+    """(N,) mask of the events that validate `job`'s last stage."""
+    events = dataset.interactions
+    if job.protocol == "same_stage":
+        queries = same_stage_validation(events, job.stage)
+    else:
+        queries = next_stage_validation(events, job.stage, job.seed)
+    edges = np.zeros(len(events.items) + 1, dtype=np.int64)
+    np.add.at(edges, queries.cut, 1)
+    np.add.at(edges, queries.end, -1)
+    return np.cumsum(edges)[:-1] > 0
+
+
+def _epochs(config: Config, job: Job) -> int:
+    return config.training.first_epochs if job.stage == 0 else config.training.epochs
+
+
+def _schedule(config: Config, job: Job, every_weight: bool, windows: int, seed: int) -> Schedule:
+    own = config.training
+    later = own.full_learning_rate if every_weight else own.learning_rate
+    return Schedule(
+        steps=_epochs(config, job) * -(-windows // own.batch_size),
+        learning_rate=own.first_learning_rate if job.stage == 0 else later,
+        warmup=own.warmup,
+        weight_decay=own.weight_decay,
+        clip_norm=own.clip_norm,
+        seed=seed,
+    )
+
+
+class Fit:
+    """Epochs over one stage's windows with early stopping on validation cross-entropy.
+
+    Args:
+        config: the experiment.
+        model: with its trained weights requiring gradients.
+        step: the method's optimiser step.
+        examples: windows to train and validate on.
+        seed: of the batch order.
+    """
+
+    def __init__(self, config: Config, model: GenerativeModel, step: Step, examples: Examples, seed: int) -> None:
+        self.settings: TrainingConfig = config.training
+        self.model, self.step, self.examples, self.seed = model, step, examples, seed
+        self.bfloat16 = wants_bfloat16(config.backbone.precision)
+
+    def run(self, epochs: int, job: Job, progress: Progress) -> dict[str, Any]:
+        """Train; leaves the best epoch's weights in the model.
+
+        Returns:
+            `training`: one row of numbers an optimiser step (thinned to about 200 a stage); `epochs`: validation loss
+            in nats a code token, epoch 0 being the start; `best_epoch`.
+        """
+        log: list[dict[str, float]] = []
+        losses = [self.validate()]
+        best, best_weights = 0, _copies(self.model)
+        per_epoch = -(-len(self.examples.training) // self.settings.batch_size)
+        every = max(1, epochs * per_epoch // 200)
+        for epoch in range(1, epochs + 1):
+            for numbers in self._epoch(epoch):
+                count = len(log) + 1
+                log.append({"step": count, **numbers})
+                progress(
+                    {"method": job.method, "stage": job.stage, "epoch": epoch, "step": count}
+                    | {"steps": epochs * per_epoch, "loss": numbers["ce"]}
+                )
+            losses.append(self.validate())
+            if losses[-1] is None or losses[-1] < min(loss for loss in losses[:-1] if loss is not None):
+                best, best_weights = epoch, _copies(self.model)
+            elif epoch - best >= self.settings.patience:
+                break
+        _put_back(self.model, best_weights)
+        rows = [{"epoch": epoch, "validation_loss": loss} for epoch, loss in enumerate(losses)]
+        return {"training": log[::every], "epochs": rows, "best_epoch": best}
+
+    def _epoch(self, epoch: int) -> Iterator[dict[str, float]]:
+        self.model.train()
+        order = np.random.default_rng([self.seed % 2**32, epoch])
+        for chosen in batches(self.examples.training, self.settings.batch_size, order):
+            numbers = self.step(self._micro_batches(chosen))
+            if not np.isfinite(numbers["ce"]):
+                raise UserError(
+                    f"the loss became {numbers['ce']} in epoch {epoch}; lower training.learning_rate. Nothing was saved"
+                )
+            yield numbers
+
+    def _micro_batches(self, chosen: np.ndarray) -> Iterator[Losses]:
+        windows, size = self.examples.training, self.settings.micro_batch_size or len(chosen)
+        share = 1 / (int((windows.end[chosen] - windows.first[chosen]).sum()) * self.examples.encoder.levels)
+        for part in np.split(chosen, range(size, len(chosen), size)):
+            yield {"recommendation": self._loss(windows, part, self.settings.label_smoothing) * share}
+
+    def _loss(self, windows: Windows, chosen: np.ndarray, smoothing: float) -> Tensor:
+        batch = self.examples.encoder.batch(windows, chosen)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            return self.model.loss(batch, self.settings.temperature if self.model.training else 1.0, smoothing)
+
+    def validate(self) -> float | None:
+        """Mean cross-entropy (nats a code token) on the stage's validation targets; None where there are none."""
+        windows = self.examples.validation
+        if not len(windows):
+            return None
+        self.model.eval()
+        with torch.no_grad():
+            total = sum(
+                float(self._loss(windows, part, 0.0)) for part in batches(windows, 2 * self.settings.batch_size, None)
+            )
+        return total / (windows.targets * self.examples.encoder.levels)
+
+
+@contextmanager
+def _reproducible(seed: int) -> Iterator[None]:
+    """Deterministic kernels and a seeded global generator (dropout draws from it), both put back afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+def derived_seed(seed: int, *place: int | str) -> int:
+    """A 63-bit seed that depends on the run's seed and the place it is used at, and on nothing else."""
+    return int(digest_of([seed, *place])[:15], 16)
+
+
+def peak_memory() -> int:
+    """Resident bytes of this process at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _moving(model: GenerativeModel) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def _copies(model: GenerativeModel) -> dict[str, Tensor]:
+    return _moving(model)
+
+
+def _put_back(model: GenerativeModel, values: Mapping[str, Tensor]) -> None:
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)
+
+
+def _drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far a stage moved its weights: root mean square, mean, and what is left without each matrix's mean."""
+    gaps = {name: (after[name] - value).flatten() for name, value in before.items()}
+    rows = [gap for name, gap in gaps.items() if name in ("input_rows", "output_rows")]
+    rest = [gap for name, gap in gaps.items() if name not in ("input_rows", "output_rows")]
+    numbers = {}
+    if rest:
+        numbers["drift_rms"] = float(torch.cat(rest).square().mean().sqrt())
+        numbers["drift_mean"] = float(torch.stack([gap.mean() for gap in rest]).mean())
+        numbers["drift_centred_rms"] = float(torch.cat([gap - gap.mean() for gap in rest]).square().mean().sqrt())
+    if rows:
+        numbers["token_row_drift"] = float(torch.cat(rows).square().mean().sqrt())
+    return numbers
+
+
+def training_log(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> dict[str, Any]:
+    """`state.json` of the last checkpoint in `job`'s lineage."""
+    folder = checkpoint_folder(config, workspace, dataset, job)
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))

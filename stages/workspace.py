@@ -1,0 +1,170 @@
+"""The one folder a run writes to: where each thing lives, and how a file gets there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.errors import UserError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths below one root; no absolute path is stored in any file there, so the folder can be moved."""
+
+    root: Path
+
+    @property
+    def log(self) -> Path:
+        """Accepted rows of the log, one Parquet file; its manifest stands beside it."""
+        return self.root / "logs" / "log.parquet"
+
+    @property
+    def rejects(self) -> Path:
+        """Refused rows with file, row number and reason."""
+        return self.root / "rejects"
+
+    @property
+    def stages(self) -> Path:
+        """`stage=NN/events.parquet` and `manifest.json`."""
+        return self.root / "stages"
+
+    @property
+    def catalogue(self) -> Path:
+        """`raw.parquet` as read, `items.parquet` with semantic IDs, `manifest.json`."""
+        return self.root / "catalogue"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a trained stage, named by its commit key."""
+        return self.root / "runs" / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        """One Parquet file of per-query metrics a (model, tested stage)."""
+        return self.root / "runs" / "evaluations"
+
+    @property
+    def reports(self) -> Path:
+        """One folder a comparison: report.json, report.html, figures."""
+        return self.root / "runs" / "reports"
+
+    @property
+    def mlflow_uri(self) -> str:
+        """SQLite address of the tracking store."""
+        return f"sqlite:///{self.root.resolve() / 'mlflow.db'}"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        """Where MLflow keeps files."""
+        return self.root / "mlartifacts"
+
+    @property
+    def prefect_home(self) -> Path:
+        """Prefect's own database and logs."""
+        return self.root / "prefect"
+
+    def stage_file(self, index: int) -> Path:
+        """The events of one stage."""
+        return self.stages / f"stage={index:02d}" / "events.parquet"
+
+    def claim(self, name: str) -> None:
+        """Create the folder for the experiment called `name`, or check that it is that experiment's.
+
+        Raises:
+            UserError: another experiment's or a newer version's workspace, or a folder that cannot be written.
+        """
+        marker = self.root / "workspace.json"
+        if marker.exists():
+            self._check(read_json(marker), name)
+            return
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_json(marker, {"schema": SCHEMA, "name": name})
+        except OSError as error:
+            raise UserError(f"{self.root}: cannot write the workspace: {error.strerror}; choose another folder") from None
+
+    def _check(self, found: dict[str, Any], name: str) -> None:
+        if found.get("schema") != SCHEMA:
+            raise UserError(
+                f"{self.root}: workspace schema {found.get('schema')}, this version reads {SCHEMA}; "
+                "install the version that made it, or choose another workspace"
+            )
+        if found.get("name") != name:
+            raise UserError(
+                f"{self.root}: workspace of experiment {found.get('name')!r}, not {name!r}; choose another workspace"
+            )
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all; NaN is refused."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable JSON file: {error}") from None
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form, in hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def need_space(folder: Path, size: int) -> None:
+    """Refuse to start writing `size` bytes where fewer than twice as many are free.
+
+    Raises:
+        UserError: too little space.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < 2 * size:
+        raise UserError(f"{folder}: {free / 2**20:.0f} MiB free, {2 * size / 2**20:.0f} MiB needed; free some space")

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flows.environment import set_defaults
+from stages.workspace import Workspace
+
+set_defaults()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+STAGES = 4
+METRICS = ("hit_at_10", "ndcg_at_10")
+STRENGTH = {
+    "frozen": 0.030,
+    "single": 0.046,
+    "peso": 0.051,
+    "popularity": 0.022,
+    "recent_popularity": 0.026,
+    "item_graph": 0.043,
+}
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """One temporary Prefect server and database for the whole test run."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """An empty workspace in a temporary folder."""
+    found = Workspace(tmp_path / "workspace")
+    found.claim("invented")
+    return found
+
+
+@pytest.fixture
+def invented_report() -> dict[str, Any]:
+    """A small report whose numbers are invented: three methods, three baselines, four stages, two seeds."""
+    return invent_report()
+
+
+def invent_report() -> dict[str, Any]:
+    rng = np.random.default_rng(7)
+    return {
+        "schema": 1,
+        "name": "invented",
+        "rows": _rows(rng),
+        "differences": _differences(),
+        "matrix": _matrix(),
+        "continual": [
+            {"method": method, "seed": 0, "metric": metric, "value": value}
+            for method in ("frozen", "single", "peso")
+            for metric, value in (
+                ("next_perf", STRENGTH[method]),
+                ("learning_accuracy", STRENGTH[method] * 1.1),
+                ("bwt", -0.012 if method == "single" else -0.004),
+                ("forgetting", 0.013),
+                ("fwt", None),
+                ("retained_accuracy", 0.04),
+                ("harmonic", 0.041),
+            )
+        ],
+        "costs": [
+            {
+                "method": method,
+                "seed": seed,
+                "protocol": "same_stage",
+                "stage": stage,
+                "train_seconds": (30.0 if stage == 0 else 8.0) * (method != "frozen"),
+                "trained_parameters": 0 if method == "frozen" else 412_000,
+                "bytes": 20_000 if method == "frozen" else 1_650_000,
+                "peak_memory_bytes": 900_000_000,
+                "users_per_second": 180.0,
+                "targets": 5000,
+            }
+            for method in ("frozen", "single", "peso")
+            for seed in (0, 1)
+            for stage in range(STAGES)
+        ],
+        "stages": [
+            {
+                "index": stage,
+                "start": f"2024-0{stage + 1}-01T00:00:00+00:00",
+                "end": f"2024-0{stage + 2}-01T00:00:00+00:00",
+                "events": 6000 if stage == 0 else 1000,
+                "users": 400,
+                "new_users": 400 if stage == 0 else 30,
+                "returning_users": 0 if stage == 0 else 370,
+                "items": 300,
+                "new_items": 300 if stage == 0 else 20,
+                "digest": f"{stage:064x}",
+                "sha256": f"{stage:064x}",
+                "path": f"stages/stage={stage:02d}/events.parquet",
+            }
+            for stage in range(STAGES)
+        ],
+        "oracle": [
+            {"protocol": protocol, "stage": stage, "value": 0.93}
+            for protocol in ("same_stage", "next_stage")
+            for stage in range(1, STAGES)
+        ],
+        "invalid_rate": 0.0,
+        "config": {"name": "invented", "evaluation": {"matrix_users": 300}},
+        "digests": {"log": "a" * 64, "stages": "b" * 64, "catalogue": "c" * 64},
+        "versions": {"driftrec": "0.1.0", "torch": "2.13.0"},
+        "machine": {"cores": 2},
+        "sampled_users": None,
+        "beam": 20,
+        "target_rule": "all baskets of the stage, rolling history",
+        "collisions": {"shared_ids": 3, "items_sharing": 7, "largest_group": 3},
+        "catalogue_known_in_advance": True,
+        "notes": ["invented numbers"],
+    }
+
+
+def _rows(rng: np.random.Generator) -> list[dict[str, Any]]:
+    rows = []
+    for method, base in STRENGTH.items():
+        for seed in (None, 0, 1):
+            if seed == 1 and "pop" in method:
+                continue
+            for protocol in ("same_stage", "next_stage"):
+                for stage in (*range(STAGES), "mean"):
+                    if protocol == "next_stage" and stage == 0:
+                        continue
+                    for part, share in (("all", 1.0), ("new_item", 0.2), ("new_user", 0.6), ("returning_user", 1.1)):
+                        for metric in METRICS:
+                            scale = share * (0.5 if metric.startswith("ndcg") else 1.0)
+                            noise = 0.0 if stage == "mean" else float(rng.normal(0, 0.004))
+                            value = max(0.0, scale * (base * (1.1 if protocol == "same_stage" else 1.0) + noise))
+                            users = 0 if part == "new_user" and stage == 3 else int(1200 * share)
+                            rows.append(
+                                {
+                                    "method": method,
+                                    "seed": seed,
+                                    "stage": stage,
+                                    "protocol": protocol,
+                                    "objective": "recommendation",
+                                    "slice": part,
+                                    "metric": metric,
+                                    "value": value if users else None,
+                                    "low": max(0.0, value - 0.006) if users else None,
+                                    "high": value + 0.006 if users else None,
+                                    "users": users,
+                                }
+                            )
+    return rows
+
+
+def _differences() -> list[dict[str, Any]]:
+    return [
+        {
+            "method": method,
+            "reference": "single",
+            "stage": "mean",
+            "protocol": protocol,
+            "objective": "recommendation",
+            "slice": "all",
+            "metric": metric,
+            "value": STRENGTH[method] - STRENGTH["single"],
+            "low": STRENGTH[method] - STRENGTH["single"] - 0.004,
+            "high": STRENGTH[method] - STRENGTH["single"] + 0.004,
+            "p_holm": 0.012 if method != "peso" else 0.2,
+            "users": 1200,
+            "seeds": 2,
+        }
+        for method in STRENGTH
+        if method != "single"
+        for protocol in ("same_stage", "next_stage")
+        for metric in METRICS
+    ]
+
+
+def _matrix() -> list[dict[str, Any]]:
+    return [
+        {
+            "method": method,
+            "seed": 0,
+            "protocol": "same_stage",
+            "metric": "hit_at_10",
+            "trained": i,
+            "tested": j,
+            "value": STRENGTH[method] * math.exp(-0.3 * abs(i - j)),
+            "users": 300,
+        }
+        for method in ("frozen", "single", "peso")
+        for i in range(STAGES)
+        for j in range(STAGES)
+    ]

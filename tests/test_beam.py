@@ -1,0 +1,122 @@
+"""The constrained beam against a search by brute force over every item."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.backbone import small_backbone
+from models.beam import beam_search
+from models.generative import GenerativeModel
+from models.generative_recommender import GenerativeRecommender
+from models.trie import Trie
+from tests import reference
+
+SIZES = (5, 4, 3)
+OFFSETS = torch.tensor([0, 5, 9])
+
+
+def tiny_model(seed: int = 0) -> GenerativeModel:
+    backbone = small_backbone(hidden=16, layers=2, heads=2, feed_forward=32, seed=seed)
+    model = GenerativeModel(backbone, codes=sum(SIZES), seed=seed, full_vocabulary=False, dropout=0.0)
+    with torch.no_grad():
+        for rows in model.rows().values():
+            rows.mul_(40)  # spread the scores, so that an order is an order and not rounding
+    return model.eval()
+
+
+def random_codes(rng: np.random.Generator, items: int) -> np.ndarray:
+    every = np.array(np.meshgrid(*(range(size) for size in SIZES), indexing="ij")).reshape(3, -1).T
+    return every[rng.choice(len(every), items, replace=False)].astype(np.int64)
+
+
+def prompts_of(codes: np.ndarray):
+    offsets = OFFSETS.numpy()
+
+    def prompts(histories: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [[sum(SIZES), *(codes[history] + offsets).ravel()] for history in histories]
+        lengths = torch.tensor([len(row) for row in rows])
+        padded = [row + [sum(SIZES)] * (int(lengths.max()) - len(row)) for row in rows]
+        return torch.tensor(padded), lengths
+
+    return prompts
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 60), st.integers(0, 10_000))
+def test_a_beam_as_wide_as_the_catalogue_returns_the_brute_force_ranking(items: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    codes, model = random_codes(rng, items), tiny_model()
+    histories = [rng.integers(0, items, size) for size in (0, 3, 1)]
+    tokens, lengths = prompts_of(codes)(histories)
+    leaves, scores = beam_search(model, Trie.build(codes), OFFSETS, tokens, lengths, width=60)
+    order = np.lexsort(codes.T[::-1])  # leaf number -> item
+    for row, history in enumerate(histories):
+        expected = reference.item_scores(model, codes, OFFSETS.tolist(), history.tolist())
+        found = {int(order[leaf]): float(score) for leaf, score in zip(leaves[row], scores[row], strict=True) if leaf >= 0}
+        assert found.keys() == set(range(items))
+        assert found == pytest.approx(dict(enumerate(expected)), abs=1e-4)
+        assert scores[row, :items].tolist() == sorted(scores[row, :items].tolist(), reverse=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(8, 60), st.integers(1, 12), st.integers(0, 10_000))
+def test_a_narrow_beam_returns_what_the_slow_beam_returns_and_only_items(items: int, width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    codes, model = random_codes(rng, items), tiny_model(seed % 3)
+    history = rng.integers(0, items, 4)
+    tokens, lengths = prompts_of(codes)([history])
+    leaves, _ = beam_search(model, Trie.build(codes), OFFSETS, tokens, lengths, width=width)
+    order = np.lexsort(codes.T[::-1])
+    found = [tuple(codes[order[leaf]]) for leaf in leaves[0].tolist() if leaf >= 0]
+    assert found == reference.slow_beam(model, codes, OFFSETS.tolist(), history.tolist(), width)
+
+
+def recommender(codes: np.ndarray, exclude: bool = False, beam: int = 20) -> GenerativeRecommender:
+    return GenerativeRecommender(tiny_model(), codes, SIZES, prompts_of(codes), 20, beam, exclude)
+
+
+def test_a_batch_of_sixteen_gives_what_sixteen_batches_of_one_give() -> None:
+    rng = np.random.default_rng(3)
+    codes = random_codes(rng, 50)
+    histories = [rng.integers(0, 50, size) for size in range(16)]
+    model = recommender(codes)
+    together = model.recommend(histories, 10)
+    for row, history in enumerate(histories):
+        alone = model.recommend([history], 10)
+        assert together.items[row].tolist() == alone.items[0].tolist()
+        np.testing.assert_allclose(together.scores[row], alone.scores[0], atol=1e-4)
+
+
+def test_the_history_is_left_out_when_asked_and_only_then() -> None:
+    rng = np.random.default_rng(4)
+    codes = random_codes(rng, 30)
+    history = np.arange(25)
+    plain = recommender(codes, beam=30).recommend([history], 30)
+    without = recommender(codes, exclude=True, beam=30).recommend([history], 30)
+    assert set(plain.items[0].tolist()) == set(range(30))
+    assert [i for i in without.items[0].tolist() if i >= 0] == [i for i in plain.items[0].tolist() if i >= 25]
+
+
+def test_items_that_share_an_id_come_as_one_tie_group_in_catalogue_order() -> None:
+    codes = np.array([[0, 1, 2], [1, 0, 0], [0, 1, 2], [2, 2, 1]])
+    lists = recommender(codes).recommend([np.array([1])], 4)
+    place = lists.items[0].tolist().index(0)
+    assert lists.items[0, place + 1] == 2
+    assert lists.groups[0, place] == lists.groups[0, place + 1]
+    assert len(set(lists.groups[0].tolist())) == 3
+    assert lists.scores[0, place] == lists.scores[0, place + 1]
+
+
+def test_a_shared_id_survives_while_one_of_its_items_is_new() -> None:
+    codes = np.array([[0, 1, 2], [1, 0, 0], [0, 1, 2], [2, 2, 1]])
+    lists = recommender(codes, exclude=True).recommend([np.array([0])], 4)
+    assert sorted(lists.items[0].tolist()) == [-1, 1, 2, 3]
+
+
+def test_a_list_longer_than_the_beam_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"k \(5\) exceeds the beam \(4\)"):
+        recommender(np.array([[0, 0, 0]]), beam=4).recommend([np.array([0])], 5)

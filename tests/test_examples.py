@@ -1,0 +1,119 @@
+"""Windows, batches and the packed layout's parity with one example a target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.backbone import small_backbone
+from models.generative import GenerativeModel
+from stages.config import TrainingConfig
+from stages.dataset import load_dataset
+from stages.examples import Encoder, batches, make_windows
+from stages.interactions import Catalogue, Interactions
+from tests import tiny
+
+
+def events(lengths: list[int], items: int = 12, seed: int = 0) -> Interactions:
+    rng = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    total = int(offsets[-1])
+    return Interactions(
+        user_ids=[f"u{n}" for n in range(len(lengths))],
+        offsets=offsets,
+        items=rng.integers(0, items, total),
+        stages=np.zeros(total, dtype=np.int64),
+        baskets=np.arange(total),
+    )
+
+
+def catalogue(items: int = 12) -> Catalogue:
+    codes = np.array([[n // 4, n % 4] for n in range(items)], dtype=np.int64)
+    names = [f"i{n}" for n in range(items)]
+    return Catalogue(names, names, np.zeros(items, dtype=np.int64), codes, (items // 4, 4), False, "x")
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 5), st.integers(1, 6), st.integers(0, 99))
+def test_every_target_is_in_exactly_one_window_with_its_own_users_context(
+    lengths: list[int], size: int, history: int, seed: int
+) -> None:
+    own = events(lengths)
+    mask = np.random.default_rng(seed).random(len(own.items)) < 0.6
+    windows = make_windows(own, mask, TrainingConfig(targets_per_window=size, history_length=history))
+    covered = np.zeros(len(mask), dtype=int)
+    for start, first, end in zip(windows.start, windows.first, windows.end, strict=True):
+        covered[first:end] += 1
+        assert len(set(own.users[start:end])) == 1
+        assert first - start == min(history, first - own.offsets[own.users[first]])
+        assert end - first <= size
+    assert covered.tolist() == mask.astype(int).tolist()
+    assert windows.targets == mask.sum()
+
+
+def per_target_losses(model: GenerativeModel, own: Interactions, layout: str) -> dict[int, float]:
+    mask = np.ones(len(own.items), dtype=bool)
+    windows = make_windows(own, mask, TrainingConfig(layout=layout, history_length=20))  # pyright: ignore[reportArgumentType]
+    encoder = Encoder(own, catalogue())
+    losses = {}
+    for line in range(len(windows)):
+        batch = encoder.batch(windows, np.array([line]))
+        states = model.hidden(batch.tokens).flatten(0, 1)[batch.positions]
+        each = torch.nn.functional.cross_entropy(model.logits(states), batch.labels, reduction="none")
+        rows = np.arange(windows.first[line], windows.end[line])
+        losses.update(zip(rows.tolist(), each.reshape(len(rows), -1).sum(dim=1).tolist(), strict=True))
+    return losses
+
+
+def test_the_packed_layout_gives_each_target_the_loss_of_an_example_of_its_own() -> None:
+    """Exact while a user's whole sequence fits the history; beyond it the packed window sees more."""
+    backbone = small_backbone(hidden=16, layers=2, heads=2, feed_forward=32, seed=0)
+    model = GenerativeModel(backbone, codes=7, seed=0, full_vocabulary=False, dropout=0.0).eval()
+    own = events([20, 1, 7, 13])
+    with torch.no_grad():
+        packed, apart = (per_target_losses(model, own, layout) for layout in ("packed", "per_prefix"))
+    assert packed.keys() == apart.keys()
+    assert packed == pytest.approx(apart, abs=1e-5)
+
+
+def test_padding_changes_no_loss() -> None:
+    backbone = small_backbone(hidden=16, layers=2, heads=2, feed_forward=32, seed=0)
+    model = GenerativeModel(backbone, codes=7, seed=0, full_vocabulary=False, dropout=0.0).eval()
+    own = events([3, 9, 1])
+    windows = make_windows(own, np.ones(13, dtype=bool), TrainingConfig())
+    encoder = Encoder(own, catalogue())
+    with torch.no_grad():
+        together = float(model.loss(encoder.batch(windows, np.arange(3))))
+        apart = sum(float(model.loss(encoder.batch(windows, np.array([n])))) for n in range(3))
+    assert together == pytest.approx(apart, rel=1e-5)
+
+
+def test_batches_hold_every_window_once_and_repeat_for_the_same_seed() -> None:
+    windows = make_windows(events([5, 3, 8, 2, 9, 4]), np.ones(31, dtype=bool), TrainingConfig(targets_per_window=2))
+    runs = [[part.tolist() for part in batches(windows, 4, np.random.default_rng(seed))] for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+    for run in runs:
+        assert sorted(sum(run, [])) == list(range(len(windows)))
+    quiet = [part.tolist() for part in batches(windows, 4, None)]
+    assert sorted(sum(quiet, [])) == list(range(len(windows)))
+
+
+def test_a_prompt_is_the_beginning_of_the_sequence_and_the_codes_of_the_history() -> None:
+    own = events([4])
+    tokens, lengths = Encoder(own, catalogue()).prompts([np.array([], dtype=np.int64), np.array([5, 11])])
+    assert lengths.tolist() == [1, 5]
+    assert tokens.tolist() == [[7, 7, 7, 7, 7], [7, 1, 3 + 1, 2, 3 + 3]]
+
+
+def test_the_workspace_gives_users_their_events_in_order(tmp_path: Path) -> None:
+    dataset = load_dataset(tiny.config(), tiny.checkerboard(tmp_path, stages=2, users=3, length=4))
+    assert dataset.stages == 2
+    own = dataset.interactions
+    walks = {user: own.items[own.offsets[n] : own.offsets[n + 1]].tolist() for n, user in enumerate(own.user_ids)}
+    assert walks["s0u001"] == [1, 2, 3, 4]
+    assert walks["s1u001"] == [1, 0, 15, 14]

@@ -1,0 +1,264 @@
+"""One table of all methods, run through one list of promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models import adapter as lora
+from models.generative import GenerativeModel
+from stages.checkpoint import ADAPTER, BACKBONE, ROWS, fault_of, read_tensors
+from stages.commit import checkpoint_folder, lineage_jobs, method_of
+from stages.config import Config, PesoConfig
+from stages.dataset import load_dataset
+from stages.errors import UserError
+from stages.evaluate import evaluate_stage
+from stages.jobs import Job
+from stages.methods.contract import Schedule
+from stages.train import bare_model, restore_model, train_stage, training_log
+from stages.workspace import Workspace
+from tests import tiny
+
+METHODS = (
+    "frozen",
+    "single",
+    "peso_paper",
+    "peso_working",
+    "cumulative_sum",
+    "cumulative_normalised",
+    "cumulative_normalised_latest",
+    "cumulative_normalised_inherit",
+    "full_retrain",
+    "full_finetune",
+)
+QUICK = {"training": {"first_epochs": 2, "epochs": 2}}
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return tiny.checkerboard(tmp_path_factory.mktemp("board"))
+
+
+def job(method: str, stage: int, seed: int = 0) -> Job:
+    return Job(method, seed, "same_stage", stage)
+
+
+def folder(config: Config, workspace: Workspace, own: Job) -> Path:
+    return checkpoint_folder(config, workspace, load_dataset(config, workspace), own)
+
+
+def model_after(config: Config, workspace: Workspace, own: Job) -> GenerativeModel:
+    return restore_model(config, workspace, load_dataset(config, workspace), own)
+
+
+def probe(model: GenerativeModel) -> torch.Tensor:
+    tokens = torch.arange(24).reshape(2, 12) % model.codes
+    with torch.no_grad():
+        return model.eval().logits(model.hidden(tokens))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_bytes_twice(method: str, tmp_path: Path) -> None:
+    digests = []
+    for copy in ("a", "b"):
+        workspace = tiny.checkerboard(tmp_path / copy)
+        config = tiny.config(**QUICK)
+        done = train_stage(config, workspace, job(method, 2))
+        place = folder(config, workspace, job(method, 2))
+        digests.append({p.name: p.read_bytes() for p in place.glob("*.safetensors")})
+        assert done.job == job(method, 2)
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_committed_stage_is_returned_and_never_trained_again(method: str, board: Workspace) -> None:
+    config = tiny.config(**QUICK)
+    first = train_stage(config, board, job(method, 1))
+    steps: list[object] = []
+    again = train_stage(config, board, job(method, 1), steps.append)
+    assert again.reused
+    assert again.digest == first.digest
+    assert steps == []
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "frozen"])
+def test_only_what_the_method_trains_is_saved_and_the_rest_is_untouched(method: str, board: Workspace) -> None:
+    config = tiny.config(**QUICK)
+    train_stage(config, board, job(method, 2))
+    stored = {path.name for path in folder(config, board, job(method, 2)).glob("*.safetensors")}
+    whole = method == "full_finetune"
+    assert stored == ({BACKBONE, ROWS} if whole else {ADAPTER, ROWS})
+    if not whole:
+        base = read_tensors(folder(config, board, job("first", 0))).backbone
+        dataset = load_dataset(config, board)
+        model = bare_model(config, dataset, 0)
+        lineage = [folder(config, board, part) for part in lineage_jobs(config, job(method, 2))]
+        method_of(config, method).restore(model, lineage)
+        lora.detach(model.stack)
+        if not method.startswith("cumulative"):  # their base holds the frozen predecessors as well
+            for name, value in model.stack.named_parameters():
+                assert torch.equal(value, base[name]), name
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "frozen"])
+def test_training_lowers_the_validation_loss(method: str, board: Workspace) -> None:
+    config = tiny.config(training={"first_epochs": 6, "epochs": 6})
+    train_stage(config, board, job(method, 1))
+    log = training_log(config, board, load_dataset(config, board), job(method, 1))
+    losses = [row["validation_loss"] for row in log["epochs"]]
+    assert min(losses[1:]) < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "frozen"])
+def test_a_stage_without_usable_events_carries_the_model_over(method: str, tmp_path: Path) -> None:
+    workspace = tiny.checkerboard(tmp_path, stages=2)
+    tiny.write_stage(workspace, 1, [])
+    config = tiny.config(**QUICK)
+    done = train_stage(config, workspace, job(method, 1))
+    assert done.targets == 0
+    if method not in ("full_retrain", "cumulative_normalised_inherit"):
+        before = probe(model_after(config, workspace, job(method, 0)))
+        after = probe(model_after(config, workspace, job(method, 1)))
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    result = evaluate_stage(config, workspace, job(method, 1), tested=1)
+    assert result.queries == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stage_zero_is_one_checkpoint_for_all(method: str, board: Workspace) -> None:
+    config = tiny.config(**QUICK)
+    train_stage(config, board, job(method, 0))
+    assert folder(config, board, job(method, 0)) == folder(config, board, job("first", 0))
+
+
+def test_frozen_rows_stay_bitwise_while_evolving_rows_move(board: Workspace) -> None:
+    for token_rows, moves in (("freeze", False), ("evolve", True)):
+        config = tiny.config(training={**QUICK["training"], "token_rows": token_rows})
+        train_stage(config, board, job("single", 2))
+        before = model_after(config, board, job("single", 0))
+        after = model_after(config, board, job("single", 2))
+        assert torch.equal(before.input_rows, after.input_rows) is not moves
+        assert torch.equal(before.own_embedding, after.own_embedding)
+
+
+def test_peso_with_strength_zero_is_single_bit_for_bit(board: Workspace) -> None:
+    config = tiny.config(**QUICK).model_copy(update={"methods": {"unheld": PesoConfig(strength=0)}})
+    for method in ("single", "unheld"):
+        train_stage(config, board, job(method, 2))
+    for stage in (1, 2):
+        single, unheld = (folder(config, board, job(method, stage)) for method in ("single", "unheld"))
+        for name in (ADAPTER, ROWS):
+            assert (single / name).read_bytes() == (unheld / name).read_bytes()
+
+
+def test_a_huge_strength_returns_the_previous_adapter(board: Workspace) -> None:
+    held = PesoConfig(strength=1e6, scale="size")
+    config = tiny.config(training={"epochs": 40, "weight_decay": 0.0, "token_rows": "freeze", "patience": 40})
+    config = config.model_copy(update={"methods": {"held": held, "unheld": PesoConfig(strength=0)}})
+    drift = {}
+    for method in ("held", "unheld"):
+        train_stage(config, board, job(method, 1))
+        drift[method] = training_log(config, board, load_dataset(config, board), job(method, 1))["drift_centred_rms"]
+    assert drift["held"] <= 0.1 * drift["unheld"]
+
+
+def test_the_penalty_is_logged_and_its_ratio_is_that_of_two_separate_backwards(board: Workspace) -> None:
+    config = tiny.config(**QUICK)
+    train_stage(config, board, job("peso_working", 1))
+    rows = training_log(config, board, load_dataset(config, board), job("peso_working", 1))["training"]
+    assert rows[0]["proximal_nats"] == 0.0  # a stage begins at its anchor
+    assert rows[-1]["proximal_nats"] > 0
+    assert {"proximal_loss", "grad_ratio", "grad_ratio_max", "ce"} <= rows[-1].keys()
+
+
+def test_accumulated_micro_batches_give_the_same_adapter(tmp_path: Path) -> None:
+    adapters = []
+    for micro in (16, 4):
+        workspace = tiny.checkerboard(tmp_path / str(micro))
+        config = tiny.config(training={**QUICK["training"], "micro_batch_size": micro})
+        train_stage(config, workspace, job("peso_working", 1))
+        adapters.append(load_file(folder(config, workspace, job("peso_working", 1)) / ADAPTER))
+    for name, value in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], value, atol=2e-4, rtol=0)
+
+
+def begun(config: Config, workspace: Workspace, method: str, stage: int) -> GenerativeModel:
+    dataset = load_dataset(config, workspace)
+    model = bare_model(config, dataset, 0)
+    lineage = [folder(config, workspace, part) for part in lineage_jobs(config, job(method, stage - 1))]
+    schedule = Schedule(steps=1, learning_rate=1e-3, warmup=0, weight_decay=0, clip_norm=1, seed=5)
+    method_of(config, method).begin(model, lineage, schedule)
+    return model
+
+
+def test_cumulative_sum_starts_a_stage_exactly_at_the_previous_model(board: Workspace) -> None:
+    config = tiny.config(**QUICK)
+    for method, exact in (("cumulative_sum", True), ("cumulative_normalised", False)):
+        train_stage(config, board, job(method, 2))
+        before = probe(model_after(config, board, job(method, 1)))
+        gap = (probe(begun(config, board, method, 2)) - before).abs().max()
+        assert (float(gap) <= 1e-5) is exact, method
+
+
+def test_past_adapters_of_cumulative_lora_are_never_written_again(tmp_path: Path) -> None:
+    workspace = tiny.checkerboard(tmp_path)
+    config = tiny.config(**QUICK)
+    train_stage(config, workspace, job("cumulative_sum", 1))
+    place = folder(config, workspace, job("cumulative_sum", 1))
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    train_stage(config, workspace, job("cumulative_sum", 2))
+    assert before == {path.name: path.read_bytes() for path in place.iterdir()}
+
+
+def test_a_damaged_checkpoint_is_quarantined_and_trained_to_the_same_bytes(tmp_path: Path) -> None:
+    workspace = tiny.checkerboard(tmp_path)
+    config = tiny.config(**QUICK)
+    train_stage(config, workspace, job("single", 1))
+    place = folder(config, workspace, job("single", 1))
+    good = (place / ADAPTER).read_bytes()
+    (place / ADAPTER).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert "altered" in str(fault_of(place))
+    with pytest.raises(UserError, match="altered"):
+        model_after(config, workspace, job("single", 1))
+    assert not train_stage(config, workspace, job("single", 1)).reused
+    assert (place / ADAPTER).read_bytes() == good
+    assert len(list((workspace.root / "runs" / "quarantine").glob("*.reason.txt"))) == 1
+
+
+def test_changing_the_future_changes_no_checkpoint_of_the_past(tmp_path: Path) -> None:
+    workspace = tiny.checkerboard(tmp_path)
+    config = tiny.config(**QUICK)
+    train_stage(config, workspace, job("single", 1))
+    place = folder(config, workspace, job("single", 1))
+    tiny.write_stage(workspace, 2, [("someone", f"i{n:02d}") for n in range(8)])
+    tiny.write_stage_manifest(workspace, 3, tag=", altered")
+    assert folder(config, workspace, job("single", 1)) == place
+    assert train_stage(config, workspace, job("single", 1)).reused
+
+
+def hits(config: Config, workspace: Workspace, own: Job, tested: int) -> float:
+    result = evaluate_stage(config, workspace, own, tested=tested)
+    return float(np.mean(pl.read_parquet(workspace.root / result.path)["hit_at_1"].to_numpy()))
+
+
+def test_an_unanchored_adapter_follows_the_flip_and_a_huge_strength_keeps_the_old_rule(tmp_path: Path) -> None:
+    workspace = tiny.checkerboard(tmp_path, stages=2, users=48)
+    settings = {"first_epochs": 30, "epochs": 40, "patience": 40, "token_rows": "freeze", "learning_rate": 2e-2}
+    config = tiny.config(training=settings)
+    held = {f"held_{power}": PesoConfig(strength=10.0**power, scale="size") for power in (-2, 6)}
+    config = config.model_copy(update={"methods": held})
+    scores = {}
+    for method in ("single", *held):
+        train_stage(config, workspace, job(method, 1))
+        scores[method] = hits(config, workspace, job(method, 1), tested=1), hits(config, workspace, job(method, 1), 0)
+    assert hits(config, workspace, job("frozen", 1), tested=0) >= 0.95
+    assert scores["single"][0] >= 0.95
+    assert scores["single"][1] <= 0.1
+    assert scores["held_6"][0] <= 0.1
+    assert scores["held_6"][1] >= 0.9
+    assert scores["held_6"][0] <= scores["held_-2"][0] <= scores["single"][0]
