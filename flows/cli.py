@@ -224,7 +224,7 @@ def _show(folder: Path, best: dict[str, dict[str, float]] | None = None, chart: 
 
     found: Findings = steps.findings(folder)
     console = terminal.stdout()
-    for table in tables.headline(found, best):
+    for table in tables.headline(found, best, console.width):
         console.print(table)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     chart = chart or steps.recorded_chart(folder)
@@ -248,14 +248,20 @@ def _numbers(text: str | None) -> list[int] | None:
     return [int(word) for word in words]
 
 
+INTERRUPTED = "interrupted; `driftrec resume` goes on from the last committed stage"
+
+
 def main() -> None:
     """Run the command line; exit code 0, 2 for the user's mistake, 1 for ours or the machine's, 130 for Ctrl-C."""
     try:
         app()
+    except SystemExit as end:
+        # typer turns Ctrl-C into this code by itself, without a word.
+        _fail(INTERRUPTED, 130) if end.code == 130 else sys.exit(end.code)
     except UserError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("interrupted; `driftrec resume` goes on from the last committed stage", 130)
+        _fail(INTERRUPTED, 130)
     except OSError as error:
         _fail(_machine_fault(error) or _crash(error), 1)
     except Exception as error:

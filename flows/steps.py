@@ -61,7 +61,7 @@ def read(plan: Plan) -> None:
     """Read and check the log into the workspace."""
     from stages.log import read_log
 
-    watcher().label = "reading the log"
+    watcher().start("reading the log")
     report = read_log(plan.config, plan.workspace, progress=watcher().say)
     experiment.check_log(plan.workspace, report.digest)
 
@@ -70,7 +70,7 @@ def split(plan: Plan) -> Plan:
     """Cut the log into stages; the plan then knows how many there are."""
     from stages.split import split_stages
 
-    watcher().label = "cutting stages"
+    watcher().start("cutting stages")
     plan = plan.with_stages(len(split_stages(plan.config, plan.workspace)))
     watcher().expect(plan.steps())
     return plan
@@ -80,7 +80,7 @@ def identify(plan: Plan) -> None:
     """Give every item its semantic ID."""
     from stages.items import build_semantic_ids
 
-    watcher().label = "semantic IDs"
+    watcher().start("semantic IDs")
     build_semantic_ids(plan.config, plan.workspace, progress=watcher().say)
 
 
@@ -133,7 +133,7 @@ def summarise(plan: Plan, evaluations: list[Evaluation], checkpoints: list[Check
     from stages import summary
     from stages.drift import draw_drift
 
-    watcher().label = "summing up"
+    watcher().start("summing up")
     report = summary.summarise(plan.config, plan.workspace, evaluations, checkpoints, progress=watcher().say)
     stored = read_json(plan.workspace.root / "config.json")["config"]
     report |= {"config": stored, "versions": machine.versions(), "machine": machine.description()}
@@ -161,7 +161,7 @@ def record(workspace: Workspace, folder: Path) -> str | None:
     """
     from flows import tracking
 
-    watcher().label = "recording in MLflow"
+    watcher().start("recording in MLflow")
     found = read_json(folder / "jobs.json")
     evaluations = [Evaluation(**{**row, "job": Job(**row["job"])}) for row in found["evaluations"]]
     checkpoints = [Checkpoint(**{**row, "job": Job(**row["job"])}) for row in found["checkpoints"]]

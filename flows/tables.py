@@ -9,22 +9,27 @@ from flows.findings import HEADLINE, PROTOCOL_TITLES, REFERENCE, Difference, Fin
 if TYPE_CHECKING:
     from rich.table import Table
 
+WIDE = 160
+SPACE = "\N{NO-BREAK SPACE}"
+"""Stands between a number and its interval until the width is known."""
 
-def headline(findings: Findings, best: dict[str, dict[str, float]] | None = None) -> list[Table]:
+
+def headline(findings: Findings, best: dict[str, dict[str, float]] | None = None, width: int = WIDE) -> list[Table]:
     """The report's tables, one for each protocol and objective.
 
     Args:
         findings: of a report.
         best: protocol -> metric -> best possible score, where it is known.
+        width: of the terminal, in characters; below `WIDE` an interval stands under its number.
     """
     return [
-        _table(findings, protocol, objective, (best or {}).get(protocol, {}))
+        _table(findings, protocol, objective, (best or {}).get(protocol, {}), " " if width >= WIDE else "\n")
         for protocol in findings.protocols
         for objective in findings.objectives
     ]
 
 
-def _table(findings: Findings, protocol: str, objective: str, best: dict[str, float]) -> Table:
+def _table(findings: Findings, protocol: str, objective: str, best: dict[str, float], gap: str) -> Table:
     title = PROTOCOL_TITLES.get(protocol, protocol) + (f", {objective}" if len(findings.objectives) > 1 else "")
     table = _empty(f"{title}: mean over the stages after the first, 95 % intervals over users")
     table.caption = sample_note(findings.report)
@@ -34,7 +39,7 @@ def _table(findings: Findings, protocol: str, objective: str, best: dict[str, fl
         table.add_column(f"minus {REFERENCE}", justify="right", no_wrap=True)
         table.add_column("p", justify="right", no_wrap=True)
     for line in findings.lines(protocol, objective):
-        table.add_row(*_line(line), style="dim" if line.baseline else None)
+        table.add_row(*(cell.replace(SPACE, gap) for cell in _line(line)), style="dim" if line.baseline else None)
     if best:
         cells = [cell for metric in HEADLINE for cell in (_number(best.get(metric)), "", "")]
         table.add_section()
@@ -61,7 +66,7 @@ def _with_interval(value: str, low: float | None, high: float | None, signed: bo
     if low is None or high is None:
         return value
     form = "+.4f" if signed else ".4f"
-    return f"{value} \\[{low:{form}}, {high:{form}}]"
+    return f"{value}{SPACE}\\[{low:{form}}, {high:{form}}]"
 
 
 def _number(value: float | None) -> str:

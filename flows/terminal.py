@@ -146,4 +146,4 @@ def stderr() -> Console:
 
 def _console(kind: type[Console], stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    return kind(stderr=stderr, width=None if stream.isatty() else 140, highlight=False, soft_wrap=False)
+    return kind(stderr=stderr, width=None if stream.isatty() else 160, highlight=False, soft_wrap=False)

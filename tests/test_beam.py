@@ -52,11 +52,13 @@ def test_a_beam_as_wide_as_the_catalogue_returns_the_brute_force_ranking(items: 
     codes, model = random_codes(rng, items), tiny_model()
     histories = [rng.integers(0, items, size) for size in (0, 3, 1)]
     tokens, lengths = prompts_of(codes)(histories)
-    leaves, scores = beam_search(model, Trie.build(codes), OFFSETS, tokens, lengths, width=60)
+    with torch.inference_mode():
+        leaves, scores = beam_search(model, Trie.build(codes), OFFSETS, tokens, lengths, width=60)
     order = np.lexsort(codes.T[::-1])  # leaf number -> item
     for row, history in enumerate(histories):
         expected = reference.item_scores(model, codes, OFFSETS.tolist(), history.tolist())
-        found = {int(order[leaf]): float(score) for leaf, score in zip(leaves[row], scores[row], strict=True) if leaf >= 0}
+        pairs = zip(leaves[row].tolist(), scores[row].tolist(), strict=True)
+        found = {int(order[leaf]): score for leaf, score in pairs if leaf >= 0}
         assert found.keys() == set(range(items))
         assert found == pytest.approx(dict(enumerate(expected)), abs=1e-4)
         assert scores[row, :items].tolist() == sorted(scores[row, :items].tolist(), reverse=True)
@@ -69,7 +71,8 @@ def test_a_narrow_beam_returns_what_the_slow_beam_returns_and_only_items(items: 
     codes, model = random_codes(rng, items), tiny_model(seed % 3)
     history = rng.integers(0, items, 4)
     tokens, lengths = prompts_of(codes)([history])
-    leaves, _ = beam_search(model, Trie.build(codes), OFFSETS, tokens, lengths, width=width)
+    with torch.inference_mode():
+        leaves, _ = beam_search(model, Trie.build(codes), OFFSETS, tokens, lengths, width=width)
     order = np.lexsort(codes.T[::-1])
     found = [tuple(codes[order[leaf]]) for leaf in leaves[0].tolist() if leaf >= 0]
     assert found == reference.slow_beam(model, codes, OFFSETS.tolist(), history.tolist(), width)

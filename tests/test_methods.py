@@ -120,8 +120,11 @@ def test_a_stage_without_usable_events_carries_the_model_over(method: str, tmp_p
     tiny.write_stage(workspace, 1, [])
     config = tiny.config(**QUICK)
     done = train_stage(config, workspace, job(method, 1))
+    if method == "full_retrain":  # it has the stages before
+        assert done.targets > 0
+        return
     assert done.targets == 0
-    if method not in ("full_retrain", "cumulative_normalised_inherit"):
+    if method != "cumulative_normalised_inherit":
         before = probe(model_after(config, workspace, job(method, 0)))
         after = probe(model_after(config, workspace, job(method, 1)))
         torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
@@ -248,7 +251,7 @@ def hits(config: Config, workspace: Workspace, own: Job, tested: int) -> float:
 
 def test_an_unanchored_adapter_follows_the_flip_and_a_huge_strength_keeps_the_old_rule(tmp_path: Path) -> None:
     workspace = tiny.checkerboard(tmp_path, stages=2, users=48)
-    settings = {"first_epochs": 30, "epochs": 40, "patience": 40, "token_rows": "freeze", "learning_rate": 2e-2}
+    settings = {"first_epochs": 30, "epochs": 90, "patience": 90, "token_rows": "freeze", "learning_rate": 2e-2}
     config = tiny.config(training=settings)
     held = {f"held_{power}": PesoConfig(strength=10.0**power, scale="size") for power in (-2, 6)}
     config = config.model_copy(update={"methods": held})
