@@ -143,7 +143,8 @@ def _ceiling(findings: Findings, protocol: str) -> str:
 
 def _target_rule(findings: Findings, protocol: str) -> str:
     rule = findings.report.get("target_rule", "")
-    return str(rule.get(protocol, "")) if isinstance(rule, dict) else f"Targets: {rule}."
+    found = rule.get(protocol, "") if isinstance(rule, dict) else rule
+    return f"Targets: {found}." if found else ""
 
 
 def _high(cell: Cell | None) -> float:

@@ -34,7 +34,7 @@ CONTINUES = 0.6
 SUCCESSORS = (0.75, 0.25)
 """Given that, the shares of the next item in line and of the one after it."""
 SEARCHES = 0.15
-"""Share of the events that are searches; their item comes from the same distribution."""
+"""Share of the events that are searches: an item of the same distribution, which the next event does not continue."""
 NEW_ITEMS, NEW_USERS = 0.25, 0.4
 """Shares of the items and users that arrive after stage 0, spread evenly over the later stages."""
 DRIFTING, RETURNING, REVERSING = 0.4, 0.55, 0.15
@@ -82,7 +82,7 @@ class _Crowd:
     visits: IntArray  # (S, U) number of events, 0 = away
 
 
-def write_demo_log(folder: Path, seed: int, users: int = 800, items: int = 360, stages: int = 4) -> DemoTruth:
+def write_demo_log(folder: Path, seed: int, users: int = 500, items: int = 240, stages: int = 4) -> DemoTruth:
     """Generate the log, its catalogue and the truth about it.
 
     Args:
@@ -231,7 +231,7 @@ def _tastes(rng: np.random.Generator, users: int, categories: int) -> FloatArray
 
 
 def _walks(rng: np.random.Generator, shop: _Shop, crowd: _Crowd) -> list[pl.DataFrame]:
-    """Every user's items in order, by stage and step: user, item, stage, step and the item's true rank."""
+    """Every user's items in order, by stage and step, with the item's true rank and whether it was searched."""
     last = np.full(crowd.visits.shape[1], -1)
     return [
         _step(rng, shop, crowd, stage, step, last)
@@ -241,14 +241,15 @@ def _walks(rng: np.random.Generator, shop: _Shop, crowd: _Crowd) -> list[pl.Data
 
 
 def _step(rng: np.random.Generator, shop: _Shop, crowd: _Crowd, stage: int, step: int, last: IntArray) -> pl.DataFrame:
-    """One more event of each user whose visit is not over; moves `last` on."""
+    """One more event of each user whose visit is not over; `last` moves on where it is no search."""
     here = np.flatnonzero(crowd.visits[stage] > step)
     chances = _next_item(shop, stage, crowd.taste[stage, here], last[here])
     lots = rng.random(len(here))[:, None] * chances.sum(axis=1, keepdims=True)
     item = (chances.cumsum(axis=1) <= lots).sum(axis=1)
-    last[here] = item
+    searched = rng.random(len(here)) < SEARCHES
+    last[here[~searched]] = item[~searched]
     return pl.DataFrame(
-        {"user": here, "item": item, "rank": _ranks(chances, item)}, schema_overrides={"rank": pl.Int64}
+        {"user": here, "item": item, "rank": _ranks(chances, item), "searched": searched},
     ).with_columns(stage=pl.lit(stage, pl.Int64), step=pl.lit(step, pl.Int64))
 
 
@@ -274,12 +275,11 @@ def _with_times(rng: np.random.Generator, walks: pl.DataFrame, stages: int) -> p
     lots = rng.random(len(walks))
     lots = lots[np.lexsort((lots, user, stage))]  # rising within a visit
     room = opens[stage + 1] - opens[stage] - (step.max() + 1)
-    searched = rng.random(len(walks)) < SEARCHES
     return walks.with_columns(
         user_id=pl.format("u{}", pl.col("user").cast(pl.String).str.zfill(5)),
         item_id=pl.format("i{}", pl.col("item").cast(pl.String).str.zfill(4)),
         timestamp=pl.Series(opens[stage] + (lots * room).astype(np.int64) + step),
-        event=pl.Series(np.where(searched, "search", "recommendation")),
+        event=pl.when("searched").then(pl.lit("search")).otherwise(pl.lit("recommendation")),
     ).sort("timestamp", "user_id")
 
 

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from stages.workspace import Workspace
 
 set_defaults()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Prefect's own folder stays out of the tests; the harness brings its own database.
+os.environ.setdefault("PREFECT_HOME", tempfile.mkdtemp(prefix="driftrec-prefect-"))
 
 STAGES = 4
 METRICS = ("hit_at_10", "ndcg_at_10")
@@ -34,6 +38,67 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A comparison that ran once for the whole test run; tests only read it."""
+
+    workspace: Workspace
+    config: Path
+    report: Path
+    state: str
+
+
+@pytest.fixture(scope="session")
+def trained(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The flow `compare` on a tiny generated log: two stages, two methods, one seed."""
+    from flows.compare import compare
+
+    folder = tmp_path_factory.mktemp("compared")
+    config = write_tiny_experiment(folder / "source")
+    state = compare(config, methods=["frozen", "single"], workspace=folder / "workspace", return_state=True)
+    return Trained(Workspace(folder / "workspace"), config, Path(state.result()), state.name)
+
+
+def write_tiny_experiment(folder: Path) -> Path:
+    """A generated log of two stages and a config whose models train in a second."""
+    from stages.synthetic import boundaries, write_demo_log
+
+    write_demo_log(folder, seed=0, users=60, items=40, stages=2)
+    config = folder / "tiny.toml"
+    config.write_text(TINY.replace("BOUNDARY", boundaries(2)[0].isoformat()), encoding="utf-8")
+    return config
+
+
+TINY = """
+name = "tiny"
+workspace = "unused"
+seeds = [0]
+[[log.sources]]
+path = "events.csv"
+time_unit = "s"
+where = "event = 'recommendation'"
+[[catalogue.sources]]
+path = "catalogue.csv"
+[stages]
+instants = ["BOUNDARY"]
+[items]
+dimensions = 8
+codes_per_level = 16
+[backbone]
+hidden = 16
+layers = 1
+heads = 2
+feed_forward = 32
+precision = "float32"
+[training]
+first_epochs = 1
+epochs = 1
+[evaluation]
+matrix_users = 10
+bootstrap = 100
+"""
 
 
 @pytest.fixture

@@ -251,7 +251,8 @@ def hits(config: Config, workspace: Workspace, own: Job, tested: int) -> float:
 
 def test_an_unanchored_adapter_follows_the_flip_and_a_huge_strength_keeps_the_old_rule(tmp_path: Path) -> None:
     workspace = tiny.checkerboard(tmp_path, stages=2, users=48)
-    settings = {"first_epochs": 30, "epochs": 90, "patience": 90, "token_rows": "freeze", "learning_rate": 2e-2}
+    settings = {"first_epochs": 30, "epochs": 60, "patience": 60, "history_length": 4}
+    settings |= {"token_rows": "freeze", "learning_rate": 2e-2}
     config = tiny.config(training=settings)
     held = {f"held_{power}": PesoConfig(strength=10.0**power, scale="size") for power in (-2, 6)}
     config = config.model_copy(update={"methods": held})

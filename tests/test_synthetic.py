@@ -83,7 +83,11 @@ def test_titles_share_words_within_a_category_only(small: DemoTruth) -> None:
 
 
 def test_the_next_item_mostly_continues_the_series_of_the_last(truth: pl.DataFrame) -> None:
-    numbers = truth.sort("user_id", "timestamp").with_columns(item=pl.col("item_id").str.slice(1).cast(pl.Int64))
+    numbers = (
+        truth.filter(pl.col("event") == "recommendation")
+        .sort("user_id", "timestamp")
+        .with_columns(item=pl.col("item_id").str.slice(1).cast(pl.Int64))
+    )
     pairs = numbers.with_columns(before=pl.col("item").shift(1).over("user_id", "stage")).drop_nulls("before")
     apart = (pairs["item"] - pairs["before"]).abs()
     same = pairs["item"] // synthetic.PER_CATEGORY == pairs["before"] // synthetic.PER_CATEGORY

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flows import tables
+from flows.artifacts import stage_rows, summary
+from flows.findings import Findings, metric_title
+from flows.page import interval
+from flows.report import render, write_page, write_report
+from flows.sections import number
+
+
+class Reader(HTMLParser):
+    """Table rows as lists of texts, and every address the page mentions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th") and self.rows:
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+def read(page: str) -> Reader:
+    reader = Reader()
+    reader.feed(page)
+    return reader
+
+
+def test_the_page_needs_nothing_beside_it(invented_report: dict[str, Any], tmp_path: Path) -> None:
+    page = write_report(invented_report, tmp_path).read_text()
+    reader = read(page)
+    assert reader.addresses
+    assert all(address.startswith("data:image/") for address in reader.addresses)
+    assert "script" not in reader.tags
+    assert "url(" not in page.split("</style>")[0]
+    assert json.loads((tmp_path / "report.json").read_text()) == invented_report
+
+
+def test_every_figure_is_there_for_light_and_dark_pages(invented_report: dict[str, Any], tmp_path: Path) -> None:
+    write_report(invented_report, tmp_path)
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {f"{name}-{theme}.svg" for name in ("stages", "matrix", "costs") for theme in ("light", "dark")}
+
+
+def test_the_same_numbers_give_the_same_bytes(invented_report: dict[str, Any], tmp_path: Path) -> None:
+    first = write_report(invented_report, tmp_path / "one").read_bytes()
+    assert write_report(invented_report, tmp_path / "two").read_bytes() == first
+
+
+def test_names_from_configs_and_logs_are_text_and_never_markup(invented_report: dict[str, Any], tmp_path: Path) -> None:
+    evil = '<img src=x onerror="alert(1)">$\\frac{'
+    text = json.dumps(invented_report).replace('"peso"', json.dumps(evil)).replace("invented numbers", "<b>note</b>")
+    report = json.loads(text) | {"name": "</title><script>"}
+    page = write_report(report, tmp_path).read_text()
+    reader = read(page)
+    assert "onerror" not in re.sub(r"&lt;img.*?&gt;", "", page)
+    assert evil in {row[0] for row in reader.rows}
+    assert "script" not in reader.tags
+    assert "b" not in [tag for tag in reader.tags if tag == "b" and "<b>note" in page]
+
+
+def test_the_best_line_is_bold_and_a_method_below_a_baseline_is_named(invented_report: dict[str, Any]) -> None:
+    page = render(invented_report, {})
+    assert "Below the baseline item_graph in Hit@10: frozen." in page
+    found = Findings(invented_report)
+    best = {line.method: line.best for line in found.lines("next_stage")}
+    assert best["peso"] == {"hit_at_10", "ndcg_at_10"}
+    assert not any(best[name] for name in best if name != "peso")
+
+
+def test_a_losing_favourite_is_shown_losing(invented_report: dict[str, Any]) -> None:
+    for row in invented_report["rows"]:
+        if row["method"] == "popularity":
+            row["value"] = 0.5 if row["value"] is not None else None
+    page = render(invented_report, {})
+    assert "Below the baseline popularity in Hit@10: frozen, single, peso." in page
+    winners = re.findall(r"<dd>(\w+)<small>Hit@10", page)
+    assert winners == ["popularity", "popularity"]
+
+
+def test_a_quick_look_says_so_in_every_output(invented_report: dict[str, Any]) -> None:
+    sentence = "Quick look: a seeded sample of 40 test users"
+    assert sentence not in render(invented_report, {})
+    invented_report["sampled_users"] = 40
+    assert render(invented_report, {}).count(sentence) >= 2  # the banner and the notes
+    found = Findings(invented_report)
+    assert sentence in summary(found)
+    assert sentence in printed(tables.headline(found))
+
+
+def test_what_is_undefined_is_a_dash_and_never_zero(invented_report: dict[str, Any]) -> None:
+    rows = [row for row in invented_report["rows"] if row["slice"] == "new_user" and row["stage"] == 3]
+    assert rows
+    assert all(row["value"] is None for row in rows)
+    assert Findings(invented_report).cell("single", "next_stage", "hit_at_10", stage=3, part="new_user").value is None  # pyright: ignore[reportOptionalMemberAccess]
+    assert number(None) == "–"
+    assert number(0.0) == "0.0000"
+    assert number(-0.0102, signed=True) == "−0.0102"
+
+
+def test_the_mean_over_seeds_leads_and_a_lone_seed_stands_in_for_it(invented_report: dict[str, Any]) -> None:
+    rows = invented_report["rows"]
+    mean = next(r for r in rows if r["seed"] is None and r["method"] == "single" and r["stage"] == "mean")
+    mean["value"] = 0.25
+    assert Findings(invented_report).cell("single", mean["protocol"], mean["metric"]).value == 0.25  # pyright: ignore[reportOptionalMemberAccess]
+    invented_report["rows"] = [row for row in rows if row["seed"] == 0]
+    lone = Findings(invented_report).cell("single", mean["protocol"], mean["metric"])
+    assert lone is not None
+    assert lone.value not in (None, 0.25)
+
+
+def test_costs_of_an_update_leave_stage_0_out(invented_report: dict[str, Any]) -> None:
+    assert Findings(invented_report).costs("single")["train_seconds"] == pytest.approx(8.0)
+
+
+def test_a_report_without_matrix_costs_or_slices_still_draws(invented_report: dict[str, Any], tmp_path: Path) -> None:
+    bare = invented_report | {"matrix": [], "costs": [], "continual": [], "differences": [], "oracle": [], "stages": []}
+    bare["rows"] = [row for row in bare["rows"] if row["slice"] == "all" and row["protocol"] == "next_stage"]
+    page = write_report(bare, tmp_path).read_text()
+    assert "Next stage" in page
+    assert "Same stage" not in page
+
+
+def test_the_drift_picture_is_put_inside_when_it_is_there(invented_report: dict[str, Any], tmp_path: Path) -> None:
+    picture = b"\x89PNG invented"
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "drift.png").write_bytes(picture)
+    page = write_page(invented_report, tmp_path).read_text()
+    assert base64.b64encode(picture).decode() in page
+
+
+def test_an_interval_stays_inside_its_track() -> None:
+    drawn = interval(0.5, -0.2, 3.0, top=1.0).html
+    assert "left:0.0%;width:100.0%" in drawn
+    assert "left:50.0%" in drawn
+    assert interval(None, None, None, top=1.0).html == ""
+
+
+def test_terminal_and_prefect_show_the_report_s_numbers(invented_report: dict[str, Any]) -> None:
+    found = Findings(invented_report)
+    text = printed(tables.headline(found, {"next_stage": {"hit_at_10": 0.75, "ndcg_at_10": 0.5}}))
+    assert "0.0510 [0.0450, 0.0570]" in text
+    assert "+0.0050 [+0.0010, +0.0090]" in text
+    assert "best possible" in text
+    assert "0.7500" in text
+    (row,) = (r for r in stage_rows(found, 1) if (r["method"], r["protocol"]) == ("peso", "same_stage"))
+    assert row["hit_at_10"] == found.cell("peso", "same_stage", "hit_at_10", stage=1).value  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_a_narrow_terminal_puts_the_interval_below_its_number(invented_report: dict[str, Any]) -> None:
+    text = printed(tables.headline(Findings(invented_report), width=100))
+    assert "0.0510 [" not in text
+    assert "[0.0450, 0.0570]" in text
+
+
+def test_brackets_in_titles_are_no_terminal_markup() -> None:
+    listed = tables.recommendations([("[red]7", "Lamp [bold]\x1b[31m", 1.0)], "t")
+    text = printed([listed])
+    assert "[red]7" in text
+    assert "[bold]" in text
+    assert "\x1b" not in text
+
+
+def test_metric_titles_are_the_field_s() -> None:
+    assert [metric_title(name) for name in ("hit_at_10", "ndcg_at_5", "mrr")] == ["Hit@10", "NDCG@5", "MRR"]
+
+
+def printed(found: list[Any]) -> str:
+    console = Console(width=200, no_color=True)
+    with console.capture() as capture:
+        for table in found:
+            console.print(table)
+    return capture.get()
