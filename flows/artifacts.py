@@ -28,6 +28,7 @@ def remember(plan: Plan, command: str) -> None:
     """Note the command for `driftrec resume`, with this flow run's id and parameters."""
     parameters = {name: value for name, value in flow_run.parameters.items() if name != "workspace"}
     arguments = {**parameters, "config": str(Path(parameters["config"]).resolve())}
+    watcher()  # made here, in the flow's own context: one made inside a task would be lost with it
     experiment.remember_command(plan.workspace, command, arguments, flow_run.id)
 
 
@@ -42,7 +43,7 @@ def show_progress() -> None:
             told[0] = percent
             update_progress_artifact(bar, percent)
 
-    watcher().listeners.append(tell)
+    watcher().listeners[:] = [tell]
 
 
 def publish(folder: Path, chart: str | None) -> None:

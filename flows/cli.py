@@ -165,6 +165,7 @@ def resume(workspace: ThisFolder) -> None:
 @app.command()
 def doctor(workspace: Folder = None) -> None:
     """Check versions, pins, processor, threads, memory, disk and a workspace; say what to do."""
+    _start(workspace)
     from flows import tables, terminal
     from flows.doctor import examine, healthy
 

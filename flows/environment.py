@@ -18,6 +18,8 @@ DEFAULTS = {
     # The default of 20 s is too short for a first start on a busy two-core machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,models,regularizers,stages",
+    # Our loggers also speak outside of flows (`driftrec ingest`), where Prefect has no run to file a line under.
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     # The run's logs still reach Prefect's UI; the console belongs to our own progress lines.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

@@ -27,6 +27,8 @@ PROTOCOL_NOTES = {
     "same_stage": "Trained on a stage without each user's last two events, tested on the last: did the model adapt?",
 }
 
+LEVEL = 0.05
+
 
 def write_report(report: dict[str, Any], folder: Path) -> Path:
     """Write report.json, the figures and report.html, each whole or not at all.
@@ -181,8 +183,9 @@ def _value(cell: Cell, top: float) -> Markup:
 
 
 def _gap(gap: Difference) -> Markup:
-    """A difference is coloured only where its interval leaves zero out."""
-    sure = gap.low is not None and gap.high is not None and (gap.low > 0 or gap.high < 0)
+    """A difference is coloured only where its interval leaves zero out and Holm's p agrees."""
+    apart = gap.low is not None and gap.high is not None and (gap.low > 0 or gap.high < 0)
+    sure = apart and (gap.p_holm is None or gap.p_holm < LEVEL)
     css = ("up" if (gap.value or 0) > 0 else "down") if sure else ""
     p = "" if gap.p_holm is None else f" p {gap.p_holm:.2g}"
     small = element("small", span(gap, signed=True) + p)

@@ -138,14 +138,15 @@ def summarise(plan: Plan, evaluations: list[Evaluation], checkpoints: list[Check
     stored = read_json(plan.workspace.root / "config.json")["config"]
     report |= {"config": stored, "versions": machine.versions(), "machine": machine.description()}
     folder = plan.workspace.reports / plan.key()
-    write_json(folder / "jobs.json", _jobs(evaluations, checkpoints))
+    write_json(folder / "jobs.json", jobs_of(evaluations, checkpoints))
     draw_drift(plan.workspace, folder / "figures" / "drift.png")
     write_report(report, folder)
     write_json(plan.workspace.reports / "latest.json", {"schema": 1, "report": folder.name})
     return folder
 
 
-def _jobs(evaluations: list[Evaluation], checkpoints: list[Checkpoint]) -> dict[str, Any]:
+def jobs_of(evaluations: list[Evaluation], checkpoints: list[Checkpoint]) -> dict[str, Any]:
+    """What `record` needs later, as JSON."""
     return {
         "schema": 1,
         "evaluations": [asdict(evaluation) for evaluation in evaluations],

@@ -32,8 +32,8 @@ class Watcher:
     listeners: list[Callable[[float], None]] = field(default_factory=list)
 
     def expect(self, total: int) -> None:
-        """How many steps there will be; known once the log is split."""
-        self.total = total
+        """A run begins its steps, so many of them; known once the log is split."""
+        self.total, self.done = total, 0
         self._draw("")
 
     def start(self, label: str) -> None:
@@ -82,8 +82,12 @@ _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
 def watcher() -> Watcher:
-    """The one watching this command, or one that nobody looks at."""
-    return _watcher.get() or Watcher()
+    """The one watching this command; a flow that nobody watches at a terminal gets one that draws nothing."""
+    found = _watcher.get()
+    if found is None:
+        found = Watcher()
+        _watcher.set(found)
+    return found
 
 
 @contextmanager

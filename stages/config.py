@@ -258,12 +258,7 @@ class EvaluationConfig(Settings):
 
 
 class MethodConfig(Settings):
-    """Fields every method has."""
-
-    @property
-    def deterministic_name(self) -> str:
-        """The method's own name, whatever key the config gave it."""
-        return str(getattr(self, "method"))
+    """What every method's settings are; subclasses say which by their `method` field."""
 
 
 class FrozenConfig(MethodConfig):
@@ -304,7 +299,9 @@ class CumulativeConfig(MethodConfig):
     @model_validator(mode="after")
     def _inherit_double_counts(self) -> Self:
         if self.method == "cumulative_sum" and self.inherit:
-            raise ValueError("cumulative_sum with inherit would count the last adapter twice; use cumulative_normalised")
+            raise ValueError(
+                "cumulative_sum with inherit would count the last adapter twice; use cumulative_normalised"
+            )
         return self
 
 

@@ -91,7 +91,9 @@ class Workspace:
             self.root.mkdir(parents=True, exist_ok=True)
             write_json(marker, {"schema": SCHEMA, "name": name})
         except OSError as error:
-            raise UserError(f"{self.root}: cannot write the workspace: {error.strerror}; choose another folder") from None
+            raise UserError(
+                f"{self.root}: cannot write the workspace: {error.strerror}; choose another folder"
+            ) from None
 
     def _check(self, found: dict[str, Any], name: str) -> None:
         if found.get("schema") != SCHEMA:

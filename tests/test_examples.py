@@ -98,9 +98,9 @@ def test_batches_hold_every_window_once_and_repeat_for_the_same_seed() -> None:
     runs = [[part.tolist() for part in batches(windows, 4, np.random.default_rng(seed))] for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
     for run in runs:
-        assert sorted(sum(run, [])) == list(range(len(windows)))
+        assert sorted(number for part in run for number in part) == list(range(len(windows)))
     quiet = [part.tolist() for part in batches(windows, 4, None)]
-    assert sorted(sum(quiet, [])) == list(range(len(windows)))
+    assert sorted(number for part in quiet for number in part) == list(range(len(windows)))
 
 
 def test_a_prompt_is_the_beginning_of_the_sequence_and_the_codes_of_the_history() -> None:

@@ -124,10 +124,10 @@ def test_another_experiment_s_workspace_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_flows_never_share_a_workspace(tmp_path: Path) -> None:
-    with exclusive(Workspace(tmp_path)), pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
-        with exclusive(Workspace(tmp_path)):
-            pass
-    with exclusive(Workspace(tmp_path)):
+    place = Workspace(tmp_path)
+    with exclusive(place), pytest.raises(UserError, match=f"in use by process {os.getpid()}"), exclusive(place):
+        pass
+    with exclusive(place):
         pass
 
 
@@ -166,8 +166,7 @@ def test_prefect_shows_a_table_for_each_stage_and_the_links(trained: Trained) ->
     kinds = {(artifact.key, artifact.type) for artifact in found}
     assert {("stage-metrics", "table"), ("summary", "markdown"), ("progress", "progress")} <= kinds
     assert {("report", "markdown"), ("mlflow-chart", "markdown")} <= kinds
-    (progress,) = {artifact.data for artifact in found if artifact.key == "progress"}
-    assert progress == 100.0
+    assert {artifact.data for artifact in found if artifact.key == "progress"} == {100.0}
     tables = {artifact.description for artifact in found if artifact.key == "stage-metrics"}
     assert tables == {"Metrics on stage 0", "Metrics on stage 1"}
 

@@ -174,10 +174,18 @@ def test_sizes_too_small_are_refused_by_name(tmp_path: Path, sizes: tuple[int, i
 
 
 def test_the_demo_config_cuts_the_log_where_the_generator_turns_tastes() -> None:
-    config = load_config(Path(__file__).parent.parent / "configs" / "demo.toml")
-    assert config.stages.instants == [instant.strftime("%Y-%m-%dT%H:%M:%SZ") for instant in boundaries(4)]
-    folders = {Path(source.path).parent.resolve() for source in (*config.log.sources, *config.catalogue.sources)}
-    assert len(folders) == 1
-    assert [Path(source.path).name for source in config.log.sources] == ["events.csv"]
-    for name in config.compare:
-        config.method(name)
+    files = sorted(Path(__file__).parent.parent.glob("*/demo.toml"))
+    assert files
+    for config in map(load_config, files):
+        assert config.stages.instants == [instant.strftime("%Y-%m-%dT%H:%M:%SZ") for instant in boundaries(4)]
+        sources = [*config.log.sources, *config.catalogue.sources]
+        assert [Path(source.path).name for source in sources] == ["events.csv", "catalogue.csv"]
+        assert len({Path(source.path).parent for source in sources}) == 1
+        for name in config.compare:
+            config.method(name)
+
+
+def test_copies_of_the_demo_config_differ_in_their_paths_only() -> None:
+    texts = [file.read_text(encoding="utf-8") for file in Path(__file__).parent.parent.glob("*/demo.toml")]
+    settings = [[line for line in text.splitlines() if not line.startswith(("#", "path = "))] for text in texts]
+    assert all(other == settings[0] for other in settings)

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flows import cli
+from stages.errors import UserError
+from stages.workspace import read_json
+
+if TYPE_CHECKING:
+    from conftest import Trained
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "set_defaults", lambda root=None: None)
+    monkeypatch.setattr(cli, "_running_in", [])
+
+
+def driftrec(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
+) -> tuple[int, str, str]:
+    """Run the command line in this process: exit code, output, error output."""
+    monkeypatch.setattr(sys, "argv", ["driftrec", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    captured = capsys.readouterr()
+    code = end.value.code
+    return code if isinstance(code, int) else 0, captured.out, captured.err
+
+
+def test_help_answers_within_a_second_and_imports_nothing_heavy() -> None:
+    heavy = ("torch", "polars", "prefect", "mlflow", "numpy", "pydantic", "matplotlib", "sklearn")
+    script = f"import flows.cli, sys; sys.exit(sum(name in sys.modules for name in {heavy}))"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-m", "flows.cli", "--help"], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time: what the command costs, whatever else the machine is doing.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    for command in ("demo", "ingest", "split", "train", "compare", "recommend", "report", "resume", "doctor"):
+        assert re.search(rf"\b{command}\b", done.stdout)
+    assert "serve" not in done.stdout
+
+
+def test_a_user_s_mistake_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, err = driftrec(monkeypatch, capsys, "compare", "--config", tmp_path / "none.toml")
+    assert (code, out) == (2, "")
+    assert err == f"driftrec: {tmp_path / 'none.toml'}: no such config file; see configs/ for examples\n"
+
+
+def test_mistakes_are_told_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Trained, tmp_path: Path
+) -> None:
+    for words, message in (
+        (["--methods", "sinlge"], "did you mean 'single'"),
+        (["--seeds", "0,x"], "--seeds 0,x: give whole numbers"),
+    ):
+        place = tmp_path / "untouched"
+        code, _, err = driftrec(
+            monkeypatch, capsys, "compare", "--config", trained.config, "--workspace", place, *words
+        )
+        assert code == 2
+        assert message in err
+        assert not place.exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "words"),
+    [
+        (UserError("two\nlines"), 2, "driftrec: two lines\n"),
+        (KeyboardInterrupt(), 130, "driftrec resume"),
+        (OSError(errno.ENOSPC, "No space left on device", "/w/x"), 1, "/w/x: no space left"),
+        (OSError(errno.EROFS, "Read-only file system", "/w/x"), 1, "read-only"),
+        (ValueError("boom"), 1, "ValueError: boom"),
+    ],
+)
+def test_every_end_has_its_exit_code_and_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    raised: BaseException,
+    code: int,
+    words: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("flows.doctor.examine", fail)
+    found, _, err = driftrec(monkeypatch, capsys, "doctor", "--workspace", tmp_path)
+    assert found == code
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_defect_leaves_its_traceback_in_the_workspace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("inside")
+
+    monkeypatch.setattr("flows.doctor.examine", fail)
+    for number in (1, 2):
+        _, _, err = driftrec(monkeypatch, capsys, "doctor", "--workspace", tmp_path)
+        assert str(tmp_path / f"crash-{number}.log") in err
+    assert "Traceback" in (tmp_path / "crash-1.log").read_text()
+
+
+def test_recommend_lists_titles_and_scores_for_a_user_and_for_a_history(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Trained
+) -> None:
+    import polars as pl
+
+    items = pl.read_parquet(trained.workspace.catalogue / "items.parquet")
+    user = pl.read_parquet(trained.workspace.stage_file(0))["user_id"][0]
+    code, out, _ = driftrec(
+        monkeypatch, capsys, "recommend", "-w", trained.workspace.root, "-u", user, "-k", 4, "-m", "single"
+    )
+    assert code == 0
+    assert "single, seed 0, after stage 1" in out
+    listed = [item for item in items["item_id"] if re.search(rf"\b{item}\b", out)]
+    assert len(listed) == 4
+    assert all(items.filter(pl.col("item_id") == item)["title"][0] in out for item in listed)
+    history = ",".join(items["item_id"][:2])
+    for method in ("frozen", "item_graph"):
+        code, out, _ = driftrec(
+            monkeypatch, capsys, "recommend", "-w", trained.workspace.root, "--history", history, "-m", method
+        )
+        assert code == 0
+        assert method in out
+
+
+def test_unknown_users_items_methods_and_folders_are_answered_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Trained, tmp_path: Path
+) -> None:
+    root = trained.workspace.root
+    for words, message in (
+        (["-w", root, "-u", "nobody at all"], "--history"),
+        (["-w", root], "give --user"),
+        (["-w", root, "--history", "i0001,i000x"], "'i000x'"),
+        (["-w", root, "-u", "u", "-m", "sinlge"], "did you mean 'single'"),
+        (["-w", root, "-u", "u", "-m", "single", "--seed", "7"], "seed 7 is not trained"),
+        (["-w", root, "-u", "u", "-k", "0"], "-k 0"),
+        (["-w", tmp_path, "-u", "u"], "no driftrec workspace"),
+    ):
+        code, out, err = driftrec(monkeypatch, capsys, "recommend", *words)
+        assert (code, out) == (2, "")
+        assert message in err
+
+
+def test_ingest_and_split_print_counts_the_drift_table_and_the_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Trained, tmp_path: Path
+) -> None:
+    place = tmp_path / "w"
+    code, out, err = driftrec(monkeypatch, capsys, "ingest", "-c", trained.config, "-w", place)
+    assert code == 0
+    assert (place / "logs" / "log.parquet").exists()
+    assert re.search(r"log: \d+ events of 60 users", err)
+    code, out, _ = driftrec(monkeypatch, capsys, "split", "-c", trained.config, "-w", place)
+    assert code == 0
+    for stage in read_json(place / "stages" / "manifest.json")["stages"]:
+        assert f"{stage['events']:,}" in out
+    picture = out.rsplit("picture: ", 1)[1].strip()
+    assert Path(picture).read_bytes().startswith(b"\x89PNG")
+    assert not (place / "prefect").exists()
+
+
+def test_report_draws_the_page_anew_from_its_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Trained, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(trained.workspace.root, copy)
+    page = copy / trained.report.relative_to(trained.workspace.root) / "report.html"
+    page.unlink()
+    code, out, _ = driftrec(monkeypatch, capsys, "report", "-w", copy)
+    assert code == 0
+    assert page.read_bytes() == (trained.report / "report.html").read_bytes()
+    assert str(page) in out
+    code, _, err = driftrec(monkeypatch, capsys, "report", "-w", copy, "--name", "../../etc")
+    assert code == 2
+    assert "no report" in err
+
+
+def test_resume_repeats_the_last_command_and_marks_the_killed_run_as_crashed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Trained
+) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.states import Running
+
+    from flows.compare import compare
+
+    # What a kill leaves behind: a run that Prefect believes to be running, noted as the workspace's last.
+    with get_client(sync_client=True) as client:
+        killed = client.create_flow_run(compare, state=Running())
+    stored = trained.workspace.root / "last_command.json"
+    text = stored.read_text().replace(read_json(stored)["flow_run"], str(killed.id))
+    stored.write_text(text)
+    code, out, err = driftrec(monkeypatch, capsys, "resume", "-w", trained.workspace.root)
+    assert code == 0, err
+    assert str(trained.report) in out
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(killed.id).state
+    assert state is not None
+    assert state.is_crashed()
+
+
+def test_demo_writes_its_log_beside_its_config_and_knows_the_best_score(tmp_path: Path) -> None:
+    from flows.demo import best_scores, write_demo
+    from stages.config import load_config
+
+    config = write_demo(tmp_path)
+    loaded = load_config(config)
+    assert loaded.name == "demo"
+    assert [Path(source.path).exists() for source in loaded.log.sources] == [True]
+    best = best_scores(tmp_path, ["next_stage", "same_stage"], [1, 2])
+    assert 0 < best["next_stage"]["hit_at_1"] < best["next_stage"]["hit_at_10"] < 1
+    assert os.sep not in (tmp_path / "demo" / "demo.toml").read_text().split("[stages]")[0].split("[[log")[1]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows import doctor, machine
+from flows.doctor import Check, examine, healthy, pin
+from stages.workspace import Workspace
+
+
+def named(checks: list[Check], subject: str) -> Check:
+    return next(check for check in checks if check.subject == subject)
+
+
+def test_the_environment_of_the_tests_is_healthy(tmp_path: Path) -> None:
+    checks = examine(tmp_path)
+    assert healthy(checks), [check for check in checks if check.level == "fault"]
+    assert named(checks, "sqlalchemy").level == "ok"
+    assert named(checks, "disk").found.endswith(str(tmp_path))
+
+
+def test_versions_that_break_prefect_silently_are_faults_with_a_remedy() -> None:
+    check = pin("sqlalchemy", ">=2.0,<2.1", "2.1.0")
+    assert check.level == "fault"
+    assert "schedules never fire" in check.found
+    assert "'sqlalchemy>=2.0,<2.1'" in check.remedy
+    assert pin("fastapi", ">=0.139,<0.151", "0.151.2").level == "fault"
+    assert pin("fastapi", ">=0.139,<0.151", "0.150.0").level == "ok"
+    assert not healthy([check])
+
+
+def test_a_missing_library_is_a_fault() -> None:
+    assert pin("polars", ">=2.1", None).level == "fault"
+
+
+def test_a_full_disk_is_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "LEAST_DISK", 2**62)
+    assert named(examine(tmp_path / "not" / "there"), "disk").level == "fault"
+
+
+def test_more_threads_than_cores_are_advised_against(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", str(machine.cores() + 1))
+    assert named(examine(), "threads").remedy == f"export OMP_NUM_THREADS={machine.cores()}"
+
+
+def test_left_overs_of_dead_processes_are_named_and_those_of_living_ones_are_not(workspace: Workspace) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (workspace.root / f".tmp-report.json-{os.getpid()}").touch()
+    assert "left-overs" not in {check.subject for check in examine(workspace.root)}
+    (workspace.root / f".tmp-report.json-{gone.pid}").touch()
+    assert f".tmp-report.json-{gone.pid}" in named(examine(workspace.root), "left-overs").found
+
+
+def test_the_processor_s_features_decide_the_precision_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for features, level, word in (
+        (["amx_bf16", "avx2"], "ok", "bfloat16"),
+        (["avx2"], "advice", "float32"),
+        ([], "advice", "no known"),
+    ):
+        monkeypatch.setattr(machine, "features", lambda features=features: features)
+        check = named(examine(), "processor")
+        assert check.level == level
+        assert word in check.found
+
+
+def test_a_report_names_no_host_and_no_user() -> None:
+    text = str(machine.description()).lower()
+    assert os.uname().nodename.lower() not in text
+    assert machine.versions()["torch"]
