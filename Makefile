@@ -13,6 +13,8 @@ TORCH ?=
 WORKSPACE ?= workspace/demo
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Waiting threads sleep: where cores are shared, spinning ones make small matrices tens of times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help install demo test lint format bench ui clean
 
@@ -33,6 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  "$$python" -m venv $(VENV); \
 	fi
 	@sed -e '$(if $(TORCH),/^torch==/d)' constraints.txt > $(VENV)/constraints.txt
+	@echo "installing into $(VENV): about 2 GB, some minutes"
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt $(TORCH) -e '.[dev]'
 	@touch $@
 

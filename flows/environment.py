@@ -24,6 +24,8 @@ DEFAULTS = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    # Threads that wait for each other by spinning slow a shared machine down many times over.
+    "OMP_WAIT_POLICY": "PASSIVE",
     "MPLBACKEND": "Agg",
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flows.experiment import remembered_config, trained_jobs
-from stages.config import nearest
 from stages.errors import UserError
 from stages.jobs import BASELINES, Job
+from stages.settings import nearest
 
 if TYPE_CHECKING:
     from stages.dataset import Dataset

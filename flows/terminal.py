@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 Say = Callable[..., None]
 REPEATED = ("method", "stage")
 """News that the step's own label already tells."""
+QUIET = 60.0
+"""Seconds a log waits for the next line about one step."""
 log = logging.getLogger("flows")
 
 
@@ -29,6 +32,8 @@ class Watcher:
     done: int = 0
     label: str = ""
     lines: bool = False
+    spoke: float = field(default_factory=time.monotonic)
+    """When a log last heard from the step under way (monotonic seconds)."""
     listeners: list[Callable[[float], None]] = field(default_factory=list)
 
     def expect(self, total: int) -> None:
@@ -39,6 +44,7 @@ class Watcher:
     def start(self, label: str) -> None:
         """A step begins."""
         self.label = label
+        self.spoke = time.monotonic()
         if self.bar is None:
             log.info(label)
         self._draw("")
@@ -55,7 +61,9 @@ class Watcher:
             else:
                 texts.append(str(detail))
         shown = [
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in numbers.items()
+            if key not in REPEATED
         ]
         self._draw("  ".join([*texts, *shown]))
 
@@ -76,6 +84,9 @@ class Watcher:
             self.bar.update(
                 task, total=self.total or None, completed=self.done, description=self.label, detail=detail[:60]
             )
+        elif detail and time.monotonic() - self.spoke >= QUIET:
+            self.spoke = time.monotonic()
+            log.info("%s: %s", self.label, detail)
 
 
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)

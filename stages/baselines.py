@@ -7,12 +7,13 @@ import numpy as np
 from models.baselines.item_graph import ItemGraph
 from models.baselines.popularity import Popularity, RecentPopularity
 from models.recommender import Recommender
-from stages.config import Protocol, nearest
+from stages.config import Protocol
 from stages.errors import UserError
 from stages.interactions import Interactions
 from stages.jobs import BASELINES
 from stages.queries import Queries, next_stage_validation, same_stage_validation, training_targets
 from stages.ranking import rank_queries
+from stages.settings import nearest
 
 WINDOWS = (1, 2, 3)
 """Windows of recent popularity, in stages, tried besides the whole past."""

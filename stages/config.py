@@ -6,26 +6,21 @@ message that names the key. The tree imports neither torch nor polars, so that r
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from stages.errors import UserError
+from stages.method_config import BUILT_IN, AnyMethod, MethodConfig
+from stages.settings import Settings, nearest
 
 Protocol = Literal["same_stage", "next_stage"]
 PROTOCOLS: tuple[Protocol, ...] = ("same_stage", "next_stage")
 CUTOFFS = (1, 5, 10, 20)
-
-
-class Settings(BaseModel):
-    """A frozen table that refuses keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Source(Settings):
@@ -191,7 +186,7 @@ class AdapterConfig(Settings):
 
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
-    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class TrainingConfig(Settings):
@@ -231,7 +226,7 @@ class TrainingConfig(Settings):
 class EvaluationConfig(Settings):
     """Who is tested on what."""
 
-    protocols: list[Protocol] = ["same_stage", "next_stage"]
+    protocols: tuple[Protocol, ...] = PROTOCOLS
     next_target: Literal["all", "first"] = "all"
     """Next-stage targets: all baskets of the stage with rolling history, or a returning user's first one."""
     baskets: bool = False
@@ -257,87 +252,6 @@ class EvaluationConfig(Settings):
         return self
 
 
-class MethodConfig(Settings):
-    """What every method's settings are; subclasses say which by their `method` field."""
-
-
-class FrozenConfig(MethodConfig):
-    """Stage 0's model, never updated."""
-
-    method: Literal["frozen"] = "frozen"
-
-
-class SingleConfig(MethodConfig):
-    """One LoRA that goes on training at every stage."""
-
-    method: Literal["single"] = "single"
-
-
-class PesoConfig(MethodConfig):
-    """PESO (Yoo et al., 2025): `single` with a proximal term toward the previous stage's adapter."""
-
-    method: Literal["peso"] = "peso"
-    strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
-    """lambda of eq. 12."""
-    penalty: Literal["softmax_kl", "squared_l2"] = "softmax_kl"
-    reduction: Literal["sum", "mean"] = "sum"
-    """`sum` over matrices (paper) or that sum divided by the wrapped modules (released code)."""
-    scale: Literal["none", "size"] = "none"
-    """`size` multiplies each matrix's term by its number of entries."""
-    anchor: Literal["adapter", "adapter+tokens"] = "adapter"
-
-
-class CumulativeConfig(MethodConfig):
-    """Past adapters frozen and summed under a fresh one."""
-
-    method: Literal["cumulative_sum", "cumulative_normalised"]
-    latest: bool = False
-    """Only the previous stage's adapter in the sum."""
-    inherit: bool = False
-    """Start at the previous adapter instead of a fresh one."""
-
-    @model_validator(mode="after")
-    def _inherit_double_counts(self) -> Self:
-        if self.method == "cumulative_sum" and self.inherit:
-            raise ValueError(
-                "cumulative_sum with inherit would count the last adapter twice; use cumulative_normalised"
-            )
-        return self
-
-
-class FullRetrainConfig(MethodConfig):
-    """A fresh adapter on all data so far, at every stage."""
-
-    method: Literal["full_retrain"] = "full_retrain"
-
-
-class FullFinetuneConfig(MethodConfig):
-    """Every weight goes on training at every stage."""
-
-    method: Literal["full_finetune"] = "full_finetune"
-
-
-AnyMethod = Annotated[
-    FrozenConfig | SingleConfig | PesoConfig | CumulativeConfig | FullRetrainConfig | FullFinetuneConfig,
-    Field(discriminator="method"),
-]
-
-BUILT_IN: dict[str, MethodConfig] = {
-    "frozen": FrozenConfig(),
-    "single": SingleConfig(),
-    "peso": PesoConfig(),
-    "peso_paper": PesoConfig(strength=2.0, reduction="sum", scale="none"),
-    "peso_released": PesoConfig(strength=2.0, reduction="mean", scale="none"),
-    "peso_working": PesoConfig(strength=0.1, reduction="sum", scale="size"),
-    "cumulative_sum": CumulativeConfig(method="cumulative_sum"),
-    "cumulative_normalised": CumulativeConfig(method="cumulative_normalised"),
-    "cumulative_normalised_latest": CumulativeConfig(method="cumulative_normalised", latest=True),
-    "cumulative_normalised_inherit": CumulativeConfig(method="cumulative_normalised", inherit=True),
-    "full_retrain": FullRetrainConfig(),
-    "full_finetune": FullFinetuneConfig(),
-}
-
-
 class Config(Settings):
     """One experiment: a log, its stages, a model, and the methods compared on it."""
 
@@ -354,13 +268,13 @@ class Config(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     methods: dict[str, AnyMethod] = Field(default_factory=dict)
     """Named settings besides the built-in ones; a built-in name may be redefined."""
-    compare: list[str] = ["frozen", "single", "peso", "cumulative_sum"]
+    compare: tuple[str, ...] = ("frozen", "single", "peso", "cumulative_sum")
     """What `driftrec compare` runs without --methods."""
-    seeds: list[Annotated[int, Field(ge=0)]] = [0, 1, 2]
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2)
 
     @field_validator("seeds")
     @classmethod
-    def _seeds_distinct(cls, seeds: list[int]) -> list[int]:
+    def _seeds_distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if not seeds or len(set(seeds)) != len(seeds):
             raise ValueError(f"seeds must be distinct and at least one, got {seeds}")
         return seeds
@@ -381,12 +295,6 @@ class Config(Settings):
         if name not in known:
             raise UserError(f"unknown method {name!r}{nearest(name, known)}; known: {', '.join(sorted(known))}")
         return known[name]
-
-
-def nearest(word: str, known: Any) -> str:
-    """`"; did you mean 'x'?"` for the closest of `known`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def load_config(path: Path) -> Config:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import BUILT_IN, Config, PesoConfig, load_config
+from stages.config import Config, load_config
 from stages.errors import UserError
+from stages.method_config import BUILT_IN, PesoConfig
 
 BASE = 'name = "shop"\nworkspace = "w"\n[log]\nkind = "sequences"\nsequences = "log.txt"\n'
 

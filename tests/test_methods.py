@@ -14,11 +14,12 @@ from models import adapter as lora
 from models.generative import GenerativeModel
 from stages.checkpoint import ADAPTER, BACKBONE, ROWS, fault_of, read_tensors
 from stages.commit import checkpoint_folder, lineage_jobs, method_of
-from stages.config import Config, PesoConfig
+from stages.config import Config
 from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.evaluate import evaluate_stage
 from stages.jobs import Job
+from stages.method_config import PesoConfig
 from stages.methods.contract import Schedule
 from stages.train import bare_model, restore_model, train_stage, training_log
 from stages.workspace import Workspace

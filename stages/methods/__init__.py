@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stages.config import (
-    AdapterConfig,
+from stages.config import AdapterConfig
+from stages.method_config import (
     CumulativeConfig,
     FrozenConfig,
     FullFinetuneConfig,

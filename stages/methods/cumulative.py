@@ -16,7 +16,8 @@ from typing import Literal
 from models import adapter as lora
 from models.generative import GenerativeModel
 from stages.checkpoint import read_tensors
-from stages.config import AdapterConfig, CumulativeConfig
+from stages.config import AdapterConfig
+from stages.method_config import CumulativeConfig
 from stages.methods.contract import Schedule, Step
 from stages.methods.parts import adamw_step, let_train, load_adapter, load_base, trained_adapters
 

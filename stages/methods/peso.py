@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from models import adapter as lora
 from models.generative import GenerativeModel
 from regularizers.proximal import proximal_term
-from stages.config import AdapterConfig, PesoConfig
+from stages.config import AdapterConfig
+from stages.method_config import PesoConfig
 from stages.methods.contract import Schedule, Step
 from stages.methods.parts import Penalty, adamw_step, let_train
 from stages.methods.single import Single
