@@ -20,6 +20,7 @@ from stages.errors import UserError
 from stages.evaluate import evaluate_stage
 from stages.jobs import Job
 from stages.method_config import PesoConfig
+from stages.methods import peso
 from stages.methods.contract import Schedule
 from stages.train import bare_model, restore_model, train_stage, training_log
 from stages.workspace import Workspace
@@ -189,6 +190,19 @@ def test_accumulated_micro_batches_give_the_same_adapter(tmp_path: Path) -> None
         adapters.append(load_file(folder(config, workspace, job("peso_working", 1)) / ADAPTER))
     for name, value in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], value, atol=2e-4, rtol=0)
+
+
+def test_the_penalty_is_evaluated_once_a_step_however_many_micro_batches(
+    board: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    true_term = peso.proximal_term
+    monkeypatch.setattr(peso, "proximal_term", lambda *a, **k: (calls.append(1), true_term(*a, **k))[1])
+    settings = {**QUICK["training"], "micro_batch_size": 4, "targets_per_window": 7}
+    config = tiny.config(training=settings)
+    train_stage(config, board, job("peso_released", 1))
+    steps = training_log(config, board, load_dataset(config, board), job("peso_released", 1))["training"]
+    assert len(calls) == len(steps) == 2 * 2  # two epochs of 24 windows in batches of 16
 
 
 def begun(config: Config, workspace: Workspace, method: str, stage: int) -> GenerativeModel:
