@@ -227,12 +227,15 @@ def _show(folder: Path, best: dict[str, dict[str, float]] | None = None, chart: 
     console = terminal.stdout()
     for table in tables.headline(found, best, console.width):
         console.print(table)
+    for note in found.report["notes"]:
+        console.print(tables.escaped(note), style="dim")
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     chart = chart or steps.recorded_chart(folder)
     if chart is not None:
         console.print(f"chart:  {chart}", soft_wrap=True)
         console.print(
-            "        start MLflow with `make ui` first, and switch its view to model training", soft_wrap=True
+            f"        start MLflow with `make ui WORKSPACE={folder.parents[2]}` first, and switch its view to model training",
+            soft_wrap=True,
         )
 
 

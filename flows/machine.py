@@ -49,6 +49,16 @@ def description() -> dict[str, Any]:
     }
 
 
+def arithmetic(precision: str) -> str:
+    """The sentence every run prints about its number format and threads."""
+    import torch
+
+    from models.backbone import wants_bfloat16
+
+    form = "bfloat16 autocast over float32 weights" if wants_bfloat16(precision) else "float32"
+    return f"Trained in {form} on {torch.get_num_threads()} CPU threads (precision = {precision})."
+
+
 def cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -82,6 +82,7 @@ def identify(plan: Plan) -> None:
 
     watcher().start("semantic IDs")
     build_semantic_ids(plan.config, plan.workspace, progress=watcher().say)
+    log.info(machine.arithmetic(plan.config.backbone.precision))
 
 
 def train(plan: Plan, job: Job) -> Checkpoint:
@@ -137,6 +138,7 @@ def summarise(plan: Plan, evaluations: list[Evaluation], checkpoints: list[Check
     report = summary.summarise(plan.config, plan.workspace, evaluations, checkpoints, progress=watcher().say)
     stored = read_json(plan.workspace.root / "config.json")["config"]
     report |= {"config": stored, "versions": machine.versions(), "machine": machine.description()}
+    report["notes"].append(machine.arithmetic(plan.config.backbone.precision))
     folder = plan.workspace.reports / plan.key()
     write_json(folder / "jobs.json", jobs_of(evaluations, checkpoints))
     draw_drift(plan.workspace, folder / "figures" / "drift.png")
