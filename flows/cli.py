@@ -233,10 +233,8 @@ def _show(folder: Path, best: dict[str, dict[str, float]] | None = None, chart: 
     chart = chart or steps.recorded_chart(folder)
     if chart is not None:
         console.print(f"chart:  {chart}", soft_wrap=True)
-        console.print(
-            f"        start MLflow with `make ui WORKSPACE={folder.parents[2]}` first, and switch its view to model training",
-            soft_wrap=True,
-        )
+        command = f"make ui WORKSPACE={folder.parents[2]}"
+        console.print(f"        start MLflow with `{command}` first; switch its view to model training", soft_wrap=True)
 
 
 def _words(text: str | None) -> list[str] | None:

@@ -7,7 +7,7 @@ here is ever resized. Remote code and pickled weights are refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -87,11 +87,9 @@ def _first_line(error: Exception) -> str:
 
 
 def wants_bfloat16(precision: str) -> bool:
-    """Whether autocast to bfloat16 is used: as told, or under `auto` where the hardware multiplies it natively."""
+    """Whether autocast to bfloat16 is used: as told, or under `auto` where this processor multiplies it natively."""
     if precision != "auto":
         return precision == "bfloat16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
     return bool({"amx_bf16", "avx512_bf16"} & cpu_features())
 
 
@@ -103,8 +101,3 @@ def cpu_features() -> set[str]:
     except OSError:
         return set()
     return set(flags.partition(":")[2].split())
-
-
-def linear_shapes(stack: nn.Module) -> dict[str, Any]:
-    """Shape (out, in) of every linear map of the stack, by module name."""
-    return {name: tuple(m.weight.shape) for name, m in stack.named_modules() if isinstance(m, nn.Linear)}

@@ -25,6 +25,7 @@ class GenerativeRecommender:
         history_length: items of history the model sees.
         beam: width; never changed silently.
         exclude_history: never return what the history holds.
+        unread: leave items that are not known out of the prompt too; right where their codes came from later events.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class GenerativeRecommender:
         history_length: int,
         beam: int,
         exclude_history: bool,
+        unread: bool = False,
     ) -> None:
+        self.readable = len(codes) if unread else np.iinfo(np.int64).max
         self.model, self.prompts, self.beam = model, prompts, beam
         self.history_length, self.exclude_history = history_length, exclude_history
         self.trie = Trie.build(codes)
@@ -51,7 +54,8 @@ class GenerativeRecommender:
         """
         if k > self.beam:
             raise ValueError(f"k ({k}) exceeds the beam ({self.beam}); widen evaluation.beam")
-        tokens, lengths = self.prompts([history[-self.history_length :] for history in histories])
+        seen = [history[history < self.readable][-self.history_length :] for history in histories]
+        tokens, lengths = self.prompts(seen)
         forbidden = self._forbidden(histories) if self.exclude_history else None
         with torch.inference_mode():
             leaves, scores = beam_search(self.model, self.trie, self.offsets, tokens, lengths, self.beam, forbidden)

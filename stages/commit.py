@@ -76,9 +76,15 @@ def checkpoint_folder(config: Config, workspace: Workspace, dataset: Dataset, jo
     return workspace.checkpoints / f"{name}-{commit_key(config, dataset, last)[:16]}"
 
 
-@cache
 def _weights_digest(path: str | None) -> str | None:
     """Hash of a local backbone's weight files; a hub id is named by itself."""
     if path is None or not Path(path).is_dir():
         return path
-    return digest_of({file.name: sha256_file(file) for file in sorted(Path(path).glob("*.safetensors"))})
+    files = sorted(Path(path).glob("*.safetensors"))
+    return digest_of({file.name: _file_digest(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files})
+
+
+@cache
+def _file_digest(path: Path, changed: int, size: int) -> str:
+    """Hashed once for each time and size a file was seen with: weights are large and every key asks for them."""
+    return sha256_file(path)

@@ -95,6 +95,7 @@ def recommender(config: Config, workspace: Workspace, dataset: Dataset, job: Job
         history_length=config.training.history_length,
         beam=own.beam,
         exclude_history=own.exclude_history,
+        unread=dataset.catalogue.from_events,
     )
 
 

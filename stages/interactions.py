@@ -7,7 +7,7 @@ items known by the end of stage t are exactly the numbers below `known(t)`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ class Catalogue:
         codes: (I, L) semantic ID of each item.
         sizes: (L,) number of codes at each level.
         shipped: the IDs came with the data and were fitted on the catalogue of all stages.
-        digest: of the file, hex.
+        from_events: codes of items that came after stage 0 were read off the events around them.
     """
 
     item_ids: list[str]
@@ -38,7 +38,7 @@ class Catalogue:
     codes: IntArray
     sizes: tuple[int, ...]
     shipped: bool
-    digest: str
+    from_events: bool
 
     def known(self, stage: int) -> int:
         """How many items have appeared by the end of `stage`; they are numbers 0 … known - 1."""
@@ -85,7 +85,7 @@ def load_catalogue(workspace: Workspace) -> Catalogue:
         codes=np.array(frame["codes"].to_list(), dtype=np.int64).reshape(len(frame), -1),
         sizes=tuple(manifest["codes_per_level"]),
         shipped=manifest["source"] == "shipped",
-        digest=manifest["digest"],
+        from_events=manifest.get("vectors") == "cooccurrence",
     )
 
 
@@ -94,12 +94,9 @@ def load_interactions(workspace: Workspace, baskets: bool) -> Interactions:
     count = len(read_json(workspace.stages / "manifest.json")["stages"])
     numbers = pl.read_parquet(workspace.catalogue / "items.parquet", columns=["item_id"]).with_row_index("item")
     frame = pl.concat(
-        pl.read_parquet(workspace.stage_file(index), columns=["user_id", "item_id", "timestamp"]).with_columns(
-            stage=pl.lit(index, pl.Int64)
-        )
-        for index in range(count)
+        stage_events(workspace, index).with_columns(stage=pl.lit(index, pl.Int64)) for index in range(count)
     )
-    # A stage's file is sorted by user and time; the stable sort keeps that order within a user and stage.
+    # A stage's events come sorted by user and time; the stable sort keeps that order within a user and stage.
     frame = frame.join(numbers, on="item_id", how="left", maintain_order="left").sort("user_id", maintain_order=True)
     users = frame["user_id"].rle()
     offsets = np.concatenate([[0], np.cumsum(users.struct.field("len").to_numpy())]).astype(np.int64)
@@ -110,6 +107,32 @@ def load_interactions(workspace: Workspace, baskets: bool) -> Interactions:
         stages=frame["stage"].to_numpy().astype(np.int64),
         baskets=_basket_numbers(frame, offsets, baskets),
     )
+
+
+def stage_events(workspace: Workspace, stage: int) -> pl.DataFrame:
+    """The recommendation events of one stage: user_id, item_id, timestamp, by user and time.
+
+    The stored file breaks ties of time by item id, which a sequence model would learn: the order of an invoice's lines
+    would be their article numbers. Here events of a user at one instant stand in a scrambled order that depends on
+    nothing but the stage's own events.
+    """
+    columns = ["user_id", "item_id", "timestamp", "event"]
+    frame = pl.read_parquet(workspace.stage_file(stage), columns=columns)
+    frame = frame.filter(pl.col("event") == "recommendation").drop("event")
+    if frame["timestamp"].null_count():
+        return frame
+    places = frame.select(pl.col("user_id", "item_id").rank("dense"), pl.col("timestamp").to_physical()).to_numpy()
+    user, item, time = places.astype(np.uint64).T
+    scrambled = _scramble(_scramble(_scramble(user) ^ item) ^ time)
+    return frame.with_columns(tie=scrambled).sort("user_id", "timestamp", "tie").drop("tie")
+
+
+def _scramble(values: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """A fixed one-to-one map of 64-bit numbers without visible pattern (the finaliser of splitmix64)."""
+    mixed = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 def _basket_numbers(frame: pl.DataFrame, offsets: IntArray, together: bool) -> IntArray:

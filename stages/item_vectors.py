@@ -20,6 +20,7 @@ from models.rqvae import RqVae
 from models.vectors import CooccurrenceVectors, EncoderVectors, TextVectors
 from stages.config import Config, expand
 from stages.errors import UserError
+from stages.interactions import stage_events
 from stages.workspace import Workspace, read_json, replacing, write_json
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -109,7 +110,7 @@ def training_events(config: Config, workspace: Workspace, items: pl.DataFrame, s
     """
     parts = []
     for index in range(stage + 1):
-        frame = pl.read_parquet(workspace.stage_file(index), columns=["user_id", "item_id", "timestamp"])
+        frame = stage_events(workspace, index)
         together = config.evaluation.baskets and frame["timestamp"].null_count() == 0
         place = pl.col("timestamp").rank("dense") if together else pl.int_range(1, pl.len() + 1)
         frame = frame.with_columns(place=place.over("user_id").cast(pl.Int64))

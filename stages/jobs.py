@@ -30,7 +30,7 @@ class Checkpoint:
         seconds: wall time of the training, as first measured.
         trained_parameters: number of weights that moved.
         bytes: size of the folder.
-        peak_memory: resident bytes at most, of the process, while it trained.
+        peak_memory: resident bytes of the process at most while it trained; None where the system does not say.
         targets: training targets of the stage.
         reused: it was there already.
     """
@@ -41,7 +41,7 @@ class Checkpoint:
     seconds: float
     trained_parameters: int
     bytes: int
-    peak_memory: int
+    peak_memory: int | None
     targets: int
     reused: bool
 

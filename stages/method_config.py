@@ -85,6 +85,7 @@ BUILT_IN: dict[str, MethodConfig] = {
     "cumulative_normalised": CumulativeConfig(method="cumulative_normalised"),
     "cumulative_normalised_latest": CumulativeConfig(method="cumulative_normalised", latest=True),
     "cumulative_normalised_inherit": CumulativeConfig(method="cumulative_normalised", inherit=True),
+    "cumulative_normalised_latest_inherit": CumulativeConfig(method="cumulative_normalised", latest=True, inherit=True),
     "full_retrain": FullRetrainConfig(),
     "full_finetune": FullFinetuneConfig(),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -133,6 +132,7 @@ def _committed_or_trained(
 
 def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, progress: Progress) -> None:
     started = time.perf_counter()
+    measured = forget_peak_memory()
     stage_seed = derived_seed(job.seed, job.stage)
     method = method_of(config, job.method)
     examples = _examples(config, dataset, job, method.data == "all")
@@ -162,7 +162,7 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         "targets": examples.training.targets,
         "validation_targets": examples.validation.targets,
         "unseen_code_rows": examples.unseen_rows,
-        "peak_memory": peak_memory(),
+        "peak_memory": peak_memory() if measured else None,
         "precision": "bfloat16" if wants_bfloat16(config.backbone.precision) else "float32",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -255,7 +255,7 @@ class Fit:
         """
         log: list[dict[str, float]] = []
         losses = [self.validate()]
-        best, best_weights = 0, _copies(self.model)
+        best, best_weights = 0, _moving(self.model)
         per_epoch = -(-len(self.examples.training) // self.settings.batch_size)
         every = max(1, epochs * per_epoch // 200)
         for epoch in range(1, epochs + 1):
@@ -268,7 +268,7 @@ class Fit:
                 )
             losses.append(self.validate())
             if losses[-1] is None or losses[-1] < min(loss for loss in losses[:-1] if loss is not None):
-                best, best_weights = epoch, _copies(self.model)
+                best, best_weights = epoch, _moving(self.model)
             elif epoch - best >= self.settings.patience:
                 break
         _put_back(self.model, best_weights)
@@ -328,17 +328,26 @@ def derived_seed(seed: int, *place: int | str) -> int:
     return int(digest_of([seed, *place])[:15], 16)
 
 
-def peak_memory() -> int:
-    """Resident bytes of this process at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def forget_peak_memory() -> bool:
+    """Start the measurement of `peak_memory` anew; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory() -> int | None:
+    """Resident bytes of this process at most since `forget_peak_memory`; None where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _moving(model: GenerativeModel) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-
-
-def _copies(model: GenerativeModel) -> dict[str, Tensor]:
-    return _moving(model)
 
 
 def _put_back(model: GenerativeModel, values: Mapping[str, Tensor]) -> None:

@@ -123,3 +123,13 @@ def test_a_shared_id_survives_while_one_of_its_items_is_new() -> None:
 def test_a_list_longer_than_the_beam_is_refused() -> None:
     with pytest.raises(ValueError, match=r"k \(5\) exceeds the beam \(4\)"):
         recommender(np.array([[0, 0, 0]]), beam=4).recommend([np.array([0])], 5)
+
+
+def test_items_of_later_stages_are_left_out_of_the_prompt_where_their_codes_know_later_events() -> None:
+    codes = random_codes(np.random.default_rng(5), 12)
+    reading = GenerativeRecommender(tiny_model(), codes[:8], SIZES, prompts_of(codes), 20, 20, False)
+    careful = GenerativeRecommender(tiny_model(), codes[:8], SIZES, prompts_of(codes), 20, 20, False, unread=True)
+    with_new, without = np.array([1, 10, 2, 11]), np.array([1, 2])
+    expected = reading.recommend([without], 5).scores
+    np.testing.assert_array_equal(careful.recommend([with_new], 5).scores, expected)
+    assert np.abs(reading.recommend([with_new], 5).scores - expected).max() > 1e-3

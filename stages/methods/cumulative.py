@@ -49,7 +49,7 @@ class Cumulative:
         return adamw_step(let_train(model, self.evolve_rows), schedule)
 
     def _add_past(self, model: GenerativeModel, past: Sequence[Path]) -> None:
-        chosen = trained_adapters(past)
+        chosen = [folder for folder in trained_adapters(past) if _moved(folder)]
         for folder in chosen[-1:] if self.settings.latest else chosen:
             try:
                 lora.add_product(
@@ -60,3 +60,8 @@ class Cumulative:
                 )
             except ValueError as error:
                 raise ValueError(f"checkpoint {folder.name}: {error}") from None
+
+
+def _moved(folder: Path) -> bool:
+    """Whether the stage left its adapter anywhere but at B = 0, whose product is 0 and has no norm to divide by."""
+    return any(bool(value.any()) for name, value in read_tensors(folder).adapter.items() if ".lora_B." in name)

@@ -1,0 +1,67 @@
+"""Events at one instant have no order, so none may be learnt from how they are stored."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from stages.interactions import load_interactions, stage_events
+from stages.workspace import Workspace, write_json
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+
+
+def shop(root: Path, events: list[tuple[str, str, int, str]]) -> Workspace:
+    """One stage of (user, item, minute, event) rows, stored as `split` stores them."""
+    workspace = Workspace(root)
+    rows = sorted((user, START + timedelta(minutes=minute), item, event) for user, item, minute, event in events)
+    schema = {"user_id": pl.String, "timestamp": pl.Datetime("us", "UTC"), "item_id": pl.String, "event": pl.String}
+    frame = pl.DataFrame(rows, schema=schema, orient="row").with_columns(query=pl.lit(None, pl.String))
+    workspace.stage_file(0).parent.mkdir(parents=True)
+    frame.write_parquet(workspace.stage_file(0))
+    write_json(workspace.stages / "manifest.json", {"stages": [{"digest": "x"}]})
+    workspace.catalogue.mkdir()
+    pl.DataFrame({"item_id": sorted(set(frame["item_id"]))}).write_parquet(workspace.catalogue / "items.parquet")
+    return workspace
+
+
+@pytest.fixture
+def baskets(tmp_path: Path) -> Workspace:
+    return shop(
+        tmp_path,
+        [(f"u{user}", f"i{item:03d}", basket, "recommendation") for user in range(20) for basket in range(5)
+         for item in np.random.default_rng([user, basket]).choice(300, 20, replace=False)],
+    )  # fmt: skip
+
+
+def test_the_order_inside_a_basket_says_nothing_about_the_ids(baskets: Workspace) -> None:
+    own = load_interactions(baskets, baskets=True)
+    within = (own.baskets[1:] == own.baskets[:-1]) & (own.users[1:] == own.users[:-1])
+    rising = own.items[1:][within] > own.items[:-1][within]
+    assert abs(rising.mean() - 0.5) < 4 * 0.5 / np.sqrt(within.sum())
+    assert np.bincount(own.baskets[own.users == 0]).tolist() == [20] * 5
+
+
+def test_baskets_stay_in_time_order_and_keep_their_items(baskets: Workspace) -> None:
+    stored = pl.read_parquet(baskets.stage_file(0))
+    read = stage_events(baskets, 0)
+    assert read["timestamp"].to_list() == stored["timestamp"].to_list()
+    assert read["user_id"].to_list() == stored["user_id"].to_list()
+    assert read.sort("user_id", "timestamp", "item_id").equals(stored.select(read.columns))
+    assert not read.equals(stored.select(read.columns))
+
+
+def test_the_order_is_the_same_every_time(baskets: Workspace) -> None:
+    assert stage_events(baskets, 0).equals(stage_events(baskets, 0))
+
+
+def test_search_events_are_not_taken_for_recommendations(tmp_path: Path) -> None:
+    workspace = shop(
+        tmp_path, [("u", "a", 0, "recommendation"), ("u", "b", 1, "search"), ("u", "c", 2, "recommendation")]
+    )
+    own = load_interactions(workspace, baskets=False)
+    assert own.items.tolist() == [0, 2]
