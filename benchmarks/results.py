@@ -125,7 +125,7 @@ def costs(found: Findings) -> list[str]:
     rows = [
         "**Cost of one update**, mean over the later stages and both protocols",
         "",
-        "| method | seconds | trained weights | MB stored | peak MB of the process | users/s tested |",
+        "| method | seconds | trained weights | MB stored | peak MB of the process | queries/s tested |",
         "|---|---|---|---|---|---|",
     ]
     for method in found.methods:
@@ -136,7 +136,7 @@ def costs(found: Findings) -> list[str]:
                 number(cost["trained_parameters"], 1, "{:,.0f}"),
                 number(cost["bytes"], 1e6, "{:.2f}"),
                 number(cost["peak_memory_bytes"], 1e6, "{:.0f}"),
-                number(cost["users_per_second"], 1, "{:.0f}"),
+                number(cost.get("queries_per_second"), 1, "{:.0f}"),
             ]
             rows.append(f"| {method} | " + " | ".join(numbers) + " |")
     return rows

@@ -55,11 +55,19 @@ def publish(folder: Path, chart: str | None) -> None:
     """
     findings = steps.findings(folder)
     for stage in findings.stages:
-        create_table_artifact(stage_rows(findings, stage), key="stage-metrics", description=f"Metrics on stage {stage}")
-    create_markdown_artifact(summary(findings), key="summary", description="Mean over the stages after the first")
+        about = described(f"Metrics on stage {stage}", findings)
+        create_table_artifact(stage_rows(findings, stage), key="stage-metrics", description=about)
+    about = described("Mean over the stages after the first", findings)
+    create_markdown_artifact(summary(findings), key="summary", description=about)
     create_link_artifact((folder / "report.html").resolve().as_uri(), "report.html", key="report")
     if chart is not None:
         create_link_artifact(chart, "quality by stage in MLflow (start it with `make ui`)", key="mlflow-chart")
+
+
+def described(title: str, findings: Findings) -> str:
+    """An artifact's description; a quick look's names its sample."""
+    note = sample_note(findings.report)
+    return f"{title}. {note}" if note else title
 
 
 def stage_rows(findings: Findings, stage: int) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.findings import HEADLINE, PROTOCOL_TITLES, Cell, Findings, metric_title
+from flows.findings import HEADLINE, PROTOCOL_TITLES, Cell, Findings, metric_title, sample_note
 from stages.jobs import BASELINES
 from stages.workspace import replacing
 
@@ -70,7 +70,14 @@ def stage_chart(findings: Findings, theme: Theme) -> Figure | None:
         handles, labels = panels[0].get_legend_handles_labels()
         rows = -(-len(labels) // 5)
         figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // rows), frameon=False)
+        _name_sample(figure, sample_note(findings.report))
     return figure
+
+
+def _name_sample(figure: Figure, note: str | None) -> None:
+    """A picture is passed on without its page, so that a sample stands in the picture."""
+    if note is not None:
+        figure.suptitle(note, fontsize=9)
 
 
 def _stage_panel(axes: Axes, findings: Findings, protocol: str, theme: Theme) -> None:
@@ -136,7 +143,14 @@ def matrix_chart(findings: Findings, theme: Theme, only: str | None = None) -> F
             bar = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02)
             bar.set_label(metric_title(findings.report["matrix"][0]["metric"]))
             bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue] (a Spine, typed as a callable)
+        _name_sample(figure, _matrix_note(findings.report))
     return figure
+
+
+def _matrix_note(report: dict[str, Any]) -> str | None:
+    """R[i][j] has a sample of its own, whether the headline numbers are a quick look's or not."""
+    users = report["config"].get("evaluation", {}).get("matrix_users")
+    return f"a seeded sample of at most {users} test users a stage" if users else None
 
 
 def _heat_map(axes: Axes, grid: dict[tuple[int, int], float], top: float) -> Any:
@@ -159,14 +173,14 @@ def _heat_map(axes: Axes, grid: dict[tuple[int, int], float], top: float) -> Any
 
 
 def cost_chart(findings: Findings, theme: Theme) -> Figure | None:
-    """Seconds and kept megabytes for one update, and users a second when answering, a bar for each method."""
+    """Seconds and kept megabytes for one update, and queries a second when answering, a bar for each method."""
     methods = [name for name in findings.methods if findings.costs(name)]
     if not methods:
         return None
     panels_of = (
         ("train_seconds", 1.0, "seconds for one update"),
         ("bytes", 2.0**20, "MiB kept for one update"),
-        ("users_per_second", 1.0, "users answered a second"),
+        ("queries_per_second", 1.0, "queries answered a second"),
     )
     with _style(theme):
         figure, panels = _panels(3, width=3.6, height=0.6 + 0.34 * len(methods), columns=3)
@@ -180,6 +194,7 @@ def cost_chart(findings: Findings, theme: Theme) -> Figure | None:
             axes.invert_yaxis()
             axes.grid(False, axis="y")
             axes.tick_params(axis="y", length=0, labelleft=number == 0)
+        _name_sample(figure, sample_note(findings.report))
     return figure
 
 

@@ -45,9 +45,12 @@ def demo(
     """Generate a shop log, compare methods on it, and show the best score anyone could reach."""
     _start(workspace)
     from flows.demo import best_scores, write_demo
+    from flows.experiment import exclusive
     from flows.steps import findings
+    from stages.workspace import Workspace
 
-    config = write_demo(workspace)
+    with exclusive(Workspace(workspace)):
+        config = write_demo(workspace)
     folder = _compare(config, workspace, methods, seeds, stages, users)
     found = findings(folder)
     later = [stage for stage in found.stages if stage > 0]
@@ -58,10 +61,11 @@ def demo(
 def ingest(config: ConfigFile, workspace: Folder = None) -> None:
     """Read and check the log; refused rows go to the workspace with their reasons."""
     from flows import steps, terminal
+    from flows.experiment import exclusive
 
-    plan = steps.make_plan(config, _start(workspace))
-    with terminal.watching(lines=True):
-        steps.read(plan)
+    plan = steps.draft_plan(config, _start(workspace))
+    with exclusive(plan.workspace), terminal.watching(lines=True):
+        steps.read(steps.claimed(plan))
     terminal.stdout().print(f"log: {plan.workspace.log}", soft_wrap=True)
 
 
@@ -69,16 +73,19 @@ def ingest(config: ConfigFile, workspace: Folder = None) -> None:
 def split(config: ConfigFile, workspace: Folder = None) -> None:
     """Cut the log into stages; print how it drifts and where the picture is."""
     from flows import steps, tables, terminal
-
-    plan = steps.make_plan(config, _start(workspace))
-    with terminal.watching(lines=True):
-        steps.read(plan)
-        steps.split(plan)
+    from flows.experiment import exclusive
     from stages.drift import draw_drift, drift_table
 
+    plan = steps.draft_plan(config, _start(workspace))
+    with exclusive(plan.workspace):
+        with terminal.watching(lines=True):
+            plan = steps.claimed(plan)
+            steps.read(plan)
+            steps.split(plan)
+        rows = drift_table(plan.workspace)
+        picture = draw_drift(plan.workspace, plan.workspace.stages / "drift.png")
     console = terminal.stdout()
-    console.print(tables.drift(drift_table(plan.workspace)))
-    picture = draw_drift(plan.workspace, plan.workspace.stages / "drift.png")
+    console.print(tables.drift(rows))
     console.print(f"picture: {picture}", soft_wrap=True)
 
 
@@ -157,9 +164,9 @@ def resume(workspace: ThisFolder) -> None:
     _start(workspace)
     from flows.experiment import last_command
 
-    command, arguments, flow_run = last_command(workspace)
+    command, arguments, _ = last_command(workspace)
     config = Path(arguments.pop("config"))
-    _show(_flow(command, config, workspace, arguments, interrupted=flow_run))
+    _show(_flow(command, config, workspace, arguments))
 
 
 @app.command()
@@ -201,22 +208,23 @@ def _compare(
     return _flow("compare", config, workspace, arguments)
 
 
-def _flow(
-    name: str, config: Path, workspace: Path | None, arguments: dict[str, Any], interrupted: str | None = None
-) -> Path:
+def _flow(name: str, config: Path, workspace: Path | None, arguments: dict[str, Any]) -> Path:
     """Run a flow while holding the workspace; returns the report's folder."""
     from flows import steps, terminal
-    from flows.experiment import exclusive
+    from flows.experiment import exclusive, last_flow_run
 
     # Before Prefect starts: a mistake in config or arguments is told at once.
     methods = [arguments["method"]] if "method" in arguments else arguments["methods"]
-    plan = steps.make_plan(config, workspace, methods, arguments["seeds"], users=arguments["users"])
+    plan = steps.draft_plan(config, workspace, methods, arguments["seeds"], users=arguments["users"])
+    # The lock comes first: claiming writes the config, and another process may be working by the present one.
     with exclusive(plan.workspace), terminal.watching() as watcher:
+        place = steps.claimed(plan).workspace
         watcher.label = "starting Prefect"
         watcher.expect(0)
         from flows.running import run
 
-        return Path(run(name, {"config": config.resolve(), "workspace": plan.workspace.root, **arguments}, interrupted))
+        everything = {"config": config.resolve(), "workspace": place.root, **arguments}
+        return Path(run(name, everything, last_flow_run(place)))
 
 
 def _show(folder: Path, best: dict[str, dict[str, float]] | None = None, chart: str | None = None) -> None:
@@ -235,6 +243,9 @@ def _show(folder: Path, best: dict[str, dict[str, float]] | None = None, chart: 
         console.print(f"chart:  {chart}", soft_wrap=True)
         command = f"make ui WORKSPACE={folder.parents[2]}"
         console.print(f"        start MLflow with `{command}` first; switch its view to model training", soft_wrap=True)
+    else:
+        later = f"`driftrec report --workspace {folder.parents[2]}` does it later"
+        console.print(f"chart:  not recorded in MLflow; {later}", soft_wrap=True)
 
 
 def _words(text: str | None) -> list[str] | None:
@@ -264,10 +275,8 @@ def main() -> None:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail(INTERRUPTED, 130)
-    except OSError as error:
-        _fail(_machine_fault(error) or _crash(error), 1)
     except Exception as error:
-        _fail(_crash(error), 1)
+        _fail(_machine_fault(error) or _crash(error), 1)
 
 
 def _fail(message: str, code: int) -> None:
@@ -275,11 +284,20 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _machine_fault(error: OSError) -> str | None:
+DISK_FULL = "no space left; free some and run `driftrec resume`"
+DISK_FULL_WORDS = ("no space left", "disk is full", "database or disk is full")
+"""How libraries say it that wrap the system's error in one of their own."""
+
+
+def _machine_fault(error: Exception) -> str | None:
     """The sentence for a full or read-only disk; None for anything else."""
-    place = error.filename or (_running_in[-1] if _running_in else "the disk")
+    place = _running_in[-1] if _running_in else "the disk"
+    if not isinstance(error, OSError) or error.errno is None:
+        full = any(words in str(error).lower() for words in DISK_FULL_WORDS)
+        return f"{place}: {DISK_FULL}" if full else None
+    place = error.filename or place
     faults = {
-        errno.ENOSPC: "no space left; free some and run `driftrec resume`",
+        errno.ENOSPC: DISK_FULL,
         errno.EDQUOT: "the disk quota is used up; free some space and run `driftrec resume`",
         errno.EROFS: "the file system is read-only; choose another --workspace",
         errno.EACCES: "permission denied; choose another --workspace or mend its rights",

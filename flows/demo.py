@@ -30,11 +30,16 @@ def write_demo(workspace: Path, seed: int = SEED) -> Path:
 
 
 def best_scores(workspace: Path, protocols: list[str], stages: list[int]) -> dict[str, dict[str, float]]:
-    """What a model that knew the true distribution would score: protocol -> metric -> mean over `stages`."""
+    """What a model that knew the true distribution would score: protocol -> metric -> mean over `stages`.
+
+    Empty without stages: the table's means leave stage 0 out.
+    """
     import polars as pl
 
     from stages.synthetic import best_possible
 
+    if not stages:
+        return {}
     truth = pl.read_parquet(workspace / FOLDER / "truth.parquet")
     found = {}
     for protocol in protocols:

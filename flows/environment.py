@@ -20,8 +20,9 @@ DEFAULTS = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,models,regularizers,stages",
     # Our loggers also speak outside of flows (`driftrec ingest`), where Prefect has no run to file a line under.
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-    # The run's logs still reach Prefect's UI; the console belongs to our own progress lines.
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
+    # The run's logs still reach Prefect's UI; the console belongs to our own lines: Prefect's engine would print the
+    # traceback of a user's mistake there.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     # Threads that wait for each other by spinning slow a shared machine down many times over.

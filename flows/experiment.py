@@ -115,6 +115,12 @@ def last_command(root: Path) -> tuple[str, dict[str, Any], str | None]:
     return found["command"], arguments, found["flow_run"]
 
 
+def last_flow_run(workspace: Workspace) -> str | None:
+    """Prefect's id of the workspace's last run, however it ended; None where nothing has run."""
+    stored = workspace.root / "last_command.json"
+    return read_json(stored).get("flow_run") if stored.exists() else None
+
+
 def remember_trained(workspace: Workspace, checkpoint: Checkpoint) -> None:
     """Add a committed stage to `runs/trained.json`, from which `recommend` chooses."""
     stored = workspace.root / "runs" / "trained.json"
@@ -137,10 +143,16 @@ def exclusive(workspace: Workspace) -> Iterator[None]:
     The lock file is never deleted; the kernel frees the lock with the process.
 
     Raises:
-        UserError: another process holds it; the message says which.
+        UserError: another process holds it; the message says which. Or the folder cannot be written.
     """
-    workspace.root.mkdir(parents=True, exist_ok=True)
-    with (workspace.root / "run.lock").open("a+", encoding="utf-8") as handle:
+    try:
+        workspace.root.mkdir(parents=True, exist_ok=True)
+        opened = (workspace.root / "run.lock").open("a+", encoding="utf-8")
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f"{workspace.root}: cannot write the workspace: {error.strerror}; choose another folder"
+        ) from None
+    with opened as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

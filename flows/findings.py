@@ -187,7 +187,7 @@ class Findings:
         """What one update costs: mean over the stages after the first, seeds and protocols."""
         rows = [row for row in self.report["costs"] if row["method"] == method]
         later = [row for row in rows if row["stage"] != 0] or rows
-        names = ("train_seconds", "trained_parameters", "bytes", "peak_memory_bytes", "users_per_second", "targets")
+        names = ("train_seconds", "trained_parameters", "bytes", "peak_memory_bytes", "queries_per_second", "targets")
         return {name: _mean([row.get(name) for row in later]) for name in names} if later else {}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ LIBRARIES = (
     "fastapi",
     "sqlalchemy",
 )
+FORMATS = {"bfloat16": "bfloat16 autocast over float32 weights"}
+"""Names of number formats in words; any other is called by its own name."""
 FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
@@ -50,13 +54,46 @@ def description() -> dict[str, Any]:
 
 
 def arithmetic(precision: str) -> str:
-    """The sentence every run prints about its number format and threads."""
+    """The sentence every run logs before it trains, about this machine's number format and threads."""
     import torch
 
     from models.backbone import wants_bfloat16
 
-    form = "bfloat16 autocast over float32 weights" if wants_bfloat16(precision) else "float32"
+    form = FORMATS["bfloat16"] if wants_bfloat16(precision) else "float32"
     return f"Trained in {form} on {torch.get_num_threads()} CPU threads (precision = {precision})."
+
+
+def trained_in(states: Iterable[dict[str, Any]]) -> str | None:
+    """The sentence of a report about its checkpoints' number formats and threads, whichever machine made them.
+
+    Args:
+        states: contents of state.json; `precision` and `threads` are read.
+
+    Returns:
+        None where no checkpoint says.
+    """
+    ways = sorted(
+        {(state["precision"], state["threads"]) for state in states if {"precision", "threads"} <= set(state)}
+    )
+    named = [
+        f"in {FORMATS.get(form, form)} on {threads} CPU {'thread' if threads == 1 else 'threads'}"
+        for form, threads in ways
+    ]
+    several = "; checkpoints made in different ways stand side by side" if len(named) > 1 else ""
+    return f"Trained {' and '.join(named)}{several}." if named else None
+
+
+def git_sha() -> str | None:
+    """Commit of the checkout this code runs from, marked where files differ from it; None outside of one."""
+    folder = Path(__file__).resolve().parent
+    if not (folder.parent / ".git").exists():
+        return None
+    describe = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def cores() -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from stages.config import Config, Protocol
 from stages.errors import UserError
@@ -36,6 +37,7 @@ class Plan:
         limit: only the first so many stages, or all.
         comparison: baselines and R[i][j] belong to it; the last stage's next-stage model does not, nobody tests it.
         count: stages there are to work on; 0 until the log is split.
+        command: what was asked for and which code answered, as the report repeats it.
     """
 
     config: Config
@@ -45,6 +47,7 @@ class Plan:
     limit: int | None = None
     comparison: bool = True
     count: int = 0
+    command: dict[str, Any] = field(default_factory=dict)
 
     def with_stages(self, available: int) -> Plan:
         """This plan for a log of `available` stages.

@@ -63,7 +63,7 @@ def recommend(
         raise UserError(f"-k {k}: give a number from 1 to evaluation.beam, which is {config.evaluation.beam} here")
     dataset = load_dataset(config, workspace)
     past = known_history(dataset, user, history)
-    found = recommender(config, workspace, dataset, job).recommend([past[-config.training.history_length :]], k)
+    found = recommender(config, workspace, dataset, job).recommend([past], k)
     names = dataset.catalogue
     rows = [
         (names.item_ids[item], names.titles[item], float(score))

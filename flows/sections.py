@@ -62,7 +62,10 @@ def forgetting(findings: Findings, figures: dict[str, Path]) -> Markup:
     sample = findings.report.get("config", {}).get("evaluation", {}).get("matrix_users")
     intro = "Low forgetting alone is no virtue: tastes move on. Read BWT beside NextPerf."
     if sample:
-        intro += f" R[i][j] rests on a seeded sample of at most {sample} users a stage and the first seed."
+        intro += (
+            f" The cells of R[i][j] carry no interval: they rest on one seed, the first, and on a seeded sample of at "
+            f"most {sample} users a stage, and so do the columns but NextPerf and FWT. Small gaps there mean nothing."
+        )
     return join(
         element("h2", "Keeping the old, learning the new"),
         element("p", intro, "faint"),
@@ -119,9 +122,19 @@ def costs(findings: Findings, figures: dict[str, Path]) -> Markup:
     caption = "Shorter is cheaper in the first two, longer is faster in the last."
     return join(
         element("h2", "What it costs"),
-        element("p", "Mean over the updates after stage 0, which all methods share.", "faint"),
+        element("p", f"Mean over the updates after stage 0, which all methods share. {_wall_time(findings)}", "faint"),
         table(head, rows),
         pictures(figures, "costs", "", "Bars of the cost of one update", caption),
+    )
+
+
+def _wall_time(findings: Findings) -> str:
+    spent = findings.report.get("wall_seconds")
+    if not spent:
+        return ""
+    return (
+        f"All in all {_short(spent['training'], 's')} of training and {_short(spent['testing'], 's')} of testing; "
+        "what methods share counts once."
     )
 
 
@@ -133,7 +146,7 @@ def _cost_cells(cost: dict[str, float | None]) -> list[tuple[Content, str]]:
         _short(cost["trained_parameters"]),
         _short(_mebibytes(cost["bytes"]), "MiB"),
         _short(_mebibytes(cost["peak_memory_bytes"]), "MiB"),
-        _short(cost["users_per_second"]),
+        _short(cost.get("queries_per_second")),
     ]
     return [(text, "") for text in shown]
 
@@ -193,9 +206,9 @@ def notes(findings: Findings) -> Markup:
 
 
 def provenance(report: dict[str, Any]) -> Markup:
-    """Digests, versions, machine and config, folded away."""
+    """Command, digests, versions, machine and config, folded away."""
     blocks = []
-    for title in ("digests", "versions", "machine", "config"):
+    for title in ("command", "digests", "versions", "machine", "config"):
         if report.get(title):
             shown = json.dumps(report[title], indent=2, ensure_ascii=False)
             blocks.append(element("details", join(element("summary", title), element("pre", shown))))

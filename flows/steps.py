@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,25 @@ def make_plan(
 ) -> Plan:
     """Read the config, apply a command's wishes, and claim the workspace.
 
+    See `draft_plan` for arguments and errors.
+
+    Raises:
+        UserError: also where the workspace belongs to another experiment or other data.
+    """
+    return claimed(draft_plan(config, workspace, methods, seeds, stages, users, comparison))
+
+
+def draft_plan(
+    config: Path,
+    workspace: Path | None = None,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    stages: int | None = None,
+    users: int | None = None,
+    comparison: bool = True,
+) -> Plan:
+    """A command's request, checked; nothing is written yet, so this may happen before the workspace is locked.
+
     Args:
         config: TOML file.
         workspace: overrides the config's.
@@ -43,7 +63,7 @@ def make_plan(
         comparison: baselines and R[i][j] belong to it.
 
     Raises:
-        UserError: config, method or workspace is not usable.
+        UserError: config or method is not usable.
     """
     settings = load_config(Path(config))
     # Validated anew: a number from the command line obeys the rules of the file's.
@@ -53,8 +73,27 @@ def make_plan(
     for name in names:
         settings.method(name)
     chosen = tuple(dict.fromkeys(settings.seeds if seeds is None else seeds))
-    settings, place = experiment.open_workspace(settings, workspace)
-    return Plan(settings, place, names, chosen, stages, comparison)
+    place = Workspace(workspace if workspace is not None else Path(settings.workspace).expanduser())
+    command = {
+        # Relative, as everywhere in a workspace: it can be moved together with its config.
+        "config": os.path.relpath(Path(config).resolve(), place.root.resolve()),
+        "methods": list(names),
+        "seeds": list(chosen),
+        "stages": stages,
+        "users": users,
+        "git_sha": machine.git_sha(),
+    }
+    return Plan(settings, place, names, chosen, stages, comparison, command=command)
+
+
+def claimed(plan: Plan) -> Plan:
+    """The plan with its workspace claimed and the config written there.
+
+    Raises:
+        UserError: the workspace belongs to another experiment or other data.
+    """
+    settings, place = experiment.open_workspace(plan.config, plan.workspace.root)
+    return replace(plan, config=settings, workspace=place)
 
 
 def read(plan: Plan) -> None:
@@ -137,14 +176,31 @@ def summarise(plan: Plan, evaluations: list[Evaluation], checkpoints: list[Check
     watcher().start("summing up")
     report = summary.summarise(plan.config, plan.workspace, evaluations, checkpoints, progress=watcher().say)
     stored = read_json(plan.workspace.root / "config.json")["config"]
-    report |= {"config": stored, "versions": machine.versions(), "machine": machine.description()}
-    report["notes"].append(machine.arithmetic(plan.config.backbone.precision))
+    report |= {"command": plan.command, "config": stored}
+    report |= {"versions": machine.versions(), "machine": machine.description()}
+    report["wall_seconds"] = wall_seconds(evaluations, checkpoints)
+    if (arithmetic := machine.trained_in(_states(plan.workspace, checkpoints))) is not None:
+        report["notes"].append(arithmetic)
     folder = plan.workspace.reports / plan.key()
     write_json(folder / "jobs.json", jobs_of(evaluations, checkpoints))
     draw_drift(plan.workspace, folder / "figures" / "drift.png")
     write_report(report, folder)
     write_json(plan.workspace.reports / "latest.json", {"schema": 1, "report": folder.name})
     return folder
+
+
+def wall_seconds(evaluations: Sequence[Evaluation], checkpoints: Sequence[Checkpoint]) -> dict[str, float]:
+    """Seconds of training and testing behind a report; files that several cells share count once."""
+    trained = {checkpoint.key: 0.0 for checkpoint in checkpoints}
+    for checkpoint in checkpoints:  # a frozen model's later stages name the first one's files, at no seconds
+        trained[checkpoint.key] = max(trained[checkpoint.key], checkpoint.seconds)
+    tested = {evaluation.path: evaluation.seconds for evaluation in evaluations}
+    return {"training": sum(trained.values()), "testing": sum(tested.values())}
+
+
+def _states(workspace: Workspace, checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    keys = dict.fromkeys(checkpoint.key for checkpoint in checkpoints)
+    return [read_json(workspace.checkpoints / key / "state.json") for key in keys]
 
 
 def jobs_of(evaluations: list[Evaluation], checkpoints: list[Checkpoint]) -> dict[str, Any]:

@@ -116,7 +116,8 @@ def watching(lines: bool = False) -> Iterator[Watcher]:
             with _log_lines():
                 yield found
         else:
-            with _bar(console) as found.bar:
+            # Inside the bar's block, where rich keeps lines above the bar.
+            with _bar(console) as found.bar, _log_lines(logging.WARNING):
                 yield found
     finally:
         _watcher.reset(token)
@@ -132,8 +133,9 @@ def _bar(console: Console) -> Progress:
 
 
 @contextmanager
-def _log_lines() -> Iterator[None]:
+def _log_lines(least: int = logging.INFO) -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(least)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     level = log.level
     log.addHandler(handler)

@@ -7,7 +7,6 @@ its `driftrec.key`, and a point (key, step) that is there already is not logged 
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,20 @@ BATCH = 1000
 """Most metrics MLflow takes in one call."""
 LARGEST_COPY = 64 * 2**20
 """Checkpoints above this many bytes are named by path and digest instead of copied."""
+MOVEMENT = {
+    "drift_rms": "drift/drift_rms",
+    "drift_mean": "drift/drift_mean",
+    "drift_centred_rms": "drift/drift_centred_rms",
+    "token_row_drift": "drift/token_row_drift",
+    "best_epoch": "drift/best_epoch",
+}
+"""What a checkpoint's state.json says of a whole stage, and its name here."""
 SERVER = "http://127.0.0.1:5000"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One number of a run; `step` is the tested or trained stage, or the training step of a loss."""
+    """One number of a run; `step` is the tested or trained stage, a loss's training step, or its epoch."""
 
     key: str
     value: float
@@ -136,7 +143,7 @@ def points(findings: Findings, subject: Subject) -> list[Point]:
         if (row["method"], row["seed"]) == (subject.method, subject.seed):
             place = "" if row["protocol"] == findings.protocols[0] else f"_{PREFIX[row['protocol']]}"
             costs = {"train_s": row["train_seconds"], "adapter_mb": _megabytes(row["bytes"])}
-            costs |= {"users_per_s": row["users_per_second"], "trained_parameters": row["trained_parameters"]}
+            costs |= {"queries_per_s": row.get("queries_per_second"), "trained_parameters": row["trained_parameters"]}
             costs["peak_mb"] = _megabytes(row["peak_memory_bytes"])
             found += [
                 Point(f"cost/{name}{place}", value, row["stage"]) for name, value in costs.items() if value is not None
@@ -153,6 +160,10 @@ def _metric_name(findings: Findings, row: dict[str, Any]) -> str | None:
         parts.append(row["objective"])
     parts.append(row["metric"])
     return "/".join(parts if row["slice"] == "all" else [*parts, row["slice"]])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _megabytes(size: float | None) -> float | None:
@@ -180,7 +191,7 @@ class Book:
 
     def record(self, subject: Subject) -> None:
         """Parent and children of one method and seed."""
-        numbers = points(self.findings, subject)
+        numbers = [*points(self.findings, subject), *self._movement(subject)]
         stages = sorted({point.step for point in numbers})
         parent = self._run(subject, None, {"role": "method"}, f"{subject.method} seed {subject.seed}")
         self._numbers(parent, [*numbers, *_lasting(self.findings, subject, max(stages, default=0))])
@@ -219,7 +230,8 @@ class Book:
         tags = {
             f"digest.{name}": str(value)[:64] for name, value in report["digests"].items() if isinstance(value, str)
         }
-        tags["git.sha"] = git_sha() or "not a git checkout"
+        # The code that made the numbers, not the one that copies them here.
+        tags["git.sha"] = report.get("command", {}).get("git_sha") or "not a git checkout"
         if report.get("sampled_users"):
             tags["sampled_users"] = str(report["sampled_users"])
         if self.folder is not None:
@@ -241,17 +253,40 @@ class Book:
 
     def _losses(self, checkpoint: Checkpoint, several: bool) -> list[Point]:
         """Training numbers by optimiser step; the protocol is part of the name where a stage was trained for both."""
-        state = self.workspace.checkpoints / checkpoint.key / "state.json"
-        # Nothing was trained for this stage (a frozen model): its files are another stage's, and so is their log.
-        if not state.exists() or checkpoint.targets == 0:
-            return []
-        prefix = f"train/{PREFIX[checkpoint.job.protocol]}/" if several else "train/"
-        return [
-            Point(prefix + name, float(value), int(row["step"]))
-            for row in read_json(state).get("training", [])
+        state = self._state(checkpoint)
+        place = f"{PREFIX[checkpoint.job.protocol]}/" if several else ""
+        training = [
+            # `ce` is cross-entropy alone, without what a method adds to it: comparable between methods.
+            Point(f"train/{place}{'loss' if name == 'ce' else name}", float(value), int(row["step"]))
+            for row in state.get("training", [])
             for name, value in row.items()
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+            if name != "step" and _is_number(value)
         ]
+        validation = [
+            Point(f"validation/{place}loss", float(row["validation_loss"]), int(row["epoch"]))
+            for row in state.get("epochs", [])
+            if _is_number(row["validation_loss"])
+        ]
+        return training + validation
+
+    def _movement(self, subject: Subject) -> list[Point]:
+        """How far each stage moved the weights, and after which epoch it stopped; named by protocol as the costs."""
+        found = []
+        for checkpoint in subject.checkpoints:
+            leading = checkpoint.job.protocol == self.findings.protocols[0]
+            place = "" if leading else f"_{PREFIX[checkpoint.job.protocol]}"
+            state = self._state(checkpoint)
+            found += [
+                Point(name + place, float(state[key]), checkpoint.job.stage)
+                for key, name in MOVEMENT.items()
+                if _is_number(state.get(key))
+            ]
+        return found
+
+    def _state(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """state.json, or nothing where nothing was trained: a frozen model's files and their log are stage 0's."""
+        path = self.workspace.checkpoints / checkpoint.key / "state.json"
+        return read_json(path) if checkpoint.targets > 0 and path.exists() else {}
 
     def _datasets(self, run: str, stage: int) -> None:
         inputs: RunInputs | None = self.client.get_run(run).inputs
@@ -302,19 +337,6 @@ def _dataset(row: dict[str, Any]) -> Dataset:
         source=json.dumps({"uri": row["path"]}),
         profile=json.dumps(profile),
     )
-
-
-def git_sha() -> str | None:
-    """Commit of the checkout this code runs from, marked where files differ from it; None outside of one."""
-    folder = Path(__file__).resolve().parent
-    if not (folder.parent / ".git").exists():
-        return None
-    describe = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def flow_run_tags() -> dict[str, str]:

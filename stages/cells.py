@@ -149,7 +149,8 @@ def estimates(cells: Sequence[Cell], users: int, tier: Tier, seed: int) -> dict[
         seed: of the draws.
 
     Returns:
-        Keyed by (method, seed, stage); `mean` needs every incremental stage that any cell has.
+        Keyed by (method, seed, stage); `mean` needs every incremental stage that any cell has. Where stage 0 alone
+        was tested, it stands for the mean.
     """
     by_stage: dict[int, list[Cell]] = {}
     for cell in cells:
@@ -161,7 +162,7 @@ def estimates(cells: Sequence[Cell], users: int, tier: Tier, seed: int) -> dict[
         for cell, part in zip(group, parts, strict=True):
             job = cell.evaluation.job
             found[job.method, job.seed, cell.evaluation.tested] = _estimate(cell, part, tier, users)
-    found |= _stage_means(found, [stage for stage in sorted(by_stage) if stage > 0])
+    found |= _stage_means(found, [stage for stage in sorted(by_stage) if stage > 0] or sorted(by_stage))
     found |= _seed_means(found, tier.draws, seed)
     methods = list(dict.fromkeys(cell.evaluation.job.method for cell in cells))
     return dict(sorted(found.items(), key=lambda entry: _reading_order(methods, entry[0])))

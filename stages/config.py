@@ -8,97 +8,27 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tomllib
+from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from stages.errors import UserError
+from stages.log_config import CatalogueConfig, LogConfig, Source
 from stages.method_config import BUILT_IN, AnyMethod, MethodConfig
 from stages.settings import Settings, nearest
 
 Protocol = Literal["same_stage", "next_stage"]
 PROTOCOLS: tuple[Protocol, ...] = ("same_stage", "next_stage")
 CUTOFFS = (1, 5, 10, 20)
-
-
-class Source(Settings):
-    """One file, glob or hive-partitioned folder of rows, and how its columns become driftrec's."""
-
-    path: str
-    """Where the rows are; `$NAME` and `~` are expanded, relative paths start at the config file."""
-    format: Literal["auto", "csv", "jsonl", "parquet"] = "auto"
-    separator: str | None = None
-    """Column separator of a text file, one or more characters (`::` works); inferred from the ending if absent."""
-    encoding: Literal["utf8", "latin1"] = "utf8"
-    quote: str | None = '"'
-    """Quoting character of a CSV file; the empty string or null for none."""
-    header: bool = True
-    names: list[str] | None = None
-    """Column names of a file without a header line."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """driftrec's column -> the file's column; a column that already has driftrec's name needs no entry."""
-    derive: dict[str, str] = Field(default_factory=dict)
-    """New column -> polars SQL expression over the file's own columns; computed before `where` and the column map."""
-    where: str | None = None
-    """polars SQL condition; rows for which it is not true are filtered, counted, and not rejects."""
-    time_unit: Literal["s", "ms", "us", "ns", "text"] | None = None
-    """Unit of the timestamp; inferred for each file and printed when absent."""
-    event: Literal["recommendation", "search"] | None = None
-    """Objective of every row of this source; absent: the `event` column, or recommendation."""
-    distinct: list[str] = Field(default_factory=list)
-    """Columns (the file's or derived) that tell two rows apart; the earliest row of each combination is kept, the
-    others are dropped and counted as duplicates. Absent: user, item, timestamp, event and query."""
-    join: list[Join] = Field(default_factory=list)
-    """Side tables joined to the rows before `derive`."""
-
-
-class Join(Settings):
-    """A side table (say, tag texts) joined to a source on one key."""
-
-    path: str
-    on: str
-    """Key column, named alike in both tables (rename it with `columns` of this table: side -> file)."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    format: Literal["auto", "csv", "jsonl", "parquet"] = "auto"
-    separator: str | None = None
-    encoding: Literal["utf8", "latin1"] = "utf8"
-    quote: str | None = '"'
-
-
-class LogConfig(Settings):
-    """The interaction log: rows of events, published stage blocks, or one line per user."""
-
-    kind: Literal["events", "blocks", "sequences"] = "events"
-    sources: list[Source] = Field(default_factory=list)
-    """For `events`: the sources, concatenated."""
-    blocks: str | None = None
-    """For `blocks`: glob of the block files, in stage order by file name."""
-    index: str | None = None
-    """For `blocks`: the semantic-ID index shipped with them (optional)."""
-    sequences: str | None = None
-    """For `sequences`: a text file, `user item item ...` a line, oldest first."""
-    earliest: str = "1970-01-02"
-    """Plausibility window of event times, ISO date; rows before it are rejected."""
-    latest: str = "2100-01-01"
-    """Rows at or after this ISO date are rejected."""
-
-    @model_validator(mode="after")
-    def _kind_has_its_path(self) -> Self:
-        needed = {"events": self.sources, "blocks": self.blocks, "sequences": self.sequences}[self.kind]
-        if not needed:
-            key = "sources" if self.kind == "events" else self.kind
-            raise ValueError(f'log.kind = "{self.kind}" needs log.{key}; add it')
-        return self
-
-
-class CatalogueConfig(Settings):
-    """Optional item table: title, text and categories by item_id; `text` columns may be built with `derive`."""
-
-    sources: list[Source] = Field(default_factory=list)
-    category_separator: str = "|"
-    """Splits a text column of categories into a list."""
+NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+"""Names of experiments and methods: they become names of folders and files."""
+RESERVED = ("first", "popularity", "recent_popularity", "item_graph")
+"""What no method may be called: the stage 0 that all methods share, and the baselines."""
 
 
 class StageConfig(Settings):
@@ -122,8 +52,8 @@ class StageConfig(Settings):
             raise ValueError("stages.first goes with stages.period; remove it or add period")
         if self.fractions is not None:
             _check_fractions(self.fractions)
-        if self.instants is not None and sorted(set(self.instants)) != self.instants:
-            raise ValueError(f"stages.instants must rise strictly, got {self.instants}; sort them")
+        if self.instants is not None:
+            _check_instants(self.instants)
         return self
 
 
@@ -132,6 +62,16 @@ def _check_fractions(fractions: list[float]) -> None:
         raise ValueError(f"stages.fractions must each lie in (0, 1], got {fractions}")
     if not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
         raise ValueError(f"stages.fractions must sum to 1, got {sum(fractions):g}; adjust the last one")
+
+
+def _check_instants(texts: list[str]) -> None:
+    try:
+        found = [datetime.fromisoformat(text) for text in texts]
+    except ValueError:
+        return  # the split says which one is no ISO date
+    instants = [one.replace(tzinfo=UTC) if one.tzinfo is None else one for one in found]
+    if any(late <= early for early, late in pairwise(instants)):
+        raise ValueError(f"stages.instants must rise strictly, got {texts}; sort them")
 
 
 class ItemConfig(Settings):
@@ -178,6 +118,12 @@ class BackboneConfig(Settings):
     def _heads_divide(self) -> Self:
         if self.hidden % (2 * self.heads):
             raise ValueError(f"backbone.hidden ({self.hidden}) must be a multiple of 2 x heads ({self.heads})")
+        return self
+
+    @model_validator(mode="after")
+    def _full_has_words(self) -> Self:
+        if self.vocabulary == "full" and not self.path:
+            raise ValueError('backbone.vocabulary = "full" needs a pretrained backbone; set backbone.path')
         return self
 
 
@@ -232,7 +178,7 @@ class EvaluationConfig(Settings):
     baskets: bool = False
     """Events of a user that share a timestamp are one target, scored as a set."""
     exclude_history: bool = False
-    """Never recommend what the user already has (refuse it on logs with repeats)."""
+    """Never recommend what the user already has (do not use it on logs with repeats)."""
     beam: Annotated[int, Field(ge=1)] = 20
     k: Annotated[int, Field(ge=1)] = 20
     """Length of a recommendation list."""
@@ -242,6 +188,13 @@ class EvaluationConfig(Settings):
     users: Annotated[int, Field(ge=1)] | None = None
     """Seeded sample of test users for a quick look; every output then says so."""
     bootstrap: Annotated[int, Field(ge=100)] = 10_000
+
+    @field_validator("protocols")
+    @classmethod
+    def _protocols_distinct(cls, protocols: tuple[Protocol, ...]) -> tuple[Protocol, ...]:
+        if not protocols or len(set(protocols)) != len(protocols):
+            raise ValueError(f"evaluation.protocols must be distinct and at least one, got {list(protocols)}")
+        return protocols
 
     @model_validator(mode="after")
     def _beam_covers_k(self) -> Self:
@@ -255,7 +208,7 @@ class EvaluationConfig(Settings):
 class Config(Settings):
     """One experiment: a log, its stages, a model, and the methods compared on it."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+    name: Annotated[str, Field(pattern=NAME)]
     workspace: str
     """Folder for everything the run writes; relative paths start at the current directory."""
     log: LogConfig
@@ -279,10 +232,33 @@ class Config(Settings):
             raise ValueError(f"seeds must be distinct and at least one, got {seeds}")
         return seeds
 
+    @field_validator("methods")
+    @classmethod
+    def _methods_named(cls, methods: dict[str, AnyMethod]) -> dict[str, AnyMethod]:
+        for name in methods:
+            if not re.fullmatch(NAME, name):
+                raise ValueError(
+                    f"{name!r} cannot name a method; use 1 to 64 of a-z, 0-9, _ and -, a letter or digit first"
+                )
+            if name in RESERVED:
+                raise ValueError(f"{name!r} is taken by driftrec itself; choose another name for the method")
+        return methods
+
     @model_validator(mode="after")
-    def _index_is_there(self) -> Self:
+    def _tables_agree(self) -> Self:
         if self.items.index == "shipped" and not self.log.index:
             raise ValueError('items.index = "shipped" needs log.index, the file that ships it')
+        rule = [name for name, value in self.stages if value is not None]
+        if rule and self.log.kind != "events":
+            raise ValueError(
+                f'log.kind = "{self.log.kind}" brings its own stages, but [stages] has {", ".join(rule)}; remove it'
+            )
+        for name, method in self.methods.items():
+            if self.training.token_rows == "freeze" and getattr(method, "anchor", "adapter") == "adapter+tokens":
+                raise ValueError(
+                    f'methods.{name}.anchor = "adapter+tokens" anchors rows that training.token_rows = "freeze" never '
+                    'moves; use anchor = "adapter" or token_rows = "evolve"'
+                )
         return self
 
     def method(self, name: str) -> MethodConfig:
@@ -327,11 +303,24 @@ def _explain(problem: Any) -> str:
 
 
 def _known_keys(place: tuple[Any, ...]) -> list[str]:
-    table: Any = Config
+    """Keys of the tables at `place`, which names fields, positions in lists, methods, and a method's kind."""
+    tables: list[type[Settings]] = [Config]
     for part in place:
-        field = getattr(table, "model_fields", {}).get(part)
-        table = field.annotation if field is not None else table
-    return list(getattr(table, "model_fields", {}))
+        fields = [table.model_fields[part] for table in tables if part in table.model_fields]
+        below = [table for field in fields for table in _tables_in(field.annotation)]
+        kinds = [table for table in tables if part in _kinds(table)]
+        tables = below or kinds or tables
+    return [name for table in tables for name in table.model_fields]
+
+
+def _kinds(table: type[Settings]) -> tuple[Any, ...]:
+    return get_args(table.model_fields["method"].annotation) if "method" in table.model_fields else ()
+
+
+def _tables_in(annotation: Any) -> list[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    return [table for part in get_args(annotation) for table in _tables_in(part)]
 
 
 def _anchor_paths(config: Config, folder: Path) -> Config:
@@ -353,7 +342,17 @@ def _anchor_paths(config: Config, folder: Path) -> Config:
     places = {key: anchored(value) for key in ("blocks", "index", "sequences") if (value := getattr(config.log, key))}
     log = config.log.model_copy(update={**places, "sources": sources(config.log.sources)})
     catalogue = config.catalogue.model_copy(update={"sources": sources(config.catalogue.sources)})
-    return config.model_copy(update={"log": log, "catalogue": catalogue})
+    backbone = config.backbone.model_copy(update={"path": _model_place(config.backbone.path, folder)})
+    items = config.items.model_copy(update={"encoder": _model_place(config.items.encoder, folder)})
+    return config.model_copy(update={"log": log, "catalogue": catalogue, "backbone": backbone, "items": items})
+
+
+def _model_place(path: str | None, folder: Path) -> str | None:
+    """A model's folder made absolute where it lies beside the config; anything else may be a hub id and stays."""
+    if path is None:
+        return None
+    place = os.path.normpath(folder / expand(path))
+    return place if os.path.isdir(place) else expand(path)
 
 
 def expand(path: str) -> str:

@@ -93,7 +93,12 @@ def _silent(message: str) -> None:
     """Progress for callers that want none."""
 
 
-def read_log(config: Config, workspace: Workspace, progress: Callable[[str], None] = _silent) -> LogReport:
+def read_log(
+    config: Config,
+    workspace: Workspace,
+    progress: Callable[[str], None] = _silent,
+    expected: str | None = None,
+) -> LogReport:
     """Read, check and store the log and the item table of `config`.
 
     Writes `logs/log.parquet` and `logs/manifest.json`, `catalogue/raw.parquet` (empty without an item table), and
@@ -103,10 +108,11 @@ def read_log(config: Config, workspace: Workspace, progress: Callable[[str], Non
         config: names the sources.
         workspace: where to write; claimed for the experiment.
         progress: receives one line a file and a summary.
+        expected: digest the log must have, of the one that models rest on; nothing is written where it has another.
 
     Raises:
         UserError: a file that is missing, empty, unreadable or inconsistent; no acceptable row; another experiment's
-            workspace.
+            workspace; another log than the expected one.
     """
     workspace.claim(config.name)
     plausible = window(config.log.earliest, config.log.latest)
@@ -117,6 +123,11 @@ def read_log(config: Config, workspace: Workspace, progress: Callable[[str], Non
         raise UserError(f"the log has no acceptable row: {reasons}; check log.sources")
     items = _catalogue(config, plausible, progress)
     digest = content_digest(log)
+    if expected is not None and digest != expected:
+        raise UserError(
+            f"{workspace.root}: the log's rows changed since this workspace was made (digest {digest[:12]}, "
+            f"was {expected[:12]}); choose another workspace for the new rows"
+        )
     _write_rejects(table.rejects, workspace.rejects / "log.parquet")
     _write_rejects(items.rejects, workspace.rejects / "catalogue.parquet")
     write_parquet(items.accepted, workspace.catalogue / "raw.parquet")

@@ -65,7 +65,11 @@ class _Baskets:
 
 
 def same_stage_tests(interactions: Interactions, stage: int) -> Queries:
-    """The last basket of every visit to `stage` with at least three baskets (leave one out)."""
+    """The last basket of every visit to `stage` with at least three baskets (leave one out).
+
+    Returns:
+        Queries in row order; `skipped` counts the users whose visit is shorter.
+    """
     return _held_out(interactions, stage, back=0)
 
 
@@ -84,7 +88,7 @@ def next_stage_tests(interactions: Interactions, stage: int, target: Literal["al
             nothing of the stage seen.
 
     Returns:
-        Queries in row order; nobody is skipped.
+        Queries in row order, short visits included: `skipped` is 0. `first` leaves out users without any history.
     """
     baskets = _baskets(interactions)
     mask = baskets.stage == stage

@@ -14,9 +14,9 @@ from pathlib import Path
 import polars as pl
 from polars.exceptions import PolarsError
 
-from stages.config import Join, Source
 from stages.errors import UserError
 from stages.files import File, decoded, file_format, is_invalid_text, separator_of
+from stages.log_config import Join, Source
 from stages.settings import nearest
 
 ROW, RAGGED, KEPT, KEY = "__row", "__ragged", "__kept", "__key"

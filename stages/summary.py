@@ -13,6 +13,7 @@ from stages.cells import SLICES, Cell, Estimate, Key, Place, Tier, estimates, me
 from stages.config import Config, Protocol
 from stages.jobs import BASELINES, Checkpoint, Evaluation
 from stages.metrics import METRICS, FloatArray
+from stages.omissions import log_counts, omission_notes
 from stages.statistics import holm, interval, paired_differences, two_sided_p
 from stages.workspace import Workspace, read_json
 
@@ -41,7 +42,7 @@ def summarise(
 
     A protocol's headline cells are trained = tested (same-stage) and trained = tested - 1 (next-stage). A row's value
     is a mean over users with its 95 % bootstrap interval; `stage = "mean"` averages the incremental stages (1 and
-    later); `seed = null` averages the training seeds, which are then resampled, too.
+    later; stage 0 where it alone was tested); `seed = null` averages the training seeds, which are then resampled, too.
 
     Args:
         config: the experiment.
@@ -76,7 +77,10 @@ def summarise(
     same, sampled_same = grids.get(("same_stage", False), {}), grids.get(("same_stage", True), {})
     report["continual"] = _continual_rows(same, sampled_same, grids.get(("next_stage", False), {}))
     report["costs"] = _cost_rows(evaluations, checkpoints)
-    return report | _context(config, workspace, evaluations, config.evaluation.bootstrap)
+    report |= _context(config, workspace)
+    omitted = omission_notes(config, workspace, _tested(evaluations)["same_stage"], checkpoints)
+    report["notes"] = [*_notes(config, evaluations, report["catalogue_known_in_advance"]), *omitted]
+    return report
 
 
 def _is_headline(evaluation: Evaluation) -> bool:
@@ -250,7 +254,7 @@ def _array(grid: Mapping[tuple[int, int], tuple[float, int]], last: int) -> Floa
 
 
 def _cost_rows(evaluations: Sequence[Evaluation], checkpoints: Sequence[Checkpoint]) -> list[Row]:
-    """One row a trained stage; users/s from its headline evaluation, null where there was none."""
+    """One row a trained stage; queries/s from its headline evaluation, null where there was none."""
     speed = {e.job: e.queries / e.seconds for e in evaluations if _is_headline(e) and e.seconds > 0}
     return [
         {
@@ -262,27 +266,26 @@ def _cost_rows(evaluations: Sequence[Evaluation], checkpoints: Sequence[Checkpoi
             "trained_parameters": checkpoint.trained_parameters,
             "bytes": checkpoint.bytes,
             "peak_memory_bytes": checkpoint.peak_memory,
-            "users_per_second": speed.get(checkpoint.job),
+            "queries_per_second": speed.get(checkpoint.job),
             "targets": checkpoint.targets,
         }
         for checkpoint in checkpoints
     ]
 
 
-def _context(config: Config, workspace: Workspace, evaluations: Sequence[Evaluation], draws: int) -> Row:
+def _context(config: Config, workspace: Workspace) -> Row:
     stages = read_json(workspace.stages / "manifest.json")
     catalogue = read_json(workspace.catalogue / "manifest.json")
-    shipped = catalogue["source"] == "shipped"
     return {
+        "log": log_counts(workspace),
         "stages": stages["stages"],
         "digests": {"log": stages.get("log_digest"), "stages": stages.get("digest"), "catalogue": catalogue["digest"]},
         "collisions": catalogue.get("collisions", {}),
-        "catalogue_known_in_advance": shipped,
+        "catalogue_known_in_advance": catalogue["source"] == "shipped",
         "sampled_users": config.evaluation.users,
         "beam": config.evaluation.beam,
         "target_rule": _target_rules(config),
         "invalid_rate": 0.0,  # stages.ranking raises at the first item outside the catalogue
-        "notes": _notes(config, evaluations, shipped, draws),
     }
 
 
@@ -296,15 +299,28 @@ def _target_rules(config: Config) -> dict[str, str]:
     return {"same_stage": same, "next_stage": following[config.evaluation.next_target]}
 
 
-def _notes(config: Config, evaluations: Sequence[Evaluation], shipped: bool, draws: int) -> list[str]:
-    tested = sorted({evaluation.tested for evaluation in evaluations if evaluation.tested > 0})
+def _tested(evaluations: Sequence[Evaluation]) -> dict[Protocol, set[int]]:
+    """The stages each protocol has headline tests in; a stage without events has none."""
+    tested: dict[Protocol, set[int]] = {"same_stage": set(), "next_stage": set()}
+    for evaluation in evaluations:
+        if _is_headline(evaluation) and evaluation.queries:
+            tested[evaluation.job.protocol].add(evaluation.tested)
+    return tested
+
+
+def _notes(config: Config, evaluations: Sequence[Evaluation], shipped: bool) -> list[str]:
+    tested = _tested(evaluations)
+    later = sorted(set().union(*tested.values()) - {0})
     trained = {e.job for e in evaluations if e.job.method not in BASELINES}
     seeds = len({job.seed for job in trained})
+    draws = config.evaluation.bootstrap
     few = min(draws, FEWER_DRAWS)
     notes = [
-        f"Means over stages: tested stages {', '.join(map(str, tested)) or 'none'}, each with the same weight.",
+        f"Means over stages: tested stages {', '.join(map(str, later)) or 'none'}, each with the same weight.",
         f"Intervals: 95 %, bootstrap over users; {draws:,} draws for Hit and NDCG over all users, {few:,} else.",
     ]
+    for protocol in (name for name, stages in tested.items() if stages == {0}):
+        notes.append(f"{protocol.replace('_', '-')}: only stage 0 was tested; it stands in the place of the mean.")
     if config.evaluation.users is not None:
         notes.insert(0, f"Quick look: a seeded sample of {config.evaluation.users} test users, not all of them.")
     if trained and seeds < 3:

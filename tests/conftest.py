@@ -146,7 +146,7 @@ def invent_report() -> dict[str, Any]:
                 "trained_parameters": 0 if method == "frozen" else 412_000,
                 "bytes": 20_000 if method == "frozen" else 1_650_000,
                 "peak_memory_bytes": 900_000_000,
-                "users_per_second": 180.0,
+                "queries_per_second": 180.0,
                 "targets": 5000,
             }
             for method in ("frozen", "single", "peso")
@@ -176,6 +176,15 @@ def invent_report() -> dict[str, Any]:
             for stage in range(1, STAGES)
         ],
         "invalid_rate": 0.0,
+        "wall_seconds": {"training": 300.0, "testing": 120.0},
+        "command": {
+            "config": "../invented.toml",
+            "methods": ["frozen", "single", "peso"],
+            "seeds": [0, 1],
+            "stages": None,
+            "users": None,
+            "git_sha": "d" * 40,
+        },
         "config": {"name": "invented", "evaluation": {"matrix_users": 300}},
         "digests": {"log": "a" * 64, "stages": "b" * 64, "catalogue": "c" * 64},
         "versions": {"driftrec": "0.1.0", "torch": "2.13.0"},

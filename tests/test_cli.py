@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flows import cli
+from flows.experiment import exclusive
 from stages.errors import UserError
 from stages.workspace import read_json
 
@@ -83,6 +84,9 @@ def test_mistakes_are_told_before_anything_starts(
         (KeyboardInterrupt(), 130, "driftrec resume"),
         (OSError(errno.ENOSPC, "No space left on device", "/w/x"), 1, "/w/x: no space left"),
         (OSError(errno.EROFS, "Read-only file system", "/w/x"), 1, "read-only"),
+        (RuntimeError("write failed: No space left on device (os error 28)"), 1, "no space left; free some"),
+        (RuntimeError("(sqlite3.OperationalError) database or disk is full"), 1, "no space left; free some"),
+        (OSError("disk is full"), 1, "no space left; free some"),
         (ValueError("boom"), 1, "ValueError: boom"),
     ],
 )
@@ -159,6 +163,68 @@ def test_unknown_users_items_methods_and_folders_are_answered_with_what_to_do(
         assert message in err
 
 
+def test_the_whole_history_reaches_the_model(monkeypatch: pytest.MonkeyPatch, trained: Trained) -> None:
+    import numpy as np
+    import polars as pl
+
+    from flows.recommending import recommend
+    from models.recommender import Recommendations
+
+    seen: list[int] = []
+
+    class Recorder:
+        def recommend(self, histories: list[np.ndarray], k: int) -> Recommendations:
+            seen.extend(len(history) for history in histories)
+            nothing = np.full((1, k), -1)
+            return Recommendations(nothing, nothing.astype(np.float32), nothing)
+
+    monkeypatch.setattr("stages.evaluate.recommender", lambda *_: Recorder())
+    items = pl.read_parquet(trained.workspace.catalogue / "items.parquet")["item_id"]
+    # An item of long ago is not recommended again either, though the model reads only the last few.
+    recommend(trained.workspace.root, history=list(items) * 2)
+    assert seen == [2 * len(items)]
+
+
+def test_a_missing_source_is_one_line_without_a_traceback(tmp_path: Path) -> None:
+    config = tmp_path / "x.toml"
+    config.write_text('name = "x"\nworkspace = "unused"\n[[log.sources]]\npath = "missing.csv"\n')
+    command = [sys.executable, "-m", "flows.cli", "compare", "-c", str(config), "-w", str(tmp_path / "w")]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=own)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("driftrec: ")
+    assert "missing.csv" in lines[0]
+
+
+def test_a_workspace_in_use_keeps_its_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Trained
+) -> None:
+    root = trained.workspace.root
+    before = (root / "config.json").read_bytes()
+    other = trained.config.with_name("other.toml")
+    other.write_text(trained.config.read_text().replace("bootstrap = 100", "bootstrap = 101"))
+    with exclusive(trained.workspace):
+        for command in ("compare", "train", "ingest", "split"):
+            code, _, err = driftrec(monkeypatch, capsys, command, "-c", other, "-w", root)
+            assert code == 2
+            assert "in use by process" in err
+    assert (root / "config.json").read_bytes() == before
+
+
+def test_a_report_that_mlflow_does_not_hold_says_so(
+    capsys: pytest.CaptureFixture[str], trained: Trained, tmp_path: Path
+) -> None:
+    copy = tmp_path / "w" / "runs" / "reports" / "a"
+    copy.mkdir(parents=True)
+    shutil.copyfile(trained.report / "report.json", copy / "report.json")
+    cli._show(copy)
+    out = capsys.readouterr().out
+    assert f"not recorded in MLflow; `driftrec report --workspace {tmp_path / 'w'}` does it later" in out
+
+
 def test_ingest_and_split_print_counts_the_drift_table_and_the_picture(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Trained, tmp_path: Path
 ) -> None:
@@ -224,5 +290,6 @@ def test_demo_writes_its_log_beside_its_config_and_knows_the_best_score(tmp_path
     assert loaded.name == "demo"
     assert [Path(source.path).exists() for source in loaded.log.sources] == [True]
     best = best_scores(tmp_path, ["next_stage", "same_stage"], [1, 2])
+    assert best_scores(tmp_path, ["same_stage"], []) == {}
     assert 0 < best["next_stage"]["hit_at_1"] < best["next_stage"]["hit_at_10"] < 1
     assert os.sep not in (tmp_path / "demo" / "demo.toml").read_text().split("[stages]")[0].split("[[log")[1]

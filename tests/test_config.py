@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import Config, load_config
+from stages.commit import FIRST
+from stages.config import RESERVED, Config, load_config
 from stages.errors import UserError
+from stages.jobs import BASELINES
 from stages.method_config import BUILT_IN, PesoConfig
 
+EVENTS = 'name = "shop"\nworkspace = "w"\n[[log.sources]]\npath = "log.csv"\n'
 BASE = 'name = "shop"\nworkspace = "w"\n[log]\nkind = "sequences"\nsequences = "log.txt"\n'
 
 
@@ -35,6 +38,19 @@ def refused(tmp_path: Path, text: str) -> str:
         ("[stages]\nfractions = [0.5, 0.6]\n", "stages.fractions must sum to 1, got 1.1"),
         ('[stages]\nperiod = "1w"\nfractions = [1.0]\n', "stages has fractions and period; keep one boundary rule"),
         ('[stages]\ninstants = ["2011-02-01", "2011-01-01"]\n', "stages.instants must rise strictly"),
+        ('[stages]\ninstants = ["2011-02-01T00:00", "2011-02-01T01:00+03:00"]\n', "stages.instants must rise strictly"),
+        ('[stages]\nperiod = "1w"\n', 'log.kind = "sequences" brings its own stages, but [stages] has period; remove'),
+        ('[backbone]\nvocabulary = "full"\n', 'backbone.vocabulary = "full" needs a pretrained backbone; set'),
+        ("[evaluation]\nprotocols = []\n", "evaluation.protocols must be distinct and at least one, got []"),
+        ('[evaluation]\nprotocols = ["same_stage", "same_stage"]\n', "evaluation.protocols must be distinct"),
+        ('[methods."../up"]\nmethod = "peso"\n', "'../up' cannot name a method"),
+        ('[methods.first]\nmethod = "peso"\n', "'first' is taken by driftrec itself"),
+        ('[methods.item_graph]\nmethod = "peso"\n', "'item_graph' is taken by driftrec itself"),
+        (
+            '[training]\ntoken_rows = "freeze"\n[methods.m]\nmethod = "peso"\nanchor = "adapter+tokens"\n',
+            'methods.m.anchor = "adapter+tokens" anchors rows that training.token_rows = "freeze" never moves',
+        ),
+        ('[methods.scale]\nmethod = "peso"\nstrenght = 1.0\n', "strenght'; did you mean 'strength'?"),
         ('[items]\nindex = "shipped"\n', 'items.index = "shipped" needs log.index'),
         ("[training]\nepochs = 2\nepoch = 3\n", "unknown key 'training.epoch'; did you mean 'epochs'?"),
         ("[training]\nlearning_rate = -1e-3\n", "training.learning_rate: Input should be greater than 0"),
@@ -42,6 +58,41 @@ def refused(tmp_path: Path, text: str) -> str:
 )
 def test_a_wrong_value_is_named_with_its_rule(tmp_path: Path, tail: str, said: str) -> None:
     assert said in refused(tmp_path, BASE + tail)
+
+
+def test_unknown_keys_in_lists_of_tables_are_met_with_the_nearest_known_one(tmp_path: Path) -> None:
+    assert "'log.sources.0.colums'; did you mean 'columns'?" in refused(tmp_path, EVENTS + "colums = {}\n")
+    join = '[[log.sources.join]]\npath = "tags.csv"\non = "tag"\nformt = "csv"\n'
+    assert "'log.sources.0.join.0.formt'; did you mean 'format'?" in refused(tmp_path, EVENTS + join)
+
+
+def test_instants_of_several_offsets_are_put_in_order_by_time_not_by_spelling(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(EVENTS + '[stages]\ninstants = ["2011-02-01T01:00+03:00", "2011-02-01T00:00"]\n')
+    assert load_config(path).stages.instants == ["2011-02-01T01:00+03:00", "2011-02-01T00:00"]
+
+
+def test_no_method_is_called_like_a_baseline_or_the_shared_first_stage() -> None:
+    assert set(RESERVED) == {FIRST, *BASELINES}
+    assert not BUILT_IN.keys() & set(RESERVED)
+
+
+def test_a_models_folder_beside_the_config_is_found_and_a_hub_id_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MODELS_HERE", str(tmp_path / "models"))
+    path = tmp_path / "configs" / "c.toml"
+    folder = str(tmp_path / "models" / "small")
+    for written in ("../models/small", "~/models/small", "$MODELS_HERE/small"):
+        path.write_text(BASE + f'[backbone]\npath = "{written}"\n[items]\nencoder = "{written}"\n')
+        config = load_config(path)
+        assert (config.backbone.path, config.items.encoder) == (folder, folder)
+    path.write_text(BASE + '[backbone]\npath = "org/name"\n')
+    config = load_config(path)
+    assert (config.backbone.path, config.items.encoder) == ("org/name", None)
 
 
 def test_broken_toml_and_a_missing_file_are_said_plainly(tmp_path: Path) -> None:

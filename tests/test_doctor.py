@@ -16,6 +16,16 @@ def named(checks: list[Check], subject: str) -> Check:
     return next(check for check in checks if check.subject == subject)
 
 
+def test_a_report_names_every_way_its_checkpoints_were_trained() -> None:
+    one, other = {"precision": "float32", "threads": 1}, {"precision": "bfloat16", "threads": 2}
+    assert machine.trained_in([one, one]) == "Trained in float32 on 1 CPU thread."
+    both = machine.trained_in([one, other, {}])
+    assert both is not None
+    assert "in float32 on 1 CPU thread" in both
+    assert "in bfloat16 autocast over float32 weights on 2 CPU threads" in both
+    assert machine.trained_in([{}]) is None
+
+
 def test_the_environment_of_the_tests_is_healthy(tmp_path: Path) -> None:
     checks = examine(tmp_path)
     assert healthy(checks), [check for check in checks if check.level == "fault"]

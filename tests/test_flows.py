@@ -131,6 +131,11 @@ def test_two_flows_never_share_a_workspace(tmp_path: Path) -> None:
         pass
 
 
+def shared(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Costs of every checkpoint once: the methods share stage 0, and frozen trains nothing after it."""
+    return [row for row in report["costs"] if row["method"] == "single"]
+
+
 def test_compare_runs_from_log_files_to_report_and_tracking(trained: Trained) -> None:
     assert trained.state == "Completed"
     report = read_json(trained.report / "report.json")
@@ -141,6 +146,13 @@ def test_compare_runs_from_log_files_to_report_and_tracking(trained: Trained) ->
     assert cells == {(0, 0), (0, 1), (1, 0), (1, 1)}
     assert report["versions"]["torch"]
     assert report["config"]["name"] == "tiny"
+    asked = {"methods": ["frozen", "single"], "seeds": [0], "stages": None, "users": None}
+    assert asked.items() <= report["command"].items()
+    assert (trained.workspace.root / report["command"]["config"]).resolve() == trained.config.resolve()
+    assert report["wall_seconds"]["training"] == pytest.approx(sum(row["train_seconds"] for row in shared(report)))
+    assert report["wall_seconds"]["testing"] > 0
+    (arithmetic,) = (note for note in report["notes"] if note.startswith("Trained"))
+    assert "float32" in arithmetic
     page = (trained.report / "report.html").read_text()
     assert page.count("data:image/png") == 1  # the drift picture
     assert (trained.report / "chart.json").exists()

@@ -343,3 +343,15 @@ def test_progress_names_each_file_and_its_unit(tmp_path):
     read_log(config, Workspace(tmp_path / "w"), lines.append)
     assert lines[0] == "a.csv: 1 rows, times in s, 0 filtered, 0 rejected"
     assert lines[-1].startswith("log: 1 events of 1 users on 1 items from 1 rows")
+
+
+def test_another_log_than_the_expected_one_is_refused_before_anything_is_written(tmp_path):
+    path = csv(tmp_path / "a.csv", f"u,i,{T}", "u,,1")
+    workspace, config = Workspace(tmp_path / "w"), configured({"path": path})
+    digest = read_log(config, workspace).digest
+    before = {file: file.read_bytes() for file in workspace.root.rglob("*") if file.is_file()}
+    assert read_log(config, workspace, expected=digest).digest == digest
+    csv(tmp_path / "a.csv", f"u,i,{T}", f"u,j,{T + 1}")
+    with pytest.raises(UserError, match=f"the log's rows changed .* was {digest[:12]}.*; choose another workspace"):
+        read_log(config, workspace, expected=digest)
+    assert {file: file.read_bytes() for file in workspace.root.rglob("*") if file.is_file()} == before

@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from flows import tables
-from flows.artifacts import stage_rows, summary
+from flows.artifacts import described, stage_rows, summary
+from flows.charts import LIGHT, cost_chart, matrix_chart, stage_chart
 from flows.findings import Findings, metric_title
 from flows.page import interval
 from flows.report import render, write_page, write_report
@@ -106,6 +107,19 @@ def test_a_quick_look_says_so_in_every_output(invented_report: dict[str, Any]) -
     found = Findings(invented_report)
     assert sentence in summary(found)
     assert sentence in printed(tables.headline(found))
+    assert described("Metrics on stage 1", found) == f"Metrics on stage 1. {sentence}, not all of them."
+    for chart in (stage_chart(found, LIGHT), cost_chart(found, LIGHT)):
+        assert chart is not None
+        assert sentence in chart.get_suptitle()
+
+
+def test_the_matrix_says_that_its_cells_are_a_sample_s_without_intervals(invented_report: dict[str, Any]) -> None:
+    page = render(invented_report, {})
+    assert "carry no interval" in page
+    assert "one seed, the first, and on a seeded sample of at most 300 users" in page
+    chart = matrix_chart(Findings(invented_report), LIGHT)
+    assert chart is not None
+    assert "at most 300 test users" in chart.get_suptitle()
 
 
 def test_what_is_undefined_is_a_dash_and_never_zero(invented_report: dict[str, Any]) -> None:

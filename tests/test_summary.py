@@ -1,6 +1,8 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from stages.metrics import query_metrics
 from stages.statistics import bootstrap_means, interval
 from stages.summary import summarise
 from stages.workspace import Workspace, sha256_file, write_json
+from tests import tiny
 
 # One query a user: (user, rank, new item, new user).
 Query = tuple[str, int, bool, bool]
@@ -228,7 +231,7 @@ def test_costs_name_speed_from_the_headline_evaluation(space: Workspace) -> None
     trained = Checkpoint(job, "k", "d", 12.5, 1000, 4000, 5000, 77, reused=False)
     report = summarise(settings(), space, [measured(space, job, 1, crowd(0.5))], [trained])
     row = pick(report["costs"], method="single", stage=1)
-    assert (row["train_seconds"], row["users_per_second"], row["targets"]) == (12.5, 20.0, 77)
+    assert (row["train_seconds"], row["queries_per_second"], row["targets"]) == (12.5, 20.0, 77)
 
 
 def test_what_a_reader_must_know_is_in_the_notes(space: Workspace) -> None:
@@ -240,6 +243,59 @@ def test_what_a_reader_must_know_is_in_the_notes(space: Workspace) -> None:
     assert report["differences"] == []
     assert report["sampled_users"] == 40
     assert report["catalogue_known_in_advance"] is True
+
+
+def test_stage_zero_stands_for_the_mean_where_it_alone_was_tested(space: Workspace) -> None:
+    report = summarise(settings(), space, [measured(space, Job("single", 0, "same_stage", 0), 0, crowd(0.25))], [])
+    leading = {"slice": "all", "metric": "hit_at_10", "seed": None}
+    assert pick(report["rows"], stage="mean", **leading)["value"] == 0.25
+    assert "same-stage: only stage 0 was tested; it stands in the place of the mean." in report["notes"]
+
+
+def test_an_empty_stage_is_not_among_those_of_the_mean(space: Workspace) -> None:
+    full, empty = (measured(space, Job("single", 0, "same_stage", stage), stage, crowd(0.5)) for stage in (1, 2))
+    frame = pl.read_parquet(space.root / empty.path).clear()
+    frame.write_parquet(space.root / empty.path)
+    empty = replace(empty, queries=0, digest=sha256_file(space.root / empty.path))
+    report = summarise(settings(), space, [full, empty], [])
+    assert "Means over stages: tested stages 1, each with the same weight." in report["notes"]
+    assert pick(report["rows"], stage="mean", slice="all", metric="mrr", seed=None)["value"] == 0.5
+
+
+def test_rows_left_out_of_the_log_are_in_the_report_and_its_notes(space: Workspace) -> None:
+    counts = {"rows": 1200, "filtered": 30, "rejected": {"timestamp zero": 2, "missing item_id": 1}}
+    counts |= {"duplicates": 7, "accepted": 1160, "units": {"a.csv": "ms", "b.csv": "s"}}
+    write_json(space.log.with_name("manifest.json"), {"schema": 1, **counts, "catalogue_rejected": {"bad": 4}})
+    pl.DataFrame({"event": ["search", "recommendation", "search"]}).write_parquet(space.log)
+    report = summarise(settings(), space, [measured(space, Job("single", 0, "same_stage", 1), 1, crowd(0.5))], [])
+    assert report["log"] == counts
+    notes = "\n".join(report["notes"])
+    assert "1,200 rows read, 30 filtered by `where`, 3 rejected: timestamp zero (2), missing item_id (1)" in notes
+    assert "rejects/log.parquet, 7 duplicates dropped, 1,160 events kept; times read as ms, s." in notes
+    assert "Item table: 4 rejected: bad (4); they are in rejects/catalogue.parquet." in notes
+    assert "Searches: 2 events" in notes
+
+
+def test_skipped_users_are_counted_for_every_stage_tested(tmp_path: Path) -> None:
+    space = tiny.checkerboard(tmp_path, stages=2, users=5, length=4)
+    rows = [("short", "i00"), ("short", "i01"), ("shorter", "i02"), *[("long", f"i0{n}") for n in range(3)]]
+    tiny.write_stage(space, 1, rows)
+    cells = [measured(space, Job("single", 0, "same_stage", stage), stage, crowd(0.5)) for stage in (0, 1)]
+    notes = summarise(settings(), space, cells, [])["notes"]
+    said = "fewer than three baskets in the stage: 0 users at stage 0, 2 users at stage 1."
+    assert [note for note in notes if note.endswith(said)]
+
+
+def test_codes_met_for_the_first_time_are_counted_once_for_a_stage(space: Workspace) -> None:
+    trained = []
+    for method, stage, count in (("single", 0, 9), ("single", 1, 3), ("peso", 1, 3), ("peso", 2, 1)):
+        job = Job(method, 0, "same_stage", stage)
+        trained.append(Checkpoint(job, f"{method}{stage}", "d", 1.0, 1, 1, None, 1, reused=False))
+        write_json(space.checkpoints / f"{method}{stage}" / "state.json", {"unseen_code_rows": count})
+    trained.append(replace(trained[-1], key="gone"))
+    cells = [measured(space, Job("single", 0, "same_stage", 1), 1, crowd(0.5))]
+    notes = summarise(settings(), space, cells, trained)["notes"]
+    assert notes[-1].endswith(": 3 tokens at stage 1, 1 tokens at stage 2.")
 
 
 def test_a_changed_evaluation_file_is_refused(space: Workspace) -> None:

@@ -16,6 +16,22 @@ from stages.jobs import Checkpoint, Evaluation, Job
 from stages.workspace import Workspace, write_json
 
 METHODS = ("frozen", "single", "popularity")
+PROXIMAL = {"proximal_nats": 2e-5, "proximal_loss": 1e-3, "grad_ratio": 0.3, "grad_ratio_max": 0.9}
+STATE = {
+    "schema": 1,
+    "seconds": 1.0,
+    "training": [
+        {"step": step, "ce/recommendation": 3.0 - step, "ce": 3.0 - step, "gradient_norm": 0.5, **PROXIMAL}
+        for step in range(3)
+    ],
+    "epochs": [{"epoch": epoch, "validation_loss": 2.5 - epoch / 2} for epoch in range(3)],
+    "best_epoch": 2,
+    "drift_rms": 0.004,
+    "drift_mean": -0.001,
+    "drift_centred_rms": 0.003,
+    "token_row_drift": 0.02,
+}
+"""What the training loop writes, with invented numbers."""
 
 
 def checkpoint(method: str, stage: int, workspace: Workspace) -> Checkpoint:
@@ -26,8 +42,7 @@ def checkpoint(method: str, stage: int, workspace: Workspace) -> Checkpoint:
     folder = workspace.checkpoints / key
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text("{}")
-    training = [{"step": step, "loss": 3.0 - step, "epoch": 0} for step in range(3)]
-    write_json(folder / "state.json", {"training": training})
+    write_json(folder / "state.json", STATE)
     return Checkpoint(job, key, key.encode().hex(), 1.0, 0 if idle else 10, 200, 10**6, 0 if idle else 50, idle)
 
 
@@ -98,7 +113,7 @@ def test_parents_draw_quality_by_stage_and_children_hold_the_same_numbers(
         assert child.data.tags["mlflow.parentRunId"] == parents["single seed 0"].info.run_id
         assert child.data.params == {"method": "single", "seed": "0", "stage": str(stage)}
         for key, value in child.data.metrics.items():
-            if not key.startswith("train/"):
+            if not key.startswith(("train/", "validation/")):
                 assert dict(history(workspace, parents["single seed 0"], key))[stage] == value
     assert 'tags.role = "method"' in unquote(chart)
     assert "compareRunsMode=CHART" in chart
@@ -150,6 +165,8 @@ def test_training_curves_data_sets_files_and_matrix_stand_where_they_belong(
     children = runs(workspace, "stage")
     trained = children["single seed 0 stage 1"]
     assert history(workspace, trained, "train/loss") == [(0, 3.0), (1, 2.0), (2, 1.0)]
+    assert history(workspace, trained, "train/proximal_nats") == [(step, 2e-5) for step in range(3)]
+    assert history(workspace, trained, "validation/loss") == [(0, 2.5), (1, 2.0), (2, 1.5)]
     assert history(workspace, children["frozen seed 0 stage 1"], "train/loss") == []
     (data,) = trained.inputs.dataset_inputs
     assert data.dataset.digest == small_report["stages"][1]["digest"][:32]
@@ -161,6 +178,26 @@ def test_training_curves_data_sets_files_and_matrix_stand_where_they_belong(
     assert base.data.tags["checkpoint.test"] == f"runs/checkpoints/first sha256:{b'first'.hex()}"
     parent = runs(workspace, "method")["single seed 0"]
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"eval_matrix.json", "eval_matrix.png"}
+
+
+def test_how_far_each_stage_moved_stands_by_stage_and_a_frozen_model_did_not_move(
+    small_report: dict[str, Any], workspace: Workspace, files: tuple[list[Checkpoint], list[Evaluation]]
+) -> None:
+    tracking.record(small_report, workspace, *files)
+    parents, children = runs(workspace, "method"), runs(workspace, "stage")
+    for name in ("drift_rms", "drift_mean", "drift_centred_rms", "token_row_drift", "best_epoch"):
+        moved = float(str(STATE[name]))
+        assert history(workspace, parents["single seed 0"], f"drift/{name}") == [(0, moved), (1, moved)]
+        assert history(workspace, parents["frozen seed 0"], f"drift/{name}") == [(0, moved)]
+        assert history(workspace, children["single seed 0 stage 1"], f"drift/{name}") == [(0, moved)]
+
+
+def test_the_revision_is_the_one_that_made_the_numbers(
+    small_report: dict[str, Any], workspace: Workspace, files: tuple[list[Checkpoint], list[Evaluation]]
+) -> None:
+    tracking.record(small_report, workspace, *files)
+    tags = [run.data.tags["git.sha"] for run in runs(workspace, "method").values()]
+    assert tags == ["d" * 40] * len(METHODS)
 
 
 def test_files_stay_in_the_workspace_even_after_it_was_moved(

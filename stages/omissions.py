@@ -1,0 +1,104 @@
+"""What a report's numbers leave out or only half use, counted: rows, users, queries of searches, unseen codes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from stages.config import Config
+from stages.interactions import load_interactions
+from stages.jobs import Checkpoint
+from stages.queries import same_stage_tests
+from stages.workspace import Workspace, read_json
+
+COUNTS = ("rows", "filtered", "rejected", "duplicates", "accepted", "units")
+"""Fields of a stages.log.LogReport that a report repeats."""
+
+
+def log_counts(workspace: Workspace) -> dict[str, Any]:
+    """What became of the rows of the log: the fields COUNTS of `logs/manifest.json`; empty where there is no log."""
+    manifest = _log_manifest(workspace)
+    return {name: manifest[name] for name in COUNTS if name in manifest}
+
+
+def omission_notes(
+    config: Config, workspace: Workspace, same_stage: Collection[int], checkpoints: Sequence[Checkpoint]
+) -> list[str]:
+    """Sentences for the report, one a kind of omission that occurs; what a workspace does not hold is not mentioned.
+
+    Args:
+        config: the experiment.
+        workspace: holds log, stages, catalogue and checkpoints.
+        same_stage: stages tested under the same-stage protocol.
+        checkpoints: everything trained.
+    """
+    return [
+        *_rows_note(_log_manifest(workspace)),
+        *_search_note(workspace),
+        *_skipped_note(config, workspace, sorted(same_stage)),
+        *_unseen_note(workspace, checkpoints),
+    ]
+
+
+def _log_manifest(workspace: Workspace) -> dict[str, Any]:
+    path = workspace.log.with_name("manifest.json")
+    return read_json(path) if path.exists() else {}
+
+
+def _rows_note(manifest: Mapping[str, Any]) -> list[str]:
+    if not all(name in manifest for name in COUNTS):
+        return []
+    units = ", ".join(sorted({unit for unit in manifest["units"].values() if unit is not None}))
+    notes = [
+        f"Log: {manifest['rows']:,} rows read, {manifest['filtered']:,} filtered by `where`, "
+        f"{_rejected(manifest['rejected'], 'log')}, {manifest['duplicates']:,} duplicates dropped, "
+        f"{manifest['accepted']:,} events kept; {f'times read as {units}' if units else 'no clock'}."
+    ]
+    if refused := manifest.get("catalogue_rejected"):
+        notes.append(f"Item table: {_rejected(refused, 'catalogue')}.")
+    return notes
+
+
+def _rejected(reasons: Mapping[str, int], table: str) -> str:
+    if not reasons:
+        return "none rejected"
+    listed = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
+    return f"{sum(reasons.values()):,} rejected: {listed}; they are in rejects/{table}.parquet"
+
+
+def _search_note(workspace: Workspace) -> list[str]:
+    if not workspace.log.exists():
+        return []
+    searches = pl.scan_parquet(workspace.log).select((pl.col("event") == "search").sum()).collect().item()
+    if not searches:
+        return []
+    return [f"Searches: {searches:,} events; they count as plain events, and the text of their queries is not used."]
+
+
+def _skipped_note(config: Config, workspace: Workspace, tested: Sequence[int]) -> list[str]:
+    if not tested or not (workspace.catalogue / "items.parquet").exists() or not workspace.stage_file(0).exists():
+        return []
+    events = load_interactions(workspace, config.evaluation.baskets)
+    skipped = {stage: same_stage_tests(events, stage).skipped for stage in tested}
+    if not any(skipped.values()):
+        return []
+    return [f"Same-stage tests skip users with fewer than three baskets in the stage: {_by_stage(skipped, 'users')}."]
+
+
+def _unseen_note(workspace: Workspace, checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """The largest count of any checkpoint of a stage: methods and seeds meet the same rows, so a sum would repeat."""
+    unseen: dict[int, int] = {}
+    for checkpoint in checkpoints:
+        path = workspace.checkpoints / checkpoint.key / "state.json"
+        count = read_json(path).get("unseen_code_rows") if checkpoint.job.stage and path.exists() else None
+        if count is not None:
+            unseen[checkpoint.job.stage] = max(count, unseen.get(checkpoint.job.stage, 0))
+    if not any(unseen.values()):
+        return []
+    return [f"Code tokens trained on that no event of an earlier stage holds: {_by_stage(unseen, 'tokens')}."]
+
+
+def _by_stage(counts: Mapping[int, int], what: str) -> str:
+    return ", ".join(f"{counts[stage]:,} {what} at stage {stage}" for stage in sorted(counts))
