@@ -30,7 +30,9 @@ def real(tmp_path: Path) -> Reader:
 
 def frequent(workspace: Workspace, stage: Stage) -> int:
     """Users with at least five rows in the stage."""
-    users = pl.read_parquet(workspace.root / stage.path, columns=["user_id"])["user_id"].value_counts()
+    rows = pl.read_parquet(workspace.root / stage.path, columns=["user_id", "event"])
+    kind = "search" if "search" in rows["event"] else "recommendation"
+    users = rows.filter(event=kind)["user_id"].value_counts()
     return int((users["count"] >= 5).sum())
 
 
@@ -90,8 +92,9 @@ def test_the_video_games_blocks_have_their_published_counts(real: Reader):
 
 def test_the_lastfm_tags_have_the_counts_of_their_month_boundaries(real: Reader):
     report, stages, workspace = real("lastfm_search")
-    assert (report.accepted, report.users, report.items) == (186_473, 1_892, 12_523)
-    assert (report.filtered, report.rejected) == (1, {"timestamp before log.earliest": 5})
+    # Every tag is a search event; each artist a user touched in a month is one recommendation event besides.
+    assert (report.accepted, report.users, report.items) == (186_473 + 84_984, 1_892, 12_523)
+    assert report.filtered == 2  # the first file's empty line, met by both sources
     assert [(s.users, s.returning_users, s.items, s.new_items) for s in stages[1:]] == [
         (584, 414, 4_192, 694),
         (603, 406, 3_847, 627),
@@ -100,8 +103,10 @@ def test_the_lastfm_tags_have_the_counts_of_their_month_boundaries(real: Reader)
     ]
     assert [frequent(workspace, stage) for stage in stages[1:]] == [342, 348, 359, 358]
     log = pl.read_parquet(workspace.log)
-    assert log["query"].null_count() == 0
-    assert log.select("user_id", "item_id", "timestamp").unique().height == 84_984
+    tags, touches = (log.filter(event=kind) for kind in ("search", "recommendation"))
+    assert (len(tags), tags["query"].null_count()) == (186_473, 0)
+    assert len(touches) == touches.select("user_id", "item_id", "timestamp").unique().height == 84_984
+    assert set(report.rejected) == {"timestamp before log.earliest"}
     raw = pl.read_parquet(workspace.catalogue / "raw.parquet")
     assert len(set(log["item_id"]) - set(raw["item_id"])) == 390
 
