@@ -106,7 +106,7 @@ def subjects(checkpoints: Sequence[Checkpoint], evaluations: Sequence[Evaluation
 def chart_address(experiment: str) -> str:
     """Address in MLflow's UI of the parents' line charts."""
     wanted = quote('tags.role = "method"', safe="")
-    return f"{SERVER}/#/experiments/{experiment}?searchFilter={wanted}&compareRunsMode=CHART"
+    return f"{SERVER}/#/experiments/{experiment}/runs?searchFilter={wanted}&compareRunsMode=CHART"
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: Path) -> str:
@@ -119,7 +119,9 @@ def _experiment(client: MlflowClient, name: str, artifacts: Path) -> str:
     if found is not None:
         return str(found.experiment_id)
     place.mkdir(parents=True, exist_ok=True)
-    return str(client.create_experiment(name, artifact_location=place.as_uri()))
+    # Without this tag the page opens among traces of language models, where no run is to be seen.
+    kind = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(name, artifact_location=place.as_uri(), tags=kind))
 
 
 def points(findings: Findings, subject: Subject) -> list[Point]:
