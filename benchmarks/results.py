@@ -35,15 +35,16 @@ def main(workspaces: list[Path]) -> None:
 def section(root: Path) -> str:
     newest = read_json(root / "runs" / "reports" / "latest.json")["report"]
     found = Findings(read_json(root / "runs" / "reports" / newest / "report.json"))
-    lines = [f"## {found.report['name']}", "", *facts(found, root), ""]
+    lines = [f"## {found.report['name']}", "", *facts(found), ""]
     for protocol in found.protocols:
         lines += [*table(found, protocol), ""]
     lines += [*slices(found), "", *continual(found), "", *costs(found), ""]
     return "\n".join(lines)
 
 
-def facts(found: Findings, root: Path) -> list[str]:
-    report, command = found.report, read_json(root / "last_command.json")["arguments"]
+def facts(found: Findings) -> list[str]:
+    report = found.report
+    command, wall = report["command"], report["wall_seconds"]
     machine = report["machine"]
     methods = ",".join(command["methods"] or report["config"]["compare"])
     seeds = ",".join(str(seed) for seed in command["seeds"] or report["config"]["seeds"])
@@ -54,6 +55,8 @@ def facts(found: Findings, root: Path) -> list[str]:
         f"    driftrec compare --config configs/{report['name']}.toml --methods {methods} --seeds {seeds}",
         "",
         f"- machine: {shown}",
+        f"- wall time: {wall['training'] / 60:.0f} min of training and {wall['testing'] / 60:.0f} min of testing, each"
+        " model and test counted once; other work ran beside it, so seconds compare methods only roughly",
         f"- beam {report['beam']}; invalid rate {report['invalid_rate']}; target rule: {rules(report['target_rule'])}",
         f"- semantic IDs shared by several items: {collisions['shared_ids']} ({collisions['items_sharing']} items)"
         + ahead * bool(report["catalogue_known_in_advance"]),

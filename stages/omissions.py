@@ -92,9 +92,10 @@ def _unseen_note(workspace: Workspace, checkpoints: Iterable[Checkpoint]) -> lis
     unseen: dict[int, int] = {}
     for checkpoint in checkpoints:
         path = workspace.checkpoints / checkpoint.key / "state.json"
-        count = read_json(path).get("unseen_code_rows") if checkpoint.job.stage and path.exists() else None
-        if count is not None:
-            unseen[checkpoint.job.stage] = max(count, unseen.get(checkpoint.job.stage, 0))
+        state = read_json(path) if path.exists() else {}
+        stage = state.get("job", {}).get("stage", 0)  # the one trained: a frozen model's later jobs name stage 0's
+        if stage and "unseen_code_rows" in state:
+            unseen[stage] = max(state["unseen_code_rows"], unseen.get(stage, 0))
     if not any(unseen.values()):
         return []
     return [f"Code tokens trained on that no event of an earlier stage holds: {_by_stage(unseen, 'tokens')}."]
