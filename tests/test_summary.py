@@ -1,7 +1,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -291,8 +291,10 @@ def test_codes_met_for_the_first_time_are_counted_once_for_a_stage(space: Worksp
     for method, stage, count in (("single", 0, 9), ("single", 1, 3), ("peso", 1, 3), ("peso", 2, 1)):
         job = Job(method, 0, "same_stage", stage)
         trained.append(Checkpoint(job, f"{method}{stage}", "d", 1.0, 1, 1, None, 1, reused=False))
-        write_json(space.checkpoints / f"{method}{stage}" / "state.json", {"unseen_code_rows": count})
+        state = {"job": asdict(job), "unseen_code_rows": count}
+        write_json(space.checkpoints / f"{method}{stage}" / "state.json", state)
     trained.append(replace(trained[-1], key="gone"))
+    trained.append(replace(trained[0], job=Job("frozen", 0, "same_stage", 2)))  # stage 0's checkpoint, met again
     cells = [measured(space, Job("single", 0, "same_stage", 1), 1, crowd(0.5))]
     notes = summarise(settings(), space, cells, trained)["notes"]
     assert notes[-1].endswith(": 3 tokens at stage 1, 1 tokens at stage 2.")
