@@ -19,8 +19,9 @@ INTRODUCTION = """# Results
 
 Full catalogue, every test user, trie-constrained beam, 95 % intervals by paired bootstrap over users. Means are over
 the incremental stages; per-stage values, slices and R[i][j] are in each run's `report.html`. One training seed is a
-quick look: the intervals hold for these trained models, not for the methods' training noise. PESO's paper reports other
-data sets (Instruments, Movies, Books), so none of these numbers can be set beside its tables.
+quick look: the intervals hold for these trained models, not for the methods' training noise. The backbone is `small`
+with about a million weights (`[backbone]` of each config), half the default, so that a run fits two cores. PESO's paper
+reports other data sets (Instruments, Movies, Books), so none of these numbers can be set beside its tables.
 
 Written by `python benchmarks/results.py WORKSPACE …` from the runs' `report.json`.
 """
