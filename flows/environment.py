@@ -27,6 +27,8 @@ DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     # Threads that wait for each other by spinning slow a shared machine down many times over.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # Without it cuBLAS may sum in another order each time, and torch refuses to run deterministically on a GPU.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "MPLBACKEND": "Agg",
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from stages.errors import UserError
+
 LIBRARIES = (
     "driftrec",
     "torch",
@@ -53,32 +55,43 @@ def description() -> dict[str, Any]:
     }
 
 
-def arithmetic(precision: str) -> str:
-    """The sentence every run logs before it trains, about this machine's number format and threads."""
+def arithmetic(precision: str, device: str) -> str:
+    """The sentence every run logs before it trains, about this machine's number format and where it computes.
+
+    Raises:
+        UserError: the device is not there.
+    """
     import torch
 
-    from models.backbone import wants_bfloat16
+    from models.backbone import compute_device, wants_bfloat16
 
-    form = FORMATS["bfloat16"] if wants_bfloat16(precision) else "float32"
-    return f"Trained in {form} on {torch.get_num_threads()} CPU threads (precision = {precision})."
+    try:
+        place = compute_device(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    form = FORMATS["bfloat16"] if wants_bfloat16(precision, place) else "float32"
+    return f"Trained in {form} {_place(place.type, torch.get_num_threads())} (precision = {precision})."
+
+
+def _place(device: str, threads: int) -> str:
+    return "on a GPU" if device == "cuda" else f"on {threads} CPU {'thread' if threads == 1 else 'threads'}"
 
 
 def trained_in(states: Iterable[dict[str, Any]]) -> str | None:
     """The sentence of a report about its checkpoints' number formats and threads, whichever machine made them.
 
     Args:
-        states: contents of state.json; `precision` and `threads` are read.
+        states: contents of state.json; `precision`, `device` and `threads` are read.
 
     Returns:
         None where no checkpoint says.
     """
-    ways = sorted(
-        {(state["precision"], state["threads"]) for state in states if {"precision", "threads"} <= set(state)}
-    )
-    named = [
-        f"in {FORMATS.get(form, form)} on {threads} CPU {'thread' if threads == 1 else 'threads'}"
-        for form, threads in ways
-    ]
+    ways = {
+        (state["precision"], _place(state.get("device", "cpu"), state["threads"]))
+        for state in states
+        if {"precision", "threads"} <= set(state)
+    }
+    named = [f"in {FORMATS.get(form, form)} {place}" for form, place in sorted(ways)]
     several = "; checkpoints made in different ways stand side by side" if len(named) > 1 else ""
     return f"Trained {' and '.join(named)}{several}." if named else None
 

@@ -121,7 +121,7 @@ def identify(plan: Plan) -> None:
 
     watcher().start("semantic IDs")
     build_semantic_ids(plan.config, plan.workspace, progress=watcher().say)
-    log.info(machine.arithmetic(plan.config.backbone.precision))
+    log.info(machine.arithmetic(plan.config.backbone.precision, plan.config.backbone.device))
 
 
 def train(plan: Plan, job: Job) -> Checkpoint:

@@ -49,7 +49,8 @@ def attach(stack: nn.Module, rank: int, alpha: float, targets: Sequence[str], se
         d_out, d_in = module.weight.shape
         if rank > min(d_out, d_in):
             raise ValueError(f"adapter.rank {rank} exceeds {name}, which is {d_out} x {d_in}; lower the rank")
-        parametrize.register_parametrization(module, "weight", LowRank((d_out, d_in), rank, alpha, generator))
+        part = LowRank((d_out, d_in), rank, alpha, generator).to(module.weight.device)
+        parametrize.register_parametrization(module, "weight", part)
 
 
 def fold(stack: nn.Module) -> None:
@@ -126,7 +127,7 @@ def add_product(stack: nn.Module, values: Mapping[str, Tensor], scale: float, no
             a, b = a / a.norm(), b / b.norm()
         weight = cast(nn.Linear, modules[name]).weight
         with torch.no_grad():
-            weight.addmm_(b.to(weight.dtype), a.to(weight.dtype), alpha=scale)
+            weight.addmm_(b.to(weight), a.to(weight), alpha=scale)
 
 
 def peft_names(values: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -86,10 +86,25 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def wants_bfloat16(precision: str) -> bool:
-    """Whether autocast to bfloat16 is used: as told, or under `auto` where this processor multiplies it natively."""
+def compute_device(name: str) -> torch.device:
+    """Where models live: as told, or under `auto` the first CUDA device where there is one, else the processor.
+
+    Raises:
+        ValueError: `cuda` was asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError('backbone.device = "cuda", but torch sees no CUDA device here; use "auto", or a CUDA build')
+    return torch.device(name)
+
+
+def wants_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether autocast to bfloat16 is used: as told, or under `auto` where `device` multiplies it natively."""
     if precision != "auto":
         return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool({"amx_bf16", "avx512_bf16"} & cpu_features())
 
 

@@ -7,7 +7,7 @@ backbone's vocabulary is untouched, so a row outside the semantic-ID set can nev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import cast
 
 import torch
@@ -30,6 +30,10 @@ class TokenBatch:
     tokens: Tensor
     positions: Tensor
     labels: Tensor
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The same batch on `device`."""
+        return TokenBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class GenerativeModel(nn.Module):
@@ -68,6 +72,11 @@ class GenerativeModel(nn.Module):
     def bos(self) -> int:
         """The number of the beginning-of-sequence token."""
         return self.codes
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.input_rows.device
 
     @property
     def own_embedding(self) -> Tensor:

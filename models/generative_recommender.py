@@ -43,7 +43,8 @@ class GenerativeRecommender:
         self.model, self.prompts, self.beam = model, prompts, beam
         self.history_length, self.exclude_history = history_length, exclude_history
         self.trie = Trie.build(codes)
-        self.offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64))
+        self.paths = self.trie.to(model.device)
+        self.offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)).to(model.device)
         self.leaf_of = _leaf_of(self.trie, len(codes))
 
     def recommend(self, histories: Sequence[IntArray], k: int) -> Recommendations:
@@ -55,11 +56,11 @@ class GenerativeRecommender:
         if k > self.beam:
             raise ValueError(f"k ({k}) exceeds the beam ({self.beam}); widen evaluation.beam")
         seen = [history[history < self.readable][-self.history_length :] for history in histories]
-        tokens, lengths = self.prompts(seen)
-        forbidden = self._forbidden(histories) if self.exclude_history else None
+        tokens, lengths = (part.to(self.model.device) for part in self.prompts(seen))
+        forbidden = self._forbidden(histories).to(self.model.device) if self.exclude_history else None
         with torch.inference_mode():
-            leaves, scores = beam_search(self.model, self.trie, self.offsets, tokens, lengths, self.beam, forbidden)
-        return self._expand(leaves.numpy(), scores.numpy(), histories, k)
+            leaves, scores = beam_search(self.model, self.paths, self.offsets, tokens, lengths, self.beam, forbidden)
+        return self._expand(leaves.cpu().numpy(), scores.cpu().numpy(), histories, k)
 
     def _forbidden(self, histories: Sequence[IntArray]) -> Tensor:
         """(B, F) leaves whose every item is in the history; a shared ID stays while one of its items is new."""

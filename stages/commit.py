@@ -60,7 +60,7 @@ def commit_key(config: Config, dataset: Dataset, job: Job) -> str:
             "protocol": last.protocol,
             "baskets": config.evaluation.baskets,
             "data": dataset.digest(last.stage),
-            "backbone": config.backbone.model_dump(),
+            "backbone": config.backbone.model_dump(exclude={"device"}),
             "weights": _weights_digest(config.backbone.path),
             "adapter": config.adapter.model_dump(),
             "training": config.training.model_dump(),

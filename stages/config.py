@@ -111,6 +111,8 @@ class BackboneConfig(Settings):
     """Dropout on the input embeddings of code tokens while stage 0 of `small` is trained; 0 at later stages."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 autocast with float32 weights where the hardware multiplies it natively, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model is trained and asked; `auto`: a CUDA device where there is one. No part of a checkpoint's key."""
     vocabulary: Literal["codes", "full"] = "codes"
     """Output softmax over the code tokens only, or over the backbone's whole vocabulary and the code tokens."""
 

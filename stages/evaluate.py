@@ -25,6 +25,9 @@ from stages.workspace import Workspace, digest_of, read_json, replacing, sha256_
 CODE_VERSION = 1
 """Raised whenever an evaluation would give other numbers for the same model and data."""
 
+SAMPLE_SEED = derived_seed(0, "users")
+"""Neither the run's seed nor the stage enters: every method, seed and stage asks about the same users it can."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -106,8 +109,7 @@ def test_queries(config: Config, dataset: Dataset, job: Job, tested: int, sample
         queries = same_stage_tests(events, tested)
     else:
         queries = next_stage_tests(events, tested, config.evaluation.next_target)
-    # The sample does not depend on the run's seed: every method and seed is asked about the same users.
-    return queries if sample is None else sample_users(queries, sample, derived_seed(0, "users", tested))
+    return queries if sample is None else sample_users(events, queries, sample, SAMPLE_SEED)
 
 
 def _measure(
@@ -146,5 +148,6 @@ def _evaluation_key(config: Config, dataset: Dataset, job: Job, tested: int, sam
     else:
         model = [commit_key(config, dataset, lineage_jobs(config, job)[-1]), job.stage]
     settings = config.evaluation.model_dump(exclude={"protocols", "bootstrap", "matrix_users", "users", "batch_size"})
-    place = [tested, job.protocol, sample, config.training.history_length, dataset.digest(max(tested, job.stage))]
+    drawn = None if sample is None else [sample, "by id"]
+    place = [tested, job.protocol, drawn, config.training.history_length, dataset.digest(max(tested, job.stage))]
     return digest_of({"code": CODE_VERSION, "model": model, "evaluation": settings, "place": place})

@@ -126,15 +126,16 @@ def training_targets(interactions: Interactions, stages: Collection[int], protoc
     return np.repeat(keep, baskets.end - baskets.start)
 
 
-def sample_users(queries: Queries, n: int, seed: int) -> Queries:
+def sample_users(interactions: Interactions, queries: Queries, n: int, seed: int) -> Queries:
     """The queries of a seeded sample of at most `n` users, in the same order.
 
-    The draw is per user number: two stages that share a user tend to keep or drop that user together.
+    A user's lot depends on the user's id and the seed alone: other users' rows move nobody's, and two stages that share
+    a user tend to keep or drop that user together.
     """
     users = np.unique(queries.user)
     if len(users) <= n:
         return queries
-    lots = np.random.default_rng(seed).random(int(users[-1]) + 1)[users]
+    lots = np.array([_lot(interactions.user_ids[user], seed) for user in users.tolist()])
     chosen = users[np.argsort(lots, kind="stable")[:n]]
     return queries.keep(np.isin(queries.user, chosen))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models import adapter as lora
-from models.backbone import Backbone, pretrained_backbone, small_backbone, wants_bfloat16
+from models.backbone import Backbone, compute_device, pretrained_backbone, small_backbone, wants_bfloat16
 from models.generative import GenerativeModel
 from stages.checkpoint import fault_of, quarantine, size_of, trained_tensors, write_checkpoint
 from stages.commit import FIRST, checkpoint_folder, commit_key, lineage_jobs, method_of
@@ -88,13 +88,14 @@ def bare_model(config: Config, dataset: Dataset, seed: int) -> GenerativeModel:
     settings = config.backbone
     try:
         backbone = _backbone(config, seed)
-        return GenerativeModel(
+        model = GenerativeModel(
             backbone,
             codes=sum(dataset.catalogue.sizes),
             seed=seed,
             full_vocabulary=settings.vocabulary == "full",
             dropout=settings.dropout,
         )
+        return model.to(compute_device(settings.device))
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -163,7 +164,8 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         "validation_targets": examples.validation.targets,
         "unseen_code_rows": examples.unseen_rows,
         "peak_memory": peak_memory() if measured else None,
-        "precision": "bfloat16" if wants_bfloat16(config.backbone.precision) else "float32",
+        "precision": "bfloat16" if wants_bfloat16(config.backbone.precision, model.device) else "float32",
+        "device": model.device.type,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "parents": [folder.name for folder in folders],
@@ -244,7 +246,7 @@ class Fit:
     def __init__(self, config: Config, model: GenerativeModel, step: Step, examples: Examples, seed: int) -> None:
         self.settings: TrainingConfig = config.training
         self.model, self.step, self.examples, self.seed = model, step, examples, seed
-        self.bfloat16 = wants_bfloat16(config.backbone.precision)
+        self.bfloat16 = wants_bfloat16(config.backbone.precision, model.device)
 
     def run(self, epochs: int, job: Job, progress: Progress) -> dict[str, Any]:
         """Train; leaves the best epoch's weights in the model.
@@ -293,8 +295,8 @@ class Fit:
             yield {"recommendation": self._loss(windows, part, self.settings.label_smoothing) * share}
 
     def _loss(self, windows: Windows, chosen: np.ndarray, smoothing: float) -> Tensor:
-        batch = self.examples.encoder.batch(windows, chosen)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+        batch = self.examples.encoder.batch(windows, chosen).to(self.model.device)
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.model.loss(batch, self.settings.temperature if self.model.training else 1.0, smoothing)
 
     def validate(self) -> float | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from models.backbone import pretrained_backbone, small_backbone, wants_bfloat16
+from models.backbone import compute_device, pretrained_backbone, small_backbone, wants_bfloat16
 from models.generative import GenerativeModel, TokenBatch
 from stages.checkpoint import ADAPTER, BACKBONE, ROWS
 from stages.commit import checkpoint_folder
@@ -135,11 +135,22 @@ def test_small_is_the_same_for_the_same_seed_and_leaves_the_global_generator_alo
 
 
 def test_precision_is_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert wants_bfloat16("bfloat16")
-    assert not wants_bfloat16("float32")
+    cpu = torch.device("cpu")
+    assert wants_bfloat16("bfloat16", cpu)
+    assert not wants_bfloat16("float32", cpu)
     for flags, wanted in (({"avx2"}, False), ({"amx_bf16"}, True), ({"avx512_bf16"}, True)):
         monkeypatch.setattr("models.backbone.cpu_features", lambda flags=flags: flags)
-        assert wants_bfloat16("auto") is wanted
+        assert wants_bfloat16("auto", cpu) is wanted
+
+
+def test_the_device_is_as_told_and_a_missing_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert compute_device("auto") == compute_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="no CUDA device"):
+        compute_device("cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert compute_device("auto") == compute_device("cuda") == torch.device("cuda")
+    assert compute_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.slow

@@ -10,12 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models import adapter as lora
 from models.backbone import small_backbone
-from models.generative import GenerativeModel
+from models.generative import GenerativeModel, TokenBatch
 from stages.config import TrainingConfig
 from stages.dataset import load_dataset
+from stages.evaluate import evaluate_stage
 from stages.examples import Encoder, batches, make_windows
 from stages.interactions import Catalogue, Interactions
+from stages.jobs import Job
+from stages.train import train_stage
+from stages.workspace import read_json
 from tests import tiny
 
 
@@ -117,3 +122,26 @@ def test_the_workspace_gives_users_their_events_in_order(tmp_path: Path) -> None
     walks = {user: own.items[own.offsets[n] : own.offsets[n + 1]].tolist() for n, user in enumerate(own.user_ids)}
     assert walks["s0u001"] == [1, 2, 3, 4]
     assert walks["s1u001"] == [1, 0, 15, 14]
+
+
+def test_rows_adapter_and_batch_follow_the_model_to_its_device() -> None:
+    # The meta device computes shapes only, and refuses an operation one of whose tensors was left behind elsewhere.
+    meta = torch.device("meta")
+    model = GenerativeModel(small_backbone(16, 1, 2, 32, 0), codes=7, seed=0, full_vocabulary=False, dropout=0.1)
+    model = model.to(meta).train()
+    lora.attach(model.stack, 2, 4.0, ["q_proj", "down_proj"], seed=0)
+    batch = TokenBatch(torch.zeros(2, 5, dtype=torch.long), torch.tensor([0, 1]), torch.tensor([3, 4])).to(meta)
+    assert model.logits(model.embed(batch.tokens)).device == model.device == meta
+    assert {batch.positions.device, batch.labels.device} == {meta}
+    assert {value.device for value in lora.matrices(model.stack).values()} == {meta}
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: the whole path was run on the processor only"
+)
+def test_a_stage_trains_and_is_tested_on_a_gpu(tmp_path: Path) -> None:
+    config, workspace = tiny.config(), tiny.checkerboard(tmp_path)
+    job = Job("peso", 0, "next_stage", 1)
+    trained = train_stage(config, workspace, job)
+    assert read_json(workspace.checkpoints / trained.key / "state.json")["device"] == "cuda"
+    assert evaluate_stage(config, workspace, job, 2).queries > 0

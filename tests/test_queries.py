@@ -117,16 +117,26 @@ def test_about_a_tenth_of_the_users_validates_and_others_do_not_matter() -> None
 @settings(max_examples=30)
 @given(n=st.integers(1, 60), seed=st.integers(0, 9))
 def test_a_sample_keeps_users_whole_and_in_order(n: int, seed: int) -> None:
-    tests = next_stage_tests(build([[[1, 1], [], []]] * 40), 0)
-    sample = sample_users(tests, n, seed)
+    log = build([[[1, 1], [], []]] * 40)
+    tests = next_stage_tests(log, 0)
+    sample = sample_users(log, tests, n, seed)
     assert len(set(sample.user)) == min(n, 40)
     assert len(sample) == 2 * min(n, 40)
     assert (np.diff(sample.cut) > 0).all()
-    assert sample_users(tests, n, seed).cut.tolist() == sample.cut.tolist()
+    assert sample_users(log, tests, n, seed).cut.tolist() == sample.cut.tolist()
 
 
 def test_stages_that_share_users_sample_the_same_ones() -> None:
     log = build([[[1], [1], []]] * 100 + [[[1], [], []]] * 100)
-    first = set(sample_users(next_stage_tests(log, 0), 40, 0).user)
-    second = set(sample_users(next_stage_tests(log, 1), 40, 0).user)
+    first = set(sample_users(log, next_stage_tests(log, 0), 40, 0).user)
+    second = set(sample_users(log, next_stage_tests(log, 1), 40, 0).user)
     assert {user for user in first if user < 100} <= second
+
+
+def test_a_sample_is_the_same_users_whoever_else_is_in_the_log() -> None:
+    many = build([[[1], [], []]] * 400)
+    kept = [f"u{number}" for number in range(0, 400, 2)]
+    half = build([[[1], [], []]] * 200, kept)
+    chosen = {many.user_ids[user] for user in sample_users(many, next_stage_tests(many, 0), 100, 3).user}
+    again = {half.user_ids[user] for user in sample_users(half, next_stage_tests(half, 0), 100, 3).user}
+    assert chosen & set(kept) <= again
