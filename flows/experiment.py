@@ -12,7 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stages.config import Config
+from pydantic import ValidationError
+
+from stages.config import Config, explain
 from stages.errors import UserError
 from stages.jobs import Checkpoint, Job
 from stages.workspace import Workspace, read_json, write_json
@@ -56,7 +58,7 @@ def remembered_config(root: Path) -> tuple[Config, Workspace]:
     """The config a workspace was last used with, its source paths made absolute again.
 
     Raises:
-        UserError: not a workspace, or one in which nothing has run.
+        UserError: not a workspace, one in which nothing has run, or one whose settings break a rule of this version.
     """
     stored = root / "config.json"
     if not stored.exists():
@@ -64,7 +66,13 @@ def remembered_config(root: Path) -> tuple[Config, Workspace]:
             f"{root}: no driftrec workspace (config.json is missing); run `driftrec demo` or `compare` first"
         )
     values = _with_places(read_json(stored)["config"], lambda path: os.path.normpath(root.resolve() / path))
-    config = Config.model_validate({**values, "workspace": str(root)})
+    try:
+        config = Config.model_validate({**values, "workspace": str(root)})
+    except ValidationError as error:
+        raise UserError(
+            f"{stored}: written by another version of driftrec: {explain(error)}; run `compare` again with the config "
+            "file, which writes it anew"
+        ) from None
     workspace = Workspace(root)
     workspace.claim(config.name)
     return config, workspace

@@ -290,8 +290,13 @@ def load_config(path: Path) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+        raise UserError(f"{path}: {explain(error)}") from None
     return _anchor_paths(config, path.resolve().parent)
+
+
+def explain(error: ValidationError) -> str:
+    """Every broken rule of a refused config in words: which key, what was given, and the nearest known key."""
+    return "; ".join(_explain(problem) for problem in error.errors())
 
 
 def _explain(problem: Any) -> str:

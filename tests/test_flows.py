@@ -11,7 +11,7 @@ from flows.experiment import check_log, exclusive, open_workspace, remembered_co
 from flows.plan import Lineage, Plan
 from stages.config import Config, EvaluationConfig, LogConfig, Source
 from stages.errors import UserError
-from stages.workspace import Workspace, read_json
+from stages.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
     from conftest import Trained
@@ -87,6 +87,16 @@ def test_another_request_never_overwrites_a_report(tmp_path: Path) -> None:
     }
     assert len(keys) == 4
     assert plan(tmp_path).key() == plan(tmp_path / "moved").key()
+
+
+def test_a_remembered_config_that_breaks_a_rule_of_today_is_told_in_a_sentence(tmp_path: Path) -> None:
+    root = tmp_path / "old"
+    open_workspace(config(), root)
+    found = read_json(root / "config.json")
+    found["config"]["evaluation"]["beam"] = 3
+    write_json(root / "config.json", found)
+    with pytest.raises(UserError, match=r"config\.json.*another version.*beam \(3\) is below"):
+        remembered_config(root)
 
 
 def test_the_remembered_config_moves_with_its_workspace(tmp_path: Path) -> None:
