@@ -54,10 +54,8 @@ format: install ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install ## run every script in benchmarks/
-	@for script in benchmarks/[!_]*.py; do \
-	  if [ -e "$$script" ]; then echo "== $$script"; $(BIN)/python "$$script"; fi; \
-	done
+bench: install ## run the short benchmarks, under 20 minutes, and refresh docs/results.md's table
+	@$(BIN)/python -m benchmarks.bench
 
 ui: install ## Prefect on port 4200 and MLflow on port 5000, this machine only, for WORKSPACE
 	@echo "Prefect http://127.0.0.1:4200    MLflow http://127.0.0.1:5000    Ctrl-C stops both"

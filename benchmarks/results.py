@@ -1,8 +1,10 @@
-"""Writes docs/results.md from the newest report of each workspace named on the command line.
+"""Writes docs/results.md: the reports of workspaces named on the command line, and the table of benchmarks.
 
-    python benchmarks/results.py workspace/video_games workspace/online_retail
+    python -m benchmarks.results workspace/video_games workspace/online_retail    # the reports
+    python -m benchmarks.results                                                  # the benchmarks, from results.json
 
-Every number comes from a report.json; the page says which command made it, on what machine, from which data.
+Every number comes from a report.json or from results.json; the page says which command made it, on what machine, from
+which data. Each part stands between marks of its own, and writing one leaves the other as it is.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.findings import Cell, Difference, Findings
-from stages.workspace import read_json
+from stages.workspace import read_json, replacing
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+BENCHMARKS = PAGE.parent.parent / "benchmarks" / "results.json"
 INTRODUCTION = """# Results
 
 Full catalogue, every test user, trie-constrained beam, 95 % intervals by paired bootstrap over users. Means are over
@@ -23,14 +26,74 @@ quick look: the intervals hold for these trained models, not for the methods' tr
 with about a million weights (`[backbone]` of each config), half the default, so that a run fits two cores. PESO's paper
 reports other data sets (Instruments, Movies, Books), so none of these numbers can be set beside its tables.
 
-Written by `python benchmarks/results.py WORKSPACE …` from the runs' `report.json`.
+Written by `python -m benchmarks.results WORKSPACE …` from the runs' `report.json`.
+"""
+SPEED = """# Speed
+
+Each line is a script in `benchmarks/` that runs both sides in turn in one process and takes the median of the pairs'
+ratios; in brackets the smallest and the largest of them. Above a mark with ≥ is good, below one with ≤. "Limit" is the
+share of what this machine's own matmul and memory stream allow, measured in the same run. Written by `make bench`.
 """
 
 
-def main(workspaces: list[Path]) -> None:
-    parts = [INTRODUCTION, *(section(folder) for folder in workspaces)]
-    PAGE.write_text("\n".join(parts), encoding="utf-8")
-    print(f"wrote {PAGE}")
+def refresh_reports(workspaces: list[Path], page: Path = PAGE) -> None:
+    """Write the part made from workspaces' reports."""
+    replace_part(page, "reports", "\n".join([INTRODUCTION, *(section(folder) for folder in workspaces)]))
+
+
+def refresh_benchmarks(results: Path = BENCHMARKS, page: Path = PAGE) -> None:
+    """Write the part made from results.json.
+
+    Raises:
+        UserError: there is no results.json.
+    """
+    rows = read_json(results)["rows"]
+    replace_part(page, "benchmarks", "\n".join([SPEED, *benchmark_table(rows)]))
+
+
+def replace_part(page: Path, name: str, text: str) -> None:
+    """Put `text` between the marks of the part called `name`, at the page's end where there are none yet."""
+    opening, closing = (f"<!-- {name}: {edge} -->" for edge in ("begin", "end"))
+    part = f"{opening}\n{text.strip()}\n{closing}"
+    before = page.read_text(encoding="utf-8") if page.exists() else ""
+    head, found, rest = before.partition(opening)
+    after = f"{head}{part}{rest.partition(closing)[2]}" if found else f"{before.rstrip()}\n\n{part}\n".lstrip()
+    with replacing(page) as temporary:
+        temporary.write_text(after, encoding="utf-8")
+    print(f"wrote the {name} of {page}")
+
+
+def benchmark_table(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a claim, notes below, then the machines."""
+    lines = [
+        "| what | beside | ratio | mark | ours | beside it | limit |",
+        "|---|---|---|---|---|---|---|",
+        *(benchmark_line(row) for row in rows),
+        "",
+    ]
+    notes = [f"- {row['name']}: {text}" for row in rows if (text := "; ".join(_told(row)))]
+    made: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        made.setdefault((row["machine"], row["measured"]), []).append(row["name"])
+    machines = [f"- {day}, {machine}: {', '.join(names)}" for (machine, day), names in made.items()]
+    return [*lines, *notes, "", *machines]
+
+
+def _told(row: dict[str, Any]) -> list[str]:
+    return [row[key] for key in ("note", "how", "limits") if row[key] and (key != "how" or row["ratio"] is not None)]
+
+
+def benchmark_line(row: dict[str, Any]) -> str:
+    """A row of results.json as a row of the table."""
+    if row["ratio"] is None:
+        return f"| {row['name']} | {row['rival']} | not measured | – | – | – | – |"
+    spread = f" [{row['low']:.3g}, {row['high']:.3g}]" if row["low"] is not None else ""
+    mark = "–" if row["mark"] is None else f"{'≥' if row['better'] == 'higher' else '≤'} {row['mark']:g}"
+    missed = " **missed**" * (row["met"] is False)
+    figures = ["–" if row[key] is None else f"{row[key]:,.4g} {row['unit']}" for key in ("ours", "theirs")]
+    limit = "–" if row["limit"] is None else f"{row['limit']:.0%}"
+    cells = [row["name"], row["rival"], f"{row['ratio']:.3g}{spread}", mark + missed, *figures, limit]
+    return "| " + " | ".join(cells) + " |"
 
 
 def section(root: Path) -> str:
@@ -152,7 +215,4 @@ def number(value: float | None, unit: float, form: str) -> str:
 
 if __name__ == "__main__":
     named = [Path(argument) for argument in sys.argv[1:]]
-    if named:
-        main(named)
-    else:
-        print("no workspace named, docs/results.md stays as it is; usage: python benchmarks/results.py WORKSPACE ...")
+    refresh_reports(named) if named else refresh_benchmarks()

@@ -93,9 +93,14 @@ class GenerativeModel(nn.Module):
         vectors = F.embedding(tokens, torch.cat([self.input_rows, first]))
         return F.dropout(vectors, self.dropout, self.training)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Causal hidden states (B, T, d); right padding needs no mask, since nothing attends forward."""
-        return self.stack(inputs_embeds=self.embed(tokens), use_cache=False).last_hidden_state
+    def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Causal hidden states (B, T, d); right padding needs no mask, since nothing attends forward.
+
+        Args:
+            tokens: (B, T) numbers.
+            mask: (B or 1, 1, T, T), added to the attention scores in place of the causal mask.
+        """
+        return self.stack(inputs_embeds=self.embed(tokens), attention_mask=mask, use_cache=False).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., C), or (..., C + V) with the full vocabulary."""
@@ -108,3 +113,27 @@ class GenerativeModel(nn.Module):
         states = self.hidden(batch.tokens).flatten(0, 1)[batch.positions]  # (M, d)
         logits = self.logits(states).float() / temperature
         return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
+
+
+def band_mask(length: int, levels: int, items: int) -> Tensor:
+    """(1, 1, T, T) causal mask under which a target's tokens see its `items` preceding items and no others.
+
+    Added to attention scores: 0 where seen, float32's lowest value elsewhere. Token 0 begins the sequence and counts as
+    the item before the first. In a stack of n layers what reaches a target still comes from n·`items` items, since the
+    items it sees have seen others: the band bounds each look, not the horizon.
+
+    Args:
+        length: T, tokens of a sequence.
+        levels: L, codes of an item.
+        items: history items in the band, at least 1.
+
+    Raises:
+        ValueError: `items` is below 1.
+    """
+    if items < 1:
+        raise ValueError(f"a band of {items} items shows a target nothing; give at least 1")
+    place = torch.arange(length)
+    target = place // levels  # (T,) the item whose code the query at this token predicts, or is about to finish
+    item = (place - 1).div(levels, rounding_mode="floor")  # (T,) the item a key belongs to; the beginning is item -1
+    seen = (place <= place[:, None]) & (item >= target[:, None] - items)
+    return torch.zeros(length, length).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]

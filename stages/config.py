@@ -146,8 +146,10 @@ class TrainingConfig(Settings):
     """Windows a backward pass sees; absent: the whole batch."""
     history_length: Annotated[int, Field(ge=1)] = 20
     """Items of history a target sees at least, and a test query exactly (at most)."""
-    layout: Literal["packed", "per_prefix"] = "packed"
-    """`packed`: a loss at every target of a window; `per_prefix`: one target an example, as in PESO's release."""
+    layout: Literal["packed", "packed_exact", "per_prefix"] = "packed"
+    """`packed`: a loss at every target of a window, the later ones seeing more than `history_length` items;
+    `per_prefix`: one target an example, as in PESO's release; `packed_exact`: the same losses as that, packed where a
+    target's whole history fits `history_length`."""
     targets_per_window: Annotated[int, Field(ge=1)] = 30
     first_epochs: Annotated[int, Field(ge=1)] = 12
     """Epochs at stage 0."""

@@ -1,7 +1,8 @@
 """Training examples: windows over a user's sequence with a loss at every target, not one example a target.
 
 A window is rows [start, end) of `Interactions`; its targets are rows [first, end), everything before is context.
-With one target a window (`layout = "per_prefix"`) this is the layout of PESO's release.
+With one target a window (`layout = "per_prefix"`) this is the layout of PESO's release. `packed_exact` shares a window
+only among targets that see their user's whole past either way, which leaves every loss as it is there.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def make_windows(interactions: Interactions, mask: np.ndarray, training: Trainin
     users = interactions.users
     fresh = np.ones(len(mask), dtype=bool)
     fresh[1:] = (users[1:] != users[:-1]) | ~mask[:-1]
+    if training.layout == "packed_exact":
+        fresh |= np.arange(len(mask)) - interactions.offsets[users] > training.history_length
     starts = np.flatnonzero(mask & fresh)
     run = np.cumsum(mask & fresh) - 1  # run number of each target row
     lengths = np.bincount(run[mask], minlength=len(starts)).astype(np.int64)

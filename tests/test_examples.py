@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from models import adapter as lora
 from models.backbone import small_backbone
-from models.generative import GenerativeModel, TokenBatch
+from models.generative import GenerativeModel, TokenBatch, band_mask
 from stages.config import TrainingConfig
 from stages.dataset import load_dataset
 from stages.evaluate import evaluate_stage
-from stages.examples import Encoder, batches, make_windows
+from stages.examples import Encoder, Windows, batches, make_windows
 from stages.interactions import Catalogue, Interactions
 from stages.jobs import Job
 from stages.train import train_stage
@@ -84,6 +84,63 @@ def test_the_packed_layout_gives_each_target_the_loss_of_an_example_of_its_own()
         packed, apart = (per_target_losses(model, own, layout) for layout in ("packed", "per_prefix"))
     assert packed.keys() == apart.keys()
     assert packed == pytest.approx(apart, abs=1e-5)
+
+
+def test_the_exact_layout_gives_each_target_that_loss_however_long_its_history() -> None:
+    """It packs what it can: fewer windows than targets, and the packed layout differs on the same sequences."""
+    backbone = small_backbone(hidden=16, layers=3, heads=2, feed_forward=32, seed=0)
+    model = GenerativeModel(backbone, codes=7, seed=0, full_vocabulary=False, dropout=0.0).eval()
+    own = events([31, 2, 24])
+    with torch.no_grad():
+        exact, apart, packed = (
+            per_target_losses(model, own, layout) for layout in ("packed_exact", "per_prefix", "packed")
+        )
+    assert exact == pytest.approx(apart, abs=1e-5)
+    assert packed != pytest.approx(apart, abs=1e-3)
+    windows = make_windows(own, np.ones(57, dtype=bool), TrainingConfig(layout="packed_exact", history_length=20))
+    assert len(windows) == 1 + 10 + 1 + 1 + 3
+
+
+def test_under_a_band_mask_a_target_apart_has_the_loss_it_has_in_the_whole_sequence() -> None:
+    """Two layers of a band of 4 items look back 8; positions differ, and rotary embeddings are relative."""
+    backbone = small_backbone(hidden=16, layers=2, heads=2, feed_forward=32, seed=0)
+    model = GenerativeModel(backbone, codes=7, seed=0, full_vocabulary=False, dropout=0.0).eval()
+    own = events([40])
+    encoder, rows = Encoder(own, catalogue()), np.arange(40)
+
+    def losses(start: np.ndarray, first: np.ndarray, end: np.ndarray, band: int | None) -> list[float]:
+        found: list[float] = []
+        for one in range(len(start)):
+            batch = encoder.batch(Windows(start, first, end), np.array([one]))
+            mask = None if band is None else band_mask(batch.tokens.shape[1], encoder.levels, band)
+            states = model.hidden(batch.tokens, mask).flatten(0, 1)[batch.positions]
+            each = torch.nn.functional.cross_entropy(model.logits(states), batch.labels, reduction="none")
+            found += each.reshape(-1, encoder.levels).sum(dim=1).tolist()
+        return found
+
+    whole = (np.array([0]), np.array([0]), np.array([40]))
+    far, near = ((np.maximum(rows - items, 0), rows, rows + 1) for items in (2 * 4 + 1, 4))
+    with torch.no_grad():
+        assert losses(*whole, band=4) == pytest.approx(losses(*far, band=4), abs=1e-5)
+        assert losses(*whole, band=4) != pytest.approx(losses(*whole, band=None), abs=1e-3)
+        # Why no band makes the packed layout equal to examples of 4 items: the second layer sees what the first saw.
+        assert losses(*whole, band=4) != pytest.approx(losses(*near, band=None), abs=1e-3)
+        assert losses(*whole, band=40) == pytest.approx(losses(*whole, band=None), abs=1e-5)
+
+
+def test_a_band_of_one_item_of_two_codes_written_out() -> None:
+    """Tokens: beginning, two codes of item 0, two of item 1, one of item 2; a row is what its token sees."""
+    seen = band_mask(length=6, levels=2, items=1)[0, 0] == 0
+    assert ["".join(".x"[int(cell)] for cell in row) for row in seen] == [
+        "x.....",  # predicts item 0, from the beginning alone
+        "xx....",
+        ".xx...",  # predicts item 1, from item 0
+        ".xxx..",
+        "...xx.",  # predicts item 2, from item 1
+        "...xxx",
+    ]
+    with pytest.raises(ValueError, match="a band of 0 items"):
+        band_mask(6, 2, 0)
 
 
 def test_padding_changes_no_loss() -> None:

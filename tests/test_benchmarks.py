@@ -1,0 +1,107 @@
+"""The benchmarks' harness: which way a ratio points, whose rows are replaced, which part of the page is rewritten."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench, results
+from benchmarks.measure import Pair, Row, Work, alternate, dearer, faster, flops, report, skip, stored
+
+TWICE_AS_FAST = Pair(ours=(1.0, 1.0, 2.0), rival=(2.0, 3.0, 4.0), clock="cpu", threads=1)
+
+
+def test_a_rate_twice_the_rivals_is_a_ratio_of_two_with_the_pairs_spread() -> None:
+    row = faster("ours", "theirs", TWICE_AS_FAST, mark=2, unit="users/s", amount=8)
+    assert (row.ratio, row.low, row.high, row.met) == (2.0, 2.0, 3.0, True)
+    assert (row.ours, row.theirs) == (8.0, 8 / 3)
+    assert faster("ours", "theirs", TWICE_AS_FAST, mark=2.1, unit="users/s").met is False
+
+
+def test_a_rival_that_does_less_in_a_call_is_charged_for_it() -> None:
+    row = faster("ours", "theirs", TWICE_AS_FAST, mark=4, unit="users/s", amount=8, rival_amount=4)
+    assert (row.ratio, row.met) == (4.0, True)
+
+
+def test_a_cost_is_ours_over_the_rivals_and_has_to_stay_under_its_mark() -> None:
+    row = dearer("ours", "theirs", TWICE_AS_FAST, mark=0.5, calls=10)
+    assert (row.ratio, row.better, row.met) == (0.5, "lower", True)
+    assert (row.ours, row.theirs) == (100.0, 300.0)
+    assert dearer("ours", "theirs", TWICE_AS_FAST, mark=0.4).met is False
+
+
+def test_both_sides_are_called_equally_often_and_each_goes_first_in_turn() -> None:
+    calls: list[str] = []
+    pair = alternate(lambda: calls.append("o"), lambda: calls.append("r"), repetitions=3)
+    assert "".join(calls) == "or" + "ro" + "or" + "ro" + "or" + "ro"  # once each uncounted, then five pairs
+    assert len(pair.ours) == len(pair.rival) == 5
+
+
+def test_the_wall_clock_sees_a_sleep_and_the_processor_clock_does_not() -> None:
+    walls, processor = (
+        alternate(lambda: time.sleep(0.01), lambda: None, repetitions=5, clock=clock) for clock in ("wall", "cpu")
+    )
+    assert min(walls.ours) >= 0.01 > max(processor.ours)
+
+
+def test_arithmetic_is_counted_two_a_multiply_add() -> None:
+    import torch
+
+    left, right = torch.ones(3, 4), torch.ones(4, 5)
+    assert flops(lambda: left @ right) == 2 * 3 * 4 * 5
+
+
+def test_a_script_replaces_its_own_rows_and_nobody_elses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "results.json"
+    report("one", [Row("a", "x", ratio=1.5, mark=1.0), Row("b", "x", note="no such processor")], place)
+    report("two", [Row("c", "x", ratio=2.0)], place)
+    report("one", [Row("a", "x", ratio=0.5, mark=1.0)], place)
+    assert [(row["script"], row["name"], row["ratio"], row["met"]) for row in stored(place)] == [
+        ("two", "c", 2.0, None),
+        ("one", "a", 0.5, False),
+    ]
+    printed = capsys.readouterr().out
+    assert "b: not measured: no such processor" in printed
+    assert "mark ≥ 1 MISSED" in printed
+
+
+def test_writing_one_part_of_the_page_leaves_the_other(tmp_path: Path) -> None:
+    page, rows = tmp_path / "results.md", tmp_path / "results.json"
+    results.replace_part(page, "reports", "measured\n\non a log")
+    for ratio in (1.5, 0.5):
+        report("one", [Row("a", "x", ratio=ratio, low=0.25, high=2.0, mark=1.0, unit="s", ours=1, theirs=2)], rows)
+        results.refresh_benchmarks(rows, page)
+    text = page.read_text(encoding="utf-8")
+    assert "| a | x | 0.5 [0.25, 2] | ≥ 1 **missed** | 1 s | 2 s | – |" in text
+    assert "| 1.5 " not in text
+    assert text.startswith("<!-- reports: begin -->\nmeasured\n\non a log\n<!-- reports: end -->\n")
+    results.replace_part(page, "reports", "again")
+    assert page.read_text(encoding="utf-8") == text.replace("measured\n\non a log", "again")
+
+
+def test_a_skipped_script_ends_well_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        skip("one", "no data here")
+    assert end.value.code == 0
+    assert bench.headline("one", capsys.readouterr().out) == "skipped: no data here"
+
+
+def test_an_unknown_benchmark_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["nonesuch"]) == 2
+    assert "no benchmark nonesuch; known: " in capsys.readouterr().err
+
+
+def test_every_benchmark_that_is_run_has_its_file_and_says_what_it_measures() -> None:
+    for name in bench.SCRIPTS:
+        source = (bench.ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
+        assert source.startswith('"""'), name
+
+
+def test_the_share_of_the_limit_is_one_for_the_arithmetic_that_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import measure
+
+    monkeypatch.setattr(measure, "limits", lambda threads, clock: (1e9, 1e8))
+    assert measure.share_of_limit(Work(flops=1e9), 1.0, 1) == 1.0
+    assert measure.share_of_limit(Work(flops=1e9, bytes=4e8), 8.0, 1) == 0.5
