@@ -1,8 +1,8 @@
 """Beam search over a trie of the catalogue: one prefill a user, all beams on one shared prefix.
 
-At each level the K beams of a user are fed as K tokens of one row; a mask lets each see the prompt and its own
-ancestors, whose keys and values stay in the cache where they were written, so nothing is ever copied or reordered.
-Scores are sums of log-probabilities over all output tokens, not renormalised inside the trie (the convention of
+Prompts that open a longer prompt of the batch (the same user asked again later) are read off that one's prefill. At
+each level the K beams of a user are fed as K tokens of one row; a mask lets each see the prompt and its own ancestors,
+whose keys and values stay in the cache where they were written, so nothing is ever reordered. Scores are sums of log-probabilities over all output tokens, not renormalised inside the trie (the convention of
 `generate()`); only paths of the trie are ever scored, so no invalid ID can be returned.
 """
 
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from models.generative import GenerativeModel
-from models.trie import Trie
+from models.trie import Paths, Trie
 
 
 @dataclass
@@ -35,7 +36,7 @@ def beam_search(
     prompts: Tensor,
     lengths: Tensor,
     width: int,
-    forbidden: Tensor | None = None,
+    forbidden: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `width` best complete paths of the trie for each prompt.
 
@@ -46,30 +47,59 @@ def beam_search(
         prompts: (B, P) token numbers, padded on the right.
         lengths: (B,) valid tokens of each prompt, at least 1.
         width: K.
-        forbidden: (B, F) leaves not to return, -1 for padding; None for none.
+        forbidden: distinct pairs of prompt (F,) and leaf (F,) not to return; None for none. Nodes that lead nowhere
+            else take no place in the beam, so that K leaves come back wherever K are left.
 
     Returns:
         Leaves (B, K), -1 where fewer exist, and their log-probabilities (B, K), falling, ties by leaf number.
     """
     cache = DynamicCache(config=model.stack.config)
-    states = model.stack(inputs_embeds=model.embed(prompts), past_key_values=cache, use_cache=True).last_hidden_state
-    rows = torch.arange(len(prompts), device=prompts.device)
-    beams = _first_beams(model, trie, states[rows, lengths - 1], width)
-    banned = None if forbidden is None else torch.where(forbidden < 0, forbidden, forbidden + trie.level_first[-2])
+    state = _prefill(model, cache, prompts, lengths)
+    banned = [None] * trie.levels if forbidden is None else trie.covered(*forbidden)
+    beams = _first_beams(model, trie, state, width, banned[0])
     visible = torch.arange(prompts.shape[1], device=prompts.device) < lengths[:, None]  # (B, P)
     for depth in range(1, trie.levels):
         states = _advance(model, cache, beams, visible, lengths + depth - 1, offsets[depth - 1])
-        last = depth == trie.levels - 1
-        beams = _expand(model, trie, beams, states, int(offsets[depth]), width, banned if last else None)
+        beams = _expand(model, trie, beams, states, int(offsets[depth]), width, banned[depth])
     leaves, scores = _ordered(beams)
     return torch.where(leaves < 0, leaves, leaves - trie.level_first[-2]), scores
 
 
-def _first_beams(model: GenerativeModel, trie: Trie, state: Tensor, width: int) -> _Beams:
+def _prefill(model: GenerativeModel, cache: DynamicCache, prompts: Tensor, lengths: Tensor) -> Tensor:
+    """Fill the cache with a row a prompt; returns the hidden state (B, d) behind each prompt's last token."""
+    source = shared_prompts(prompts, lengths)
+    rows, place = source.unique(return_inverse=True)
+    vectors = model.embed(prompts[rows])
+    states = model.stack(inputs_embeds=vectors, past_key_values=cache, use_cache=True).last_hidden_state
+    if len(rows) < len(prompts):
+        cache.batch_select_indices(place)
+    return states[place, lengths - 1]
+
+
+def shared_prompts(prompts: Tensor, lengths: Tensor) -> Tensor:
+    """(B,) for each prompt one of the batch that it opens (itself, if no other), which in turn opens no longer one.
+
+    Args:
+        prompts: (B, P) token numbers, padded on the right.
+        lengths: (B,) valid tokens.
+    """
+    valid = torch.arange(prompts.shape[1], device=prompts.device) < lengths[:, None]
+    table = torch.where(valid, prompts, -1).cpu().numpy()
+    # Sorted as words in a dictionary, a prompt is followed by those that it opens.
+    order = np.lexsort(table.T[::-1])
+    ordered = table[order]
+    opens = ((ordered[:-1] == ordered[1:]) | (ordered[:-1] < 0)).all(axis=1)
+    last = np.append(np.flatnonzero(~opens), len(order) - 1)  # the end of each run
+    source = np.empty_like(order)
+    source[order] = order[last[np.searchsorted(last, np.arange(len(order)))]]
+    return torch.from_numpy(source).to(prompts.device)
+
+
+def _first_beams(model: GenerativeModel, trie: Trie, state: Tensor, width: int, banned: Paths | None) -> _Beams:
     root = torch.zeros(len(state), 1, dtype=torch.long, device=state.device)
     empty = torch.empty(len(state), 1, 0, dtype=torch.long, device=state.device)
     start = _Beams(torch.zeros(len(state), 1, device=state.device), root, root, empty)
-    return _expand(model, trie, start, state[:, None], 0, width, None)
+    return _expand(model, trie, start, state[:, None], 0, width, banned)
 
 
 def _advance(
@@ -102,14 +132,31 @@ def _expand(
     states: Tensor,
     offset: int,
     width: int,
-    forbidden: Tensor | None,
+    banned: Paths | None,
 ) -> _Beams:
-    log_p = model.logits(states).float().log_softmax(dim=-1)  # (B, K, C)
+    logits = model.logits(states).float()  # (B, K, C)
+    return _chosen(trie, beams, logits, beams.scores - logits.logsumexp(dim=-1), offset, width, banned)
+
+
+def _chosen(
+    trie: Trie, beams: _Beams, logits: Tensor, before: Tensor, offset: int, width: int, banned: Paths | None
+) -> _Beams:
+    """Mask and take the best: the `width` best children of all beams, those of `banned` edges left out.
+
+    Args:
+        trie: allowed paths.
+        beams: at one depth.
+        logits: (B, K, C) of the token after each beam.
+        before: (B, K) score of each beam less the log of its softmax's sum.
+        offset: token number of the level's code 0.
+        width: K of the next depth.
+        banned: edges not to take.
+    """
     codes, children, exists = trie.children(beams.nodes)  # each (B, K, children)
-    scores = beams.scores[..., None] + log_p.gather(2, codes + offset)
-    scores = scores.masked_fill(~exists, -torch.inf)
-    if forbidden is not None:
-        scores = scores.masked_fill(_is_forbidden(children, forbidden), -torch.inf)
+    scores = (before[..., None] + logits.gather(2, codes + offset)).masked_fill_(~exists, -torch.inf)
+    if banned is not None:
+        path, beam = (beams.nodes[banned.rows] == banned.parents[:, None]).nonzero(as_tuple=True)
+        scores[banned.rows[path], beam, banned.places[path]] = -torch.inf
     flat = scores.flatten(1)  # (B, K·children)
     best, place = flat.topk(min(width, flat.shape[1]), dim=1)
     parent = place // codes.shape[2]
@@ -119,14 +166,6 @@ def _expand(
         tokens=codes.flatten(1).gather(1, place),
         ancestors=beams.ancestors.gather(1, parent[..., None].expand(-1, -1, beams.ancestors.shape[2])),
     )
-
-
-def _is_forbidden(children: Tensor, forbidden: Tensor) -> Tensor:
-    """(B, K, C) bool; row and leaf are packed into one key so that one `isin` serves the batch."""
-    span = 2 + max(int(children.max()), int(forbidden.max()) if forbidden.numel() else 0)
-    rows = torch.arange(len(children), device=children.device) * span
-    keys = children + rows[:, None, None]
-    return torch.isin(keys, (forbidden + rows[:, None])[forbidden >= 0])
 
 
 def _ordered(beams: _Beams) -> tuple[Tensor, Tensor]:

@@ -62,19 +62,16 @@ class GenerativeRecommender:
             leaves, scores = beam_search(self.model, self.paths, self.offsets, tokens, lengths, self.beam, forbidden)
         return self._expand(leaves.cpu().numpy(), scores.cpu().numpy(), histories, k)
 
-    def _forbidden(self, histories: Sequence[IntArray]) -> Tensor:
-        """(B, F) leaves whose every item is in the history; a shared ID stays while one of its items is new."""
-        rows = [self._whole_leaves(history) for history in histories]
-        table = np.full((len(rows), max((len(row) for row in rows), default=0)), -1, dtype=np.int64)
-        for line, row in zip(table, rows, strict=True):
-            line[: len(row)] = row
-        return torch.from_numpy(table)
-
-    def _whole_leaves(self, history: IntArray) -> IntArray:
-        own = np.unique(history[history < len(self.leaf_of)])
-        leaves, counts = np.unique(self.leaf_of[own], return_counts=True)
-        first = self.trie.leaf_first.numpy()
-        return leaves[counts == first[leaves + 1] - first[leaves]]
+    def _forbidden(self, histories: Sequence[IntArray]) -> tuple[Tensor, Tensor]:
+        """Row and leaf of every ID whose items are all in the row's history; a shared ID with a new item stays."""
+        rows, items = _flat(histories)
+        own = items < len(self.leaf_of)
+        keys = np.unique(rows[own] * len(self.leaf_of) + items[own])
+        rows, leaves = keys // len(self.leaf_of), self.leaf_of[keys % len(self.leaf_of)]
+        count = len(self.trie.leaf_first) - 1
+        pairs, counts = np.unique(rows * count + leaves, return_counts=True)
+        whole = counts == np.diff(self.trie.leaf_first.numpy())[pairs % count]
+        return torch.from_numpy(pairs[whole] // count), torch.from_numpy(pairs[whole] % count)
 
     def _expand(self, leaves: IntArray, scores: np.ndarray, histories: Sequence[IntArray], k: int) -> Recommendations:
         """Leaves to items: an ID shared by several items gives them all, in the catalogue's order, as one tie group."""
@@ -99,11 +96,16 @@ def _leaf_of(trie: Trie, items: int) -> IntArray:
     return leaf
 
 
-def _in_history(line: IntArray, item: IntArray, histories: Sequence[IntArray]) -> np.ndarray:
-    span = 1 + max(int(item.max(initial=0)), max((int(h.max(initial=0)) for h in histories), default=0))
+def _flat(histories: Sequence[IntArray]) -> tuple[IntArray, IntArray]:
+    """Row and item of every event of the histories."""
     rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
-    seen = rows * span + np.concatenate([*histories, np.empty(0, dtype=np.int64)])
-    return np.isin(line * span + item, seen)
+    return rows, np.concatenate([*histories, np.empty(0, dtype=np.int64)])
+
+
+def _in_history(line: IntArray, item: IntArray, histories: Sequence[IntArray]) -> np.ndarray:
+    rows, seen = _flat(histories)
+    span = 1 + max(int(item.max(initial=0)), int(seen.max(initial=0)))
+    return np.isin(line * span + item, rows * span + seen)
 
 
 def _table(line: IntArray, item: IntArray, score: np.ndarray, group: IntArray, rows: int, k: int) -> Recommendations:

@@ -19,6 +19,21 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Paths:
+    """M edges of the trie, each for one row of a batch.
+
+    Attributes:
+        rows: (M,) row of the batch.
+        parents: (M,) node the edge leaves.
+        places: (M,) the edge's place among the parent's, from 0.
+    """
+
+    rows: Tensor
+    parents: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
 class Trie:
     """A set of code tuples of one length L, and the items each tuple names.
 
@@ -125,6 +140,24 @@ class Trie:
         leaf = torch.where(nodes < 0, nodes, nodes - self.level_first[-2])
         rows, places = _segments(self.leaf_first, leaf)
         return rows, self.leaf_items[places]
+
+    def covered(self, rows: Tensor, leaves: Tensor) -> list[Paths]:
+        """The edges that lead to nothing but some leaves, by the depth they leave (0 … L - 1).
+
+        Args:
+            rows: (F,) row of the batch that each leaf belongs to.
+            leaves: (F,) leaf numbers; no pair of row and leaf twice.
+        """
+        nodes, found = leaves + self.level_first[-2], []
+        for _ in range(self.levels):
+            # The last node whose edges begin at or before this one's edge, which is edge node - 1.
+            parents = torch.searchsorted(self.first, nodes - 1, right=True) - 1
+            found.append(Paths(rows, parents, nodes - 1 - self.first[parents]))
+            keys, counts = (rows * self.level_first[-1] + parents).unique(return_counts=True)
+            rows, nodes = keys // self.level_first[-1], keys % self.level_first[-1]
+            whole = counts == self.first[nodes + 1] - self.first[nodes]
+            rows, nodes = rows[whole], nodes[whole]
+        return found[::-1]
 
     def to(self, device: torch.device | str) -> Trie:
         """The same trie with its tensors on `device`."""

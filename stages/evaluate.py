@@ -22,7 +22,7 @@ from stages.ranking import rank_queries
 from stages.train import derived_seed, restore_model
 from stages.workspace import Workspace, digest_of, read_json, replacing, sha256_file, write_json
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised whenever an evaluation would give other numbers for the same model and data."""
 
 SAMPLE_SEED = derived_seed(0, "users")

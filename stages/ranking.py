@@ -55,7 +55,7 @@ def rank_queries(
         queries: whom to ask about what.
         known: items numbered 0 … known - 1 are the catalogue the recommender may return.
         k: length of a list; nothing below it counts as retrieved.
-        batch_size: queries a call, ordered by history length so that a batch pads little.
+        batch_size: queries a call, ordered by the user's longest history so that a batch pads little.
         seen_stage: last stage the model was trained on.
         tested_stage: stage the targets lie in.
         exclude_history: the recommender never returns the history, so it gets all of it and repeats are out of reach.
@@ -143,7 +143,10 @@ def _ranks(
     rank, tied = np.zeros(len(targets.query), dtype=np.int64), np.ones(len(targets.query), dtype=np.int64)
     limit = None if exclude_history else HISTORY_ITEMS
     lengths = queries.cut - interactions.offsets[queries.user]
-    order = np.argsort(lengths, kind="stable")
+    # A user's queries stand together: the histories of earlier ones open those of later ones, and one reading does.
+    longest = np.zeros(len(interactions.user_ids), dtype=np.int64)
+    np.maximum.at(longest, queries.user, lengths)
+    order = np.lexsort((lengths, queries.user, longest[queries.user]))
     begins = np.cumsum(targets.sizes) - targets.sizes  # targets of query q: begins[q] … begins[q] + sizes[q] - 1
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 
 def trie_prefixes(codes: list[tuple[int, ...]]) -> dict[tuple[int, ...], set[int]]:
@@ -73,3 +76,52 @@ def slow_beam(
 
 def _tokens(codes: np.ndarray, offsets: list[int], items: list[int]) -> list[int]:
     return [int(code) + offset for item in items for code, offset in zip(codes[item], offsets, strict=True)]
+
+
+def causal_lm(model: Any) -> Any:
+    """An ordinary causal LM of the same weights: its vocabulary is the codes, then the backbone's own tokens.
+
+    Its output is a softmax over what `model` scores: the codes, and the own tokens where the vocabulary is full.
+    """
+    stack = copy.deepcopy(model.stack)
+    outputs = model.logits(torch.zeros(1, model.output_rows.shape[1])).shape[1]
+    config = copy.deepcopy(stack.config)
+    config.vocab_size, config.tie_word_embeddings = outputs, False
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    rows = torch.cat([model.input_rows, model.own_embedding]).detach()
+    stack.set_input_embeddings(nn.Embedding.from_pretrained(rows))
+    head = model.output_rows if outputs == model.codes else torch.cat([model.output_rows, model.other_rows])
+    whole.model, whole.lm_head = stack, nn.Linear(rows.shape[1], outputs, bias=False, device="meta")
+    whole.lm_head.weight = nn.Parameter(head.detach().clone())
+    return whole.eval()
+
+
+def generated(
+    whole: Any, allowed: dict[tuple[int, ...], list[int]], prompts: torch.Tensor, width: int, levels: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`generate()` under `prefix_allowed_tokens_fn`: tokens (B, K, L) and log-probabilities (B, K), best first.
+
+    Args:
+        whole: of `causal_lm`.
+        allowed: tokens that may follow each partial path, in token numbers.
+        prompts: (B, P) in the numbers of `whole`, all of one length.
+        width: K.
+        levels: L.
+    """
+    size = prompts.shape[1]
+    out = whole.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        num_beams=width,
+        num_return_sequences=width,
+        min_new_tokens=levels,
+        max_new_tokens=levels,
+        do_sample=False,
+        length_penalty=0.0,
+        prefix_allowed_tokens_fn=lambda _, tokens: allowed[tuple(tokens[size:].tolist())],
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    return out.sequences[:, size:].reshape(len(prompts), width, levels), out.sequences_scores.reshape(-1, width)

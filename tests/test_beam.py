@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.backbone import small_backbone
-from models.beam import beam_search
+from models.beam import beam_search, shared_prompts
 from models.generative import GenerativeModel
 from models.generative_recommender import GenerativeRecommender
 from models.trie import Trie
@@ -102,6 +102,69 @@ def test_the_history_is_left_out_when_asked_and_only_then() -> None:
     without = recommender(codes, exclude=True, beam=30).recommend([history], 30)
     assert set(plain.items[0].tolist()) == set(range(30))
     assert [i for i in without.items[0].tolist() if i >= 0] == [i for i in plain.items[0].tolist() if i >= 25]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 10_000))
+def test_a_full_list_comes_back_without_the_history_wherever_so_many_items_are_left(items, beam, seed) -> None:
+    rng = np.random.default_rng(seed)
+    codes = random_codes(rng, 60)[rng.integers(0, 60, items)]  # some IDs are shared, many inner nodes lead to one leaf
+    histories = [rng.integers(0, items, rng.integers(0, 40)) for _ in range(3)]
+    lists = recommender(codes, exclude=True, beam=beam).recommend(histories, beam).items
+    for row, history in zip(lists, histories, strict=True):
+        found = [item for item in row.tolist() if item >= 0]
+        assert len(found) == len(set(found)) == min(beam, items - len(set(history.tolist())))
+        assert not set(found) & set(history.tolist())
+
+
+def test_what_is_left_out_leaves_the_scores_of_the_rest_alone() -> None:
+    codes = random_codes(np.random.default_rng(6), 40)
+    history = np.arange(15)
+    plain = recommender(codes, beam=40).recommend([history], 40)
+    without = recommender(codes, exclude=True, beam=40).recommend([history], 25)
+    scores = dict(zip(plain.items[0].tolist(), plain.scores[0].tolist(), strict=True))
+    found = dict(zip(without.items[0].tolist(), without.scores[0].tolist(), strict=True))
+    assert found == pytest.approx({item: scores[item] for item in range(15, 40)}, abs=1e-5)
+
+
+def test_prompts_that_open_a_longer_one_are_read_off_it() -> None:
+    rows = [[9, 1, 2, 3], [9, 1], [9, 2], [9], [9, 1, 2], [9, 2], [9, 1, 3]]
+    lengths = torch.tensor([len(row) for row in rows])
+    prompts = torch.tensor([row + [9] * (4 - len(row)) for row in rows])
+    source = shared_prompts(prompts, lengths)
+    for row, found in zip(rows, source.tolist(), strict=True):
+        assert rows[found][: len(row)] == row
+    assert [len(rows[found]) for found in source.tolist()] == [4, 4, 2, 4, 4, 2, 3]
+    assert source.unique().numel() == 3
+
+
+def test_rolling_histories_of_one_user_give_what_each_gives_alone() -> None:
+    codes = random_codes(np.random.default_rng(7), 50)
+    walk = np.random.default_rng(8).integers(0, 50, 12)
+    histories = [walk[:cut] for cut in (5, 12, 0, 7)] + [walk[::-1]]
+    model = recommender(codes)
+    together = model.recommend(histories, 10)
+    for row, history in enumerate(histories):
+        alone = model.recommend([history], 10)
+        assert together.items[row].tolist() == alone.items[0].tolist()
+        np.testing.assert_allclose(together.scores[row], alone.scores[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_library_s_own_beam_search_finds_the_same_items_with_the_same_scores(seed: int) -> None:
+    rng, width = np.random.default_rng(seed), 8
+    codes, model = random_codes(rng, 55), tiny_model(seed)
+    tokens, lengths = prompts_of(codes)([rng.integers(0, 55, 4) for _ in range(6)])
+    trie = Trie.build(codes)
+    with torch.inference_mode():
+        leaves, scores = beam_search(model, trie, OFFSETS, tokens, lengths, width)
+    paths = codes[np.lexsort(codes.T[::-1])] + OFFSETS.numpy()
+    following = reference.trie_prefixes([tuple(path) for path in paths.tolist()])
+    allowed = {prefix: sorted(codes) for prefix, codes in following.items()}
+    generated, theirs = reference.generated(reference.causal_lm(model), allowed, tokens, width, len(SIZES))
+    for row in range(6):
+        assert {tuple(path) for path in paths[leaves[row]]} == {tuple(path) for path in generated[row].tolist()}
+    torch.testing.assert_close(scores, theirs, atol=1e-4, rtol=0)
 
 
 def test_items_that_share_an_id_come_as_one_tie_group_in_catalogue_order() -> None:

@@ -81,6 +81,24 @@ def test_the_order_of_items_moves_no_node(codes, random):
     assert torch.equal(one.leaf_first, other.leaf_first)
 
 
+@given(catalogues(), st.data())
+def test_an_edge_is_covered_exactly_when_all_leaves_below_it_are_named(codes, data):
+    trie, paths = Trie.build(matrix(codes)), sorted(set(codes))
+    named = [data.draw(st.sets(st.integers(0, len(paths) - 1))) for _ in range(2)]
+    pairs = [(row, leaf) for row, leaves in enumerate(named) for leaf in leaves]
+    rows, leaves = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+    for depth, found in enumerate(trie.covered(rows, leaves)):
+        nodes = (trie.first[found.parents] + found.places + 1).tolist()
+        expected = set()
+        for row, chosen in enumerate(named):
+            for prefix in {path[: depth + 1] for path in paths}:
+                below = {leaf for leaf, path in enumerate(paths) if path[: depth + 1] == prefix}
+                if below <= chosen:
+                    expected.add((row, walk(trie, prefix)))
+        assert set(zip(found.rows.tolist(), nodes, strict=True)) == expected
+        assert len(nodes) == len(expected)
+
+
 def test_a_trie_of_the_items_known_leaves_later_items_out():
     codes = matrix([(0, 1), (0, 2), (3, 1)])
     assert Trie.build(codes[:2]).expand(torch.tensor([0]))[1].tolist() == [0]
