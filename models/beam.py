@@ -2,8 +2,9 @@
 
 Prompts that open a longer prompt of the batch (the same user asked again later) are read off that one's prefill. At
 each level the K beams of a user are fed as K tokens of one row; a mask lets each see the prompt and its own ancestors,
-whose keys and values stay in the cache where they were written, so nothing is ever reordered. Scores are sums of log-probabilities over all output tokens, not renormalised inside the trie (the convention of
-`generate()`); only paths of the trie are ever scored, so no invalid ID can be returned.
+whose keys and values stay in the cache where they were written, so nothing is ever reordered. Scores are sums of
+log-probabilities over all output tokens, not renormalised inside the trie (the convention of `generate()`); only paths
+of the trie are ever scored, so no invalid ID can be returned.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class GenerativeRecommender:
             raise ValueError(f"k ({k}) exceeds the beam ({self.beam}); widen evaluation.beam")
         seen = [history[history < self.readable][-self.history_length :] for history in histories]
         tokens, lengths = (part.to(self.model.device) for part in self.prompts(seen))
-        forbidden = self._forbidden(histories).to(self.model.device) if self.exclude_history else None
+        forbidden = self._forbidden(histories) if self.exclude_history else None
         with torch.inference_mode():
             leaves, scores = beam_search(self.model, self.paths, self.offsets, tokens, lengths, self.beam, forbidden)
         return self._expand(leaves.cpu().numpy(), scores.cpu().numpy(), histories, k)
@@ -71,7 +71,8 @@ class GenerativeRecommender:
         count = len(self.trie.leaf_first) - 1
         pairs, counts = np.unique(rows * count + leaves, return_counts=True)
         whole = counts == np.diff(self.trie.leaf_first.numpy())[pairs % count]
-        return torch.from_numpy(pairs[whole] // count), torch.from_numpy(pairs[whole] % count)
+        pairs = torch.from_numpy(pairs[whole]).to(self.model.device)
+        return pairs // count, pairs % count
 
     def _expand(self, leaves: IntArray, scores: np.ndarray, histories: Sequence[IntArray], k: int) -> Recommendations:
         """Leaves to items: an ID shared by several items gives them all, in the catalogue's order, as one tie group."""
