@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows import logs
 from flows.environment import set_defaults
 from stages.errors import UserError
 
@@ -32,6 +34,16 @@ ThisFolder = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of a
 Stages = Annotated[int | None, typer.Option("--stages", min=1, help="Only the first N stages.")]
 Users = Annotated[int | None, typer.Option("--users", min=1, help="Quick look: test a seeded sample of N users.")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]
+
+
+@app.callback()
+def settings(
+    log_format: Annotated[
+        str | None, typer.Option(help="text or json, one object a line; absent: DRIFTREC_LOG_FORMAT, else text.")
+    ] = None,
+) -> None:
+    """Keeps an LLM recommender current: stages, continual methods, one honest comparison."""
+    logs.choose_format(log_format)
 
 
 @app.command()
@@ -186,6 +198,30 @@ def doctor(workspace: Folder = None) -> None:
     raise typer.Exit(0 if healthy(checks) else 1)
 
 
+@app.command()
+def gc(
+    workspace: ThisFolder,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+    keep: Annotated[int, typer.Option(help="Newest checkpoints kept of each method, seed and protocol.")] = 2,
+    forget_report: Annotated[bool, typer.Option(help="Also what only the latest report names.")] = False,
+) -> None:
+    """Remove what nothing rests on: never the champion's lineage, never what the latest report names."""
+    _start(workspace)
+    from flows import terminal
+    from flows.experiment import exclusive, remembered_config
+    from flows.retention import removable, remove
+
+    _, place = remembered_config(workspace)
+    console = terminal.stdout()
+    with exclusive(place):
+        found = removable(place, keep, forget_report)
+        for removal in found:
+            where = removal.path.relative_to(place.root)
+            console.print(f"{removal.size / 2**20:8.1f} MiB  {where}  ({removal.why})", soft_wrap=True, markup=False)
+        size = sum(removal.size for removal in found) if dry_run else remove(found)
+    console.print(f"{len(found)} {'to remove' if dry_run else 'removed'}, {size / 2**20:.1f} MiB")
+
+
 def _start(workspace: Path | None) -> Path | None:
     """Set the libraries' variables before their import, and remember where a crash file would go."""
     set_defaults(workspace)
@@ -265,18 +301,27 @@ INTERRUPTED = "interrupted; `driftrec resume` goes on from the last committed st
 
 
 def main() -> None:
-    """Run the command line; exit code 0, 2 for the user's mistake, 1 for ours or the machine's, 130 for Ctrl-C."""
+    """Run the command line.
+
+    Exit codes: 0; 2 for the user's mistake; 1 for ours or the machine's; 130 for Ctrl-C; 143 for SIGTERM.
+    """
+    _own_process()
     try:
         app()
     except SystemExit as end:
-        # typer turns Ctrl-C into this code by itself, without a word.
-        _fail(INTERRUPTED, 130) if end.code == 130 else sys.exit(end.code)
+        _fail(INTERRUPTED, int(end.code)) if end.code in (130, 143) else sys.exit(end.code)
     except UserError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail(INTERRUPTED, 130)
     except Exception as error:
         _fail(_machine_fault(error) or _crash(error), 1)
+
+
+def _own_process() -> None:
+    """What belongs to the process and not to a command: rights of new files, and how signals end it."""
+    os.umask(0o077)
+    logs.end_on_signals()
 
 
 def _fail(message: str, code: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 from prefect import flow
 
@@ -43,20 +44,25 @@ def prepared(plan: Plan, command: str) -> Plan:
     return plan
 
 
-def follow_all(plan: Plan) -> tuple[list[Checkpoint], list[Evaluation]]:
-    """Every lineage of the plan, one after the other: torch's threads already use every core."""
-    pairs = [follow(plan, lineage) for lineage in plan.lineages()]
+def follow_all(plan: Plan, verbs: ModuleType = tasks) -> tuple[list[Checkpoint], list[Evaluation]]:
+    """Every lineage of the plan, one after the other: torch's threads already use every core.
+
+    Args:
+        plan: what to train and test.
+        verbs: `tasks`, or `steps` for the same without Prefect.
+    """
+    pairs = [follow(plan, lineage, verbs) for lineage in plan.lineages()]
     return [one for trained, _ in pairs for one in trained], [one for _, tests in pairs for one in tests]
 
 
-def follow(plan: Plan, lineage: Lineage) -> tuple[list[Checkpoint], list[Evaluation]]:
+def follow(plan: Plan, lineage: Lineage, verbs: ModuleType = tasks) -> tuple[list[Checkpoint], list[Evaluation]]:
     """One lineage through its stages: train, then test what the protocol asks of that model."""
     trained: list[Checkpoint] = []
     tests: list[Evaluation] = []
     for stage in plan.trained(lineage):
         job = lineage.at(stage)
-        trained.append(tasks.train(plan, job))
-        tests.extend(tasks.evaluate(plan, job, tested) for tested in plan.tested(lineage, stage))
+        trained.append(verbs.train(plan, job))
+        tests.extend(verbs.evaluate(plan, job, tested) for tested in plan.tested(lineage, stage))
         if row := plan.matrix(lineage):
-            tests.extend(tasks.evaluate_row(plan, job, row))
+            tests.extend(verbs.evaluate_row(plan, job, row))
     return trained, tests

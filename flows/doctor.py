@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from flows import machine
+from stages.workspace import left_overs
 
 LEAST_DISK = 2 * 2**30
 LEAST_MEMORY = 4 * 2**30
@@ -134,10 +135,13 @@ def _workspace(root: Path) -> Iterator[Check]:
         yield Check("advice", "workspace", f"{root} holds none yet", "driftrec demo, or driftrec compare --config ...")
         return
     yield Check("ok", "workspace", str(root))
-    left = sorted(str(path.relative_to(root)) for path in root.rglob(".tmp-*") if not _alive(path.name))
+    left = [str(path.relative_to(root)) for path in left_overs(root)]
     if left:
         yield Check(
-            "advice", "left-overs", f"{len(left)} of killed runs, such as {left[0]}", f"rm -r {root / left[0]} ..."
+            "advice",
+            "left-overs",
+            f"{len(left)} of killed runs, such as {left[0]}",
+            "the next run, or driftrec gc, removes them",
         )
     broken = sorted(path.name for path in (root / "runs").rglob("quarantine/*"))
     if broken:
@@ -147,8 +151,3 @@ def _workspace(root: Path) -> Iterator[Check]:
             f"{len(broken)} damaged checkpoints set aside",
             "they are trained again by themselves",
         )
-
-
-def _alive(name: str) -> bool:
-    """Whether the process named in a temporary file's name still runs; its part of the name is the one of digits."""
-    return any(part.isdigit() and Path(f"/proc/{part}").exists() for part in name.split("-"))

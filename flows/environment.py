@@ -25,6 +25,9 @@ DEFAULTS = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    # MLflow would wait 120 s for a silent server and ask it seven times.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     # Threads that wait for each other by spinning slow a shared machine down many times over.
     "OMP_WAIT_POLICY": "PASSIVE",
     # Without it cuBLAS may sum in another order each time, and torch refuses to run deterministically on a GPU.

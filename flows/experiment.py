@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import fcntl
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,6 +15,7 @@ from pydantic import ValidationError
 from stages.config import Config, explain
 from stages.errors import UserError
 from stages.jobs import Checkpoint, Job
+from stages.locks import holder_of, sign, try_lock
 from stages.workspace import Workspace, read_json, write_json
 
 DATA_TABLES = ("log", "catalogue", "stages", "items")
@@ -154,22 +153,18 @@ def exclusive(workspace: Workspace) -> Iterator[None]:
         UserError: another process holds it; the message says which. Or the folder cannot be written.
     """
     try:
-        workspace.root.mkdir(parents=True, exist_ok=True)
+        workspace.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         opened = (workspace.root / "run.lock").open("a+", encoding="utf-8")
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(
             f"{workspace.root}: cannot write the workspace: {error.strerror}; choose another folder"
         ) from None
     with opened as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise UserError(f"{workspace.root}: in use by {holder}; wait, or choose another workspace") from None
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        handle.flush()
+        if not try_lock(handle):
+            raise UserError(
+                f"{workspace.root}: in use by {holder_of(handle)}; wait, or choose another workspace"
+            ) from None
+        sign(handle)
         yield
 
 

@@ -40,7 +40,7 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
     Returns:
         Path of report.html.
     """
-    write_json(folder / "report.json", report)
+    write_json(folder / "report.json", report, seal=True)
     return write_page(report, folder)
 
 

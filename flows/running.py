@@ -1,20 +1,32 @@
-"""Starting a flow from the command line, and clearing away the one that a kill left behind."""
+"""Starting a flow from the command line, clearing away one that a kill left behind, and doing without Prefect."""
 
 from __future__ import annotations
 
 import logging
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
 from flows.compare import compare
 from flows.continual import continual
+from flows.plain import KNOWN, run_plainly
 
 FLOWS = {"compare": compare, "continual": continual}
+PATIENCE = 5.0
+"""Seconds a Prefect server that the user named has to answer."""
+GONE = ("Failed to reach API", "Timed out while attempting to connect", "ephemeral Prefect API server")
+"""How Prefect says in a bare RuntimeError that there is no server."""
 log = logging.getLogger("flows.running")
 
 
 def run(name: str, arguments: dict[str, Any], interrupted: str | None = None) -> str:
     """Run the flow called `name`; a killed earlier run of it is marked as crashed first.
+
+    Prefect shows and schedules, the work does not need it: where its server is out of reach, or goes away, the run goes
+    on without it and says so.
 
     Args:
         name: of the flow.
@@ -24,9 +36,57 @@ def run(name: str, arguments: dict[str, Any], interrupted: str | None = None) ->
     Returns:
         The report's folder.
     """
-    if interrupted is not None:
-        mark_crashed(interrupted)
-    return FLOWS[name](**arguments)
+    try:
+        with _own_server_if_theirs_is_silent():
+            if interrupted is not None:
+                mark_crashed(interrupted)
+            return FLOWS[name](**arguments)
+    except Exception as error:
+        if name not in KNOWN or not lost_prefect(error):
+            raise
+        words = " ".join(str(error).split())[:200]
+        log.warning("Prefect is out of reach (%s); going on without it: this run will not be in its UI", words)
+    return run_plainly(name, arguments)
+
+
+@contextmanager
+def _own_server_if_theirs_is_silent() -> Iterator[None]:
+    """Within the block a server of our own is used where the one that PREFECT_API_URL names does not answer."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
+
+    address = PREFECT_API_URL.value()
+    if address is None or _answers(str(address)):
+        yield
+        return
+    log.warning("the Prefect server at %s does not answer; using one of this run's own", address)
+    with temporary_settings(updates={PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}, restore_defaults={PREFECT_API_URL}):
+        yield
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=PATIENCE) as answer:  # noqa: S310
+            return answer.status < 500
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except (OSError, ValueError):
+        return False
+
+
+def lost_prefect(error: BaseException | None) -> bool:
+    """Whether an error, or one it came from, says that Prefect's server cannot be reached or does not work."""
+    import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    while error is not None:
+        if isinstance(error, httpx.TransportError):
+            return True
+        if isinstance(error, PrefectHTTPStatusError) and error.response.status_code >= 500:
+            return True
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in GONE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def mark_crashed(flow_run: str) -> bool:

@@ -8,14 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import experiment, machine
+from flows import experiment, machine, mirror
 from flows.findings import Findings
 from flows.plan import Plan
 from flows.terminal import watcher
 from stages.config import load_config
 from stages.errors import UserError
 from stages.jobs import Checkpoint, Evaluation, Job
-from stages.workspace import Workspace, read_json, write_json
+from stages.workspace import Workspace, read_json, sweep, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,6 +93,8 @@ def claimed(plan: Plan) -> Plan:
         UserError: the workspace belongs to another experiment or other data.
     """
     settings, place = experiment.open_workspace(plan.config, plan.workspace.root)
+    if swept := sweep(place.root):
+        log.info("removed %d left-overs of killed runs", len(swept))
     return replace(plan, config=settings, workspace=place)
 
 
@@ -116,11 +118,16 @@ def split(plan: Plan) -> Plan:
 
 
 def identify(plan: Plan) -> None:
-    """Give every item its semantic ID."""
+    """Give every item its semantic ID, and see that the models to come have room on the disk."""
+    from stages.dataset import load_dataset
     from stages.items import build_semantic_ids
+    from stages.space import check_space
 
     watcher().start("semantic IDs")
     build_semantic_ids(plan.config, plan.workspace, progress=watcher().say)
+    last = [lineage.at(stage) for lineage in plan.lineages() for stage in plan.trained(lineage)[-1:]]
+    size = check_space(plan.config, plan.workspace, load_dataset(plan.config, plan.workspace), last)
+    log.info("the checkpoints will take about %.0f MiB", size / 2**20)
     log.info(machine.arithmetic(plan.config.backbone.precision, plan.config.backbone.device))
 
 
@@ -182,7 +189,7 @@ def summarise(plan: Plan, evaluations: list[Evaluation], checkpoints: list[Check
     if (arithmetic := machine.trained_in(_states(plan.workspace, checkpoints))) is not None:
         report["notes"].append(arithmetic)
     folder = plan.workspace.reports / plan.key()
-    write_json(folder / "jobs.json", jobs_of(evaluations, checkpoints))
+    write_json(folder / "jobs.json", jobs_of(evaluations, checkpoints), seal=True)
     draw_drift(plan.workspace, folder / "figures" / "drift.png")
     write_report(report, folder)
     write_json(plan.workspace.reports / "latest.json", {"schema": 1, "report": folder.name})
@@ -218,20 +225,8 @@ def record(workspace: Workspace, folder: Path) -> str | None:
     Returns:
         Address of the chart, or None where it could not be recorded.
     """
-    from flows import tracking
-
     watcher().start("recording in MLflow")
-    found = read_json(folder / "jobs.json")
-    evaluations = [Evaluation(**{**row, "job": Job(**row["job"])}) for row in found["evaluations"]]
-    checkpoints = [Checkpoint(**{**row, "job": Job(**row["job"])}) for row in found["checkpoints"]]
-    try:
-        report = read_json(folder / "report.json")
-        chart = tracking.record(report, workspace, checkpoints, evaluations, folder)
-    except Exception as error:
-        log.warning("MLflow was not written (%s); `driftrec report` records it later", error)
-        return None
-    write_json(folder / "chart.json", {"schema": 1, "mlflow": chart})
-    return chart
+    return mirror.record(workspace, folder)
 
 
 def recorded_chart(folder: Path) -> str | None:

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from flows import logs
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -112,7 +114,7 @@ def watching(lines: bool = False) -> Iterator[Watcher]:
     found = Watcher(lines=lines)
     token = _watcher.set(found)
     try:
-        if lines or not console.is_terminal:
+        if lines or logs.as_json() or not console.is_terminal:
             with _log_lines():
                 yield found
         else:
@@ -136,15 +138,18 @@ def _bar(console: Console) -> Progress:
 def _log_lines(least: int = logging.INFO) -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(least)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    handler.setFormatter(logs.formatter())
+    loggers = [logging.getLogger(name) for name in logs.PACKAGES]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 def stdout() -> Console:

@@ -7,6 +7,7 @@ its `driftrec.key`, and a point (key, step) that is there already is not logged 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,12 +82,24 @@ def record(
     Returns:
         Address of the ready-made chart, quality by stage with a line for each method.
     """
-    client = MlflowClient(workspace.mlflow_uri)
-    experiment = _experiment(client, report["name"], workspace.mlflow_artifacts)
+    client = MlflowClient(store(workspace))
+    own = store(workspace) == workspace.mlflow_uri
+    experiment = _experiment(client, report["name"], workspace.mlflow_artifacts if own else None)
     book = Book(client, experiment, Findings(report), workspace, folder)
     for subject in subjects(checkpoints, evaluations):
         book.record(subject)
-    return chart_address(experiment)
+    return chart_address(experiment, SERVER if own else store(workspace))
+
+
+def store(workspace: Workspace) -> str:
+    """Address of the tracking store: MLFLOW_TRACKING_URI where the user set it, else the workspace's own SQLite."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or workspace.mlflow_uri
+
+
+def answers(workspace: Workspace) -> bool:
+    """Ask the tracking store for something small; whatever is wrong with it raises MLflow's own error."""
+    MlflowClient(store(workspace)).search_experiments(max_results=1)
+    return True
 
 
 def subjects(checkpoints: Sequence[Checkpoint], evaluations: Sequence[Evaluation]) -> list[Subject]:
@@ -103,25 +116,32 @@ def subjects(checkpoints: Sequence[Checkpoint], evaluations: Sequence[Evaluation
     ]
 
 
-def chart_address(experiment: str) -> str:
+def chart_address(experiment: str, server: str = SERVER) -> str:
     """Address in MLflow's UI of the parents' line charts."""
     wanted = quote('tags.role = "method"', safe="")
-    return f"{SERVER}/#/experiments/{experiment}/runs?searchFilter={wanted}&compareRunsMode=CHART"
+    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs?searchFilter={wanted}&compareRunsMode=CHART"
 
 
-def _experiment(client: MlflowClient, name: str, artifacts: Path) -> str:
-    """The experiment's id; a workspace that was moved gets a new one, or files would go to the old place."""
-    place = artifacts.resolve()
+def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> str:
+    """The experiment's id; a workspace that was moved gets a new one, or files would go to the old place.
+
+    Args:
+        client: of the store.
+        name: of the experiment.
+        artifacts: folder for its files; None leaves that to a server the user named.
+    """
+    place = artifacts.resolve() if artifacts is not None else None
     found = client.get_experiment_by_name(name)
-    if found is not None and found.artifact_location != place.as_uri():
+    if found is not None and place is not None and found.artifact_location != place.as_uri():
         name = f"{name}-{digest_of(str(place))[:6]}"
         found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    place.mkdir(parents=True, exist_ok=True)
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
     # Without this tag the page opens among traces of language models, where no run is to be seen.
     kind = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(name, artifact_location=place.as_uri(), tags=kind))
+    return str(client.create_experiment(name, artifact_location=place.as_uri() if place else None, tags=kind))
 
 
 def points(findings: Findings, subject: Subject) -> list[Point]:

@@ -7,9 +7,10 @@ it unusable, and it is moved to `quarantine/` so that the stage is trained again
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,9 @@ from models import adapter as lora
 from models.generative import GenerativeModel
 from stages.config import AdapterConfig
 from stages.errors import UserError
-from stages.workspace import need_space, read_json, sha256_file, sync_folder
+from stages.workspace import digest_of, need_space, read_json, sha256_file, sync_folder, temporary_beside
 
+log = logging.getLogger("stages.checkpoint")
 MANIFEST = "manifest.json"
 ADAPTER, ROWS, BACKBONE = "adapter_model.safetensors", "token_rows.safetensors", "backbone.safetensors"
 
@@ -70,9 +72,22 @@ def read_tensors(folder: Path, prefix: str = "model") -> Tensors:
 
 
 def write_checkpoint(
-    folder: Path, tensors: Tensors, adapter: AdapterConfig, state: Mapping[str, Any], prefix: str = "model"
+    folder: Path,
+    tensors: Tensors,
+    adapter: AdapterConfig,
+    state: Mapping[str, Any],
+    prefix: str = "model",
+    fence: Callable[[], None] = lambda: None,
 ) -> str:
     """Publish a checkpoint at `folder`; the first committer wins and a later one is discarded.
+
+    Args:
+        folder: its final name.
+        tensors: what was trained.
+        adapter: shape of the LoRA, for peft's own settings file.
+        state: contents of state.json.
+        prefix: name of the stack inside the model, as peft spells it.
+        fence: called when all is written and nothing is published yet; raises where the commit is no longer wanted.
 
     Returns:
         SHA-256 of the manifest.
@@ -93,17 +108,17 @@ def write_checkpoint(
                 save_file({key: value.contiguous() for key, value in part.items()}, temporary / name)
         text = json.dumps(state, indent=2, allow_nan=False)
         (temporary / "state.json").write_text(text, encoding="utf-8")
+        _write_manifest(temporary)
+        fence()
     return sha256_file(folder / MANIFEST)
 
 
 @contextmanager
 def _publishing(folder: Path) -> Iterator[Path]:
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_beside(folder)
     temporary.mkdir(mode=0o700)
     try:
         yield temporary
-        _write_manifest(temporary)
         try:
             os.rename(temporary, folder)
         except OSError:
@@ -134,24 +149,61 @@ def fault_of(folder: Path) -> str | None:
     if not (folder / MANIFEST).exists():
         return "no manifest"
     try:
-        rows = read_json(folder / MANIFEST)["files"]
-        expected = {row["name"]: row for row in rows}
-    except (UserError, KeyError, TypeError):
+        manifest = read_json(folder / MANIFEST)
+        expected = {str(row["name"]): (int(row["size"]), str(row["sha256"])) for row in manifest["files"]}
+        schema = manifest["schema"]
+    except (UserError, KeyError, TypeError, ValueError):
         return "unreadable manifest"
+    if schema != 1:
+        return f"manifest schema {schema}, this version reads 1"
     found = {path.name for path in folder.iterdir()} - {MANIFEST}
     if found != expected.keys():
         return f"files missing or added: {', '.join(sorted(found ^ expected.keys()))}"
-    wrong = [name for name, row in expected.items() if sha256_file(folder / name) != row["sha256"]]
+    wrong = [
+        name
+        for name, (size, digest) in expected.items()
+        if (folder / name).stat().st_size != size or sha256_file(folder / name) != digest
+    ]
     return f"altered: {', '.join(wrong)}" if wrong else None
 
 
+def tensors_digest(folder: Path) -> str:
+    """SHA-256 over the digests of a checkpoint's tensor files: what a later stage trains from.
+
+    Times and memory in state.json differ between two trainings of the same bytes, so the manifest's own hash would not
+    do: a stage trained again to the same tensors must not make its children stale.
+
+    Raises:
+        UserError: no readable manifest.
+    """
+    rows = read_json(folder / MANIFEST)["files"]
+    return digest_of({row["name"]: row["sha256"] for row in rows if row["name"].endswith(".safetensors")})
+
+
+def stale_parent(folder: Path, parents: Mapping[str, str]) -> str | None:
+    """Why the checkpoint in `folder` no longer follows from its lineage, or None.
+
+    Args:
+        folder: a checkpoint whose files are as its manifest says.
+        parents: `tensors_digest` by name of the checkpoints before it, as they are now.
+    """
+    trained_from = read_json(folder / "state.json").get("parents")
+    if not isinstance(trained_from, dict):
+        return "written by an earlier version, which did not note what its parents' tensors were"
+    if trained_from.keys() != parents.keys():
+        return "its parents are other checkpoints now"
+    changed = [name for name, digest in parents.items() if trained_from[name] != digest]
+    return f"its parent {changed[0]} holds other tensors than it was trained from" if changed else None
+
+
 def quarantine(folder: Path, reason: str) -> Path:
-    """Move a bad checkpoint aside, with the reason written beside it."""
+    """Move a bad checkpoint (or file) aside to `runs/quarantine`, with the reason written beside it."""
     place = folder.parent.parent / "quarantine"
     place.mkdir(parents=True, exist_ok=True)
     target = next(p for n in range(10_000) if not (p := place / f"{folder.name}.{n}").exists())
     os.rename(folder, target)
     (place / f"{target.name}.reason.txt").write_text(reason + "\n", encoding="utf-8")
+    log.warning("%s: %s; moved to %s and made again", folder, reason, target)
     return target
 
 

@@ -21,6 +21,15 @@ from stages.workspace import Workspace, digest_of, sha256_file
 CODE_VERSION = 1
 """Raised whenever training would give other bytes for the same settings and data."""
 
+LATER_ONLY = {"epochs", "learning_rate", "full_learning_rate", "token_rows"}
+"""Training settings that stage 0 does not read."""
+
+FIRST_ONLY = {"first_epochs", "first_learning_rate"}
+"""Training settings that only stage 0 reads."""
+
+BACKBONE_FILES = {".safetensors", ".json", ".model", ".txt"}
+"""Endings of what a backbone's folder is loaded from: weights, settings, tokenizer."""
+
 FIRST = "first"
 """The method name of stage 0, which all methods share."""
 
@@ -48,39 +57,62 @@ def commit_key(config: Config, dataset: Dataset, job: Job) -> str:
         dataset: its prepared log.
         job: last stage of a lineage, as `lineage_jobs` names it.
     """
-    lineage = lineage_jobs(config, job)
-    last = lineage[-1]
-    parent = commit_key(config, dataset, lineage[-2]) if len(lineage) > 1 else None
-    settings = None if last.method == FIRST else config.method(last.method).model_dump()
-    return digest_of(
-        {
+    return commit_keys(config, dataset, job)[-1]
+
+
+def commit_keys(config: Config, dataset: Dataset, job: Job) -> list[str]:
+    """The key of every checkpoint in `job`'s lineage, stage 0 first: one pass, as each holds the one before it."""
+    keys: list[str] = []
+    weights = _weights_digest(config.backbone.path)
+    for part in lineage_jobs(config, job):
+        settings = None if part.method == FIRST else config.method(part.method).model_dump()
+        key = {
             "code": CODE_VERSION,
             "method": settings,
-            "seed": last.seed,
-            "protocol": last.protocol,
+            "seed": part.seed,
+            "protocol": part.protocol,
             "baskets": config.evaluation.baskets,
-            "data": dataset.digest(last.stage),
-            "backbone": config.backbone.model_dump(exclude={"device"}),
-            "weights": _weights_digest(config.backbone.path),
+            "data": dataset.digest(part.stage),
+            "backbone": config.backbone.model_dump(exclude={"path", "device"}),
+            "weights": weights,
             "adapter": config.adapter.model_dump(),
-            "training": config.training.model_dump(),
-            "parent": parent,
+            "training": config.training.model_dump(exclude=_unread(config, part)),
+            "parent": keys[-1] if keys else None,
         }
-    )
+        keys.append(digest_of(key))
+    return keys
+
+
+def _unread(config: Config, job: Job) -> set[str]:
+    """Training settings that `job`'s last stage does not read: a change of them gives the same bytes.
+
+    A later stage names its parent's key, so what only stage 0 reads is part of every key all the same.
+    """
+    if job.method == FIRST:
+        return LATER_ONLY
+    every_weight = method_of(config, job.method).every_weight
+    return {*FIRST_ONLY, "learning_rate" if every_weight else "full_learning_rate"}
 
 
 def checkpoint_folder(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> Path:
     """Where the last checkpoint of `job`'s lineage lives once it is committed."""
-    last = lineage_jobs(config, job)[-1]
-    name = f"{last.protocol}-{last.method}-seed{last.seed}-stage{last.stage:02d}"
-    return workspace.checkpoints / f"{name}-{commit_key(config, dataset, last)[:16]}"
+    return checkpoint_folders(config, workspace, dataset, job)[-1]
+
+
+def checkpoint_folders(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> list[Path]:
+    """Where the checkpoints of `job`'s lineage live once they are committed, stage 0 first."""
+    names = [
+        f"{part.protocol}-{part.method}-seed{part.seed}-stage{part.stage:02d}" for part in lineage_jobs(config, job)
+    ]
+    keys = commit_keys(config, dataset, job)
+    return [workspace.checkpoints / f"{name}-{key[:16]}" for name, key in zip(names, keys, strict=True)]
 
 
 def _weights_digest(path: str | None) -> str | None:
-    """Hash of a local backbone's weight files; a hub id is named by itself."""
+    """Hash of a local backbone's weights, settings and tokenizer, wherever the folder lies; a hub id names itself."""
     if path is None or not Path(path).is_dir():
         return path
-    files = sorted(Path(path).glob("*.safetensors"))
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in BACKBONE_FILES)
     return digest_of({file.name: _file_digest(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files})
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 from stages.config import Config
+from stages.errors import UserError
 from stages.interactions import Catalogue, Interactions, load_catalogue, load_interactions
-from stages.workspace import Workspace, digest_of, read_json
+from stages.workspace import Workspace, digest_of, read_json, sha256_file
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,22 @@ def load_dataset(config: Config, workspace: Workspace) -> Dataset:
     """Read what `split` and `build_semantic_ids` left in the workspace.
 
     Raises:
-        UserError: they have not run, or a manifest is unreadable.
+        UserError: they have not run, or a file is not the one its manifest names.
     """
     manifest = read_json(workspace.stages / "manifest.json")
+    _check_files(workspace, manifest)
     return Dataset(
         interactions=load_interactions(workspace, config.evaluation.baskets),
         catalogue=load_catalogue(workspace),
         stage_digests=tuple(stage["digest"] for stage in manifest["stages"]),
     )
+
+
+def _check_files(workspace: Workspace, stages: dict[str, Any]) -> None:
+    """Parquet reads a flipped bit without complaint more often than not, so every file is hashed first."""
+    items = read_json(workspace.catalogue / "manifest.json")
+    expected = {workspace.catalogue / "items.parquet": items["digest"]}
+    expected |= {workspace.stage_file(index): row.get("sha256") for index, row in enumerate(stages["stages"])}
+    for path, digest in expected.items():
+        if digest is not None and (not path.is_file() or sha256_file(path) != digest):
+            raise UserError(f"{path}: missing, or not the file that its manifest names; run the same command again")

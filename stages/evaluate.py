@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import polars as pl
 from models.generative_recommender import GenerativeRecommender
 from models.recommender import Recommender
 from stages.baselines import fit_baseline
-from stages.commit import commit_key, lineage_jobs
+from stages.checkpoint import quarantine, tensors_digest
+from stages.commit import checkpoint_folders, commit_key, lineage_jobs
 from stages.config import Config
 from stages.dataset import Dataset, load_dataset
+from stages.errors import UserError
 from stages.examples import Encoder
 from stages.jobs import BASELINES, Evaluation, Job
 from stages.queries import Queries, next_stage_tests, same_stage_tests, sample_users, training_targets
@@ -61,21 +64,51 @@ def evaluate_stage(
     name = f"{job.protocol}-{own}-seed{job.seed}-stage{job.stage:02d}-on{tested:02d}-{key[:16]}"
     path = workspace.evaluations / f"{name}.parquet"
     side = path.with_suffix(".json")
-    if not (side.exists() and path.exists() and read_json(side)["digest"] == sha256_file(path)):
+    model = _model_digest(config, workspace, dataset, job)
+    facts = _intact(path, side, model)
+    if facts is None:
         started = time.perf_counter()
         frame = _measure(config, workspace, dataset, job, tested, sample, progress)
         with replacing(path) as temporary:
             frame.write_parquet(temporary)
         facts = {"digest": sha256_file(path), "seconds": time.perf_counter() - started, "queries": len(frame)}
-        write_json(side, facts)
+        write_json(side, {**facts, "model": model}, seal=True)
     return Evaluation(
         job=job,
         tested=tested,
         path=str(path.relative_to(workspace.root)),
         sampled=sample is not None,
         matrix=matrix,
-        **read_json(side),
+        **facts,
     )
+
+
+def _model_digest(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> str | None:
+    """Names the tensors of `job`'s whole lineage as they are on disk; None for a baseline, which has none.
+
+    Raises:
+        UserError: a checkpoint of the lineage is missing.
+    """
+    if job.method in BASELINES:
+        return None
+    folders = checkpoint_folders(config, workspace, dataset, job)
+    return digest_of([tensors_digest(folder) for folder in folders])
+
+
+def _intact(path: Path, side: Path, model: str | None) -> dict[str, Any] | None:
+    """What is known of an earlier measurement of this very model whose file is unharmed; a damaged one is set aside."""
+    if not (side.exists() and path.exists()):
+        return None
+    try:
+        facts = read_json(side)
+        found = facts.pop("model", None)
+        fault = None if facts["digest"] == sha256_file(path) else "altered"
+    except (UserError, KeyError, AttributeError):
+        fault, facts, found = "its JSON file is altered", {}, model
+    if fault is not None:
+        quarantine(path, fault)
+        return None
+    return facts if found == model else None
 
 
 def recommender(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> Recommender:

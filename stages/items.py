@@ -124,7 +124,11 @@ def _intact(workspace: Workspace, progress: Progress) -> dict[str, Any] | None:
     path = workspace.catalogue / "manifest.json"
     if not path.is_file():
         return None
-    manifest = read_json(path)
+    try:
+        manifest = read_json(path)
+    except UserError as error:
+        progress(f"{error}; building the catalogue anew")
+        return None
     if manifest.get("schema") != SCHEMA:
         raise UserError(f"{path}: schema {manifest.get('schema')!r}, not {SCHEMA}; choose another workspace")
     files = {"items.parquet": manifest["digest"], **manifest["files"]}
@@ -270,7 +274,7 @@ def _write(workspace: Workspace, frame: pl.DataFrame, facts: Mapping[str, Any]) 
         **facts,
         "files": {f"quantizer/{file.name}": sha256_file(file) for file in fitted if not file.name.startswith(".")},
     }
-    write_json(workspace.catalogue / "manifest.json", manifest)
+    write_json(workspace.catalogue / "manifest.json", manifest, seal=True)
     return manifest
 
 

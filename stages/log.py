@@ -133,7 +133,7 @@ def read_log(
     write_parquet(items.accepted, workspace.catalogue / "raw.parquet")
     report = _report(config, table, log, items, short, digest)
     manifest = {"schema": SCHEMA, "sha256": write_parquet(log, workspace.log), **asdict(report)}
-    write_json(workspace.log.with_name("manifest.json"), manifest)
+    write_json(workspace.log.with_name("manifest.json"), manifest, seal=True)
     progress(_summary(report))
     return report
 

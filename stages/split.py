@@ -96,7 +96,7 @@ def split_stages(config: Config, workspace: Workspace) -> list[Stage]:
         "rule": rule,
         "stages": [asdict(stage) for stage in stages],
     }
-    write_json(workspace.stages / "manifest.json", manifest)
+    write_json(workspace.stages / "manifest.json", manifest, seal=True)
     return stages
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,22 @@ from torch import Tensor
 from models import adapter as lora
 from models.backbone import Backbone, compute_device, pretrained_backbone, small_backbone, wants_bfloat16
 from models.generative import GenerativeModel
-from stages.checkpoint import fault_of, quarantine, size_of, trained_tensors, write_checkpoint
-from stages.commit import FIRST, checkpoint_folder, commit_key, lineage_jobs, method_of
+from stages.checkpoint import (
+    fault_of,
+    quarantine,
+    size_of,
+    stale_parent,
+    tensors_digest,
+    trained_tensors,
+    write_checkpoint,
+)
+from stages.commit import FIRST, checkpoint_folder, checkpoint_folders, commit_key, lineage_jobs, method_of
 from stages.config import Config, TrainingConfig
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
 from stages.examples import Encoder, Windows, batches, make_windows
 from stages.jobs import Checkpoint, Job
+from stages.locks import held
 from stages.methods.contract import Losses, Schedule, Step
 from stages.queries import next_stage_validation, same_stage_validation, training_targets
 from stages.workspace import Workspace, digest_of, read_json, sha256_file
@@ -48,9 +58,10 @@ def train_stage(config: Config, workspace: Workspace, job: Job, progress: Progre
     if not 0 <= job.stage < dataset.stages:
         raise UserError(f"stage {job.stage} does not exist; the log has stages 0 to {dataset.stages - 1}")
     lineage = lineage_jobs(config, job)
-    for earlier in lineage[:-1]:
-        _committed_or_trained(config, workspace, dataset, earlier, progress)
-    done = _committed_or_trained(config, workspace, dataset, lineage[-1], progress)
+    parents: dict[str, str] = {}
+    for part, folder in zip(lineage, checkpoint_folders(config, workspace, dataset, job), strict=True):
+        done = _committed_or_trained(config, workspace, dataset, part, folder, parents, progress)
+        parents[folder.name] = tensors_digest(folder)
     if lineage[-1].stage == job.stage:
         return replace(done, job=job)
     return replace(done, job=job, seconds=0.0, trained_parameters=0, bytes=0, targets=0)
@@ -62,12 +73,18 @@ def lineage_folders(config: Config, workspace: Workspace, dataset: Dataset, job:
     Raises:
         UserError: one is missing or damaged.
     """
-    folders = [checkpoint_folder(config, workspace, dataset, part) for part in lineage_jobs(config, job)]
+    folders = checkpoint_folders(config, workspace, dataset, job)
+    parents: dict[str, str] = {}
     for folder in folders:
-        fault = fault_of(folder)
-        if fault:
+        if fault := _fault(folder, parents):
             raise UserError(f"{folder}: {fault}; run the same command again to train this stage")
+        parents[folder.name] = tensors_digest(folder)
     return folders
+
+
+def _fault(folder: Path, parents: Mapping[str, str]) -> str | None:
+    """Why the checkpoint in `folder` cannot be used: its own files, or the ones it was trained from."""
+    return fault_of(folder) or stale_parent(folder, parents)
 
 
 def restore_model(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> GenerativeModel:
@@ -108,15 +125,24 @@ def _backbone(config: Config, seed: int) -> Backbone:
 
 
 def _committed_or_trained(
-    config: Config, workspace: Workspace, dataset: Dataset, job: Job, progress: Progress
+    config: Config,
+    workspace: Workspace,
+    dataset: Dataset,
+    job: Job,
+    folder: Path,
+    parents: Mapping[str, str],
+    progress: Progress,
 ) -> Checkpoint:
-    folder = checkpoint_folder(config, workspace, dataset, job)
-    reused = folder.exists()
-    if reused and (fault := fault_of(folder)):
-        quarantine(folder, fault)
-        reused = False
+    reused = _fault(folder, parents) is None
     if not reused:
-        _train(config, workspace, dataset, job, progress)
+        lock = workspace.locks / f"{job.protocol}-{job.method}-seed{job.seed}.lock"
+        with held(lock):  # looked at again under the lock: another process may have committed or set aside meanwhile
+            fault = _fault(folder, parents)
+            reused = fault is None
+            if fault is not None and folder.exists():
+                quarantine(folder, fault)
+            if not reused:
+                _train(config, workspace, dataset, job, progress)
     state = read_json(folder / "state.json")
     return Checkpoint(
         job=job,
@@ -140,6 +166,7 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
     model = bare_model(config, dataset, job.seed)
     model.dropout = config.backbone.dropout if job.stage == 0 and not model.pretrained else 0.0
     folders = lineage_folders(config, workspace, dataset, replace(job, stage=job.stage - 1)) if job.stage else []
+    parents = {folder.name: tensors_digest(folder) for folder in folders}
     schedule = _schedule(config, job, method.every_weight, len(examples.training), stage_seed)
     try:
         step = method.begin(model, folders, schedule)
@@ -168,11 +195,22 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         "device": model.device.type,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "parents": [folder.name for folder in folders],
+        "parents": parents,
         **drift,
         **training,
     }
-    write_checkpoint(checkpoint_folder(config, workspace, dataset, job), tensors, config.adapter, state)
+    place = checkpoint_folder(config, workspace, dataset, job)
+    write_checkpoint(place, tensors, config.adapter, state, fence=partial(_same_parents, folders, parents))
+
+
+def _same_parents(folders: Sequence[Path], parents: Mapping[str, str]) -> None:
+    """A lock alone is not enough: a stopped process that goes on must not commit what rests on tensors now gone."""
+    for folder in folders:
+        if not folder.exists() or tensors_digest(folder) != parents[folder.name]:
+            raise UserError(
+                f"{folder}: changed while a stage was being trained from it; nothing was committed, "
+                "run the same command again"
+            )
 
 
 @dataclass(frozen=True)

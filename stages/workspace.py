@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any
 from stages.errors import UserError
 
 SCHEMA = 1
+SEAL = "seal"
+"""Key of a sealed JSON file that holds the digest of the rest."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Workspace:
     def checkpoints(self) -> Path:
         """One folder a trained stage, named by its commit key."""
         return self.root / "runs" / "checkpoints"
+
+    @property
+    def locks(self) -> Path:
+        """One file a lineage being trained; never deleted."""
+        return self.root / "runs" / "locks"
 
     @property
     def evaluations(self) -> Path:
@@ -88,7 +96,7 @@ class Workspace:
             self._check(read_json(marker), name)
             return
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_json(marker, {"schema": SCHEMA, "name": name})
         except OSError as error:
             raise UserError(
@@ -107,11 +115,47 @@ class Workspace:
             )
 
 
+def temporary_beside(path: Path) -> Path:
+    """An unused name on `path`'s own file system that says which process made it: `.tmp-<name>-<pid>-<nonce>`."""
+    return path.with_name(f".tmp-{path.name[:180]}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether `path` is a temporary file or folder whose process is gone; other names are never left over."""
+    parts = path.name.rsplit("-", 2)
+    if not path.name.startswith(".tmp-") or len(parts) != 3 or not parts[1].isdecimal():
+        return False
+    try:
+        os.kill(int(parts[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
+
+
+def left_overs(root: Path) -> list[Path]:
+    """What killed processes left below `root`, in the order of names; nothing inside another left-over."""
+    found = sorted(path for path in root.rglob(".tmp-*") if is_left_over(path))
+    return [path for path in found if not any(parent in found for parent in path.parents)]
+
+
+def sweep(root: Path) -> list[Path]:
+    """Remove what killed processes left below `root`; what a living one is writing stays."""
+    found = left_overs(root)
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return found
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         with temporary.open("rb") as handle:
@@ -122,22 +166,36 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all; NaN is refused."""
+def write_json(path: Path, value: Any, seal: bool = False) -> None:
+    """Write `value` as indented JSON, whole or not at all; NaN is refused.
+
+    Args:
+        path: the file.
+        value: a JSON value; with `seal` a dict.
+        seal: add the value's own digest, by which `read_json` notices a file that rotted.
+    """
+    if seal:
+        value = {**value, SEAL: digest_of(json.loads(json.dumps(value, allow_nan=False)))}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file; the seal of a sealed one is checked and left out.
 
     Raises:
-        UserError: it is missing or not JSON.
+        UserError: it is missing, not JSON, or not what was sealed.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file: {error}") from None
+    if not (isinstance(value, dict) and SEAL in value):
+        return value
+    content = {key: part for key, part in value.items() if key != SEAL}
+    if digest_of(content) != value[SEAL]:
+        raise UserError(f"{path}: altered since it was written; remove it and run the command again that made it")
+    return content
 
 
 def sync_folder(path: Path) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 def _leave_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "set_defaults", lambda root=None: None)
     monkeypatch.setattr(cli, "_running_in", [])
+    monkeypatch.setattr(cli, "_own_process", lambda: None)
+    monkeypatch.setenv("DRIFTREC_LOG_FORMAT", "text")
 
 
 def driftrec(

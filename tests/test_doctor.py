@@ -60,9 +60,9 @@ def test_more_threads_than_cores_are_advised_against(monkeypatch: pytest.MonkeyP
 def test_left_overs_of_dead_processes_are_named_and_those_of_living_ones_are_not(workspace: Workspace) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    (workspace.root / f".tmp-report.json-{os.getpid()}").touch()
+    (workspace.root / f".tmp-report.json-{os.getpid()}-00ff").touch()
     assert "left-overs" not in {check.subject for check in examine(workspace.root)}
-    (workspace.root / f".tmp-report.json-{gone.pid}").touch()
+    (workspace.root / f".tmp-report.json-{gone.pid}-00ff").touch()
     assert f".tmp-report.json-{gone.pid}" in named(examine(workspace.root), "left-overs").found
 
 

@@ -17,6 +17,7 @@ from flows.findings import Findings, metric_title
 from flows.page import interval
 from flows.report import render, write_page, write_report
 from flows.sections import number
+from stages.workspace import read_json
 
 
 class Reader(HTMLParser):
@@ -54,7 +55,7 @@ def test_the_page_needs_nothing_beside_it(invented_report: dict[str, Any], tmp_p
     assert all(address.startswith("data:image/") for address in reader.addresses)
     assert "script" not in reader.tags
     assert "url(" not in page.split("</style>")[0]
-    assert json.loads((tmp_path / "report.json").read_text()) == invented_report
+    assert read_json(tmp_path / "report.json") == invented_report
 
 
 def test_every_figure_is_there_for_light_and_dark_pages(invented_report: dict[str, Any], tmp_path: Path) -> None:

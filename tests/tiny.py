@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from stages.config import Config
-from stages.workspace import Workspace, write_json
+from stages.workspace import Workspace, sha256_file, write_json
 
 ITEMS, LEVELS, CODES = 16, 3, 4
 """16 items as 4 × 4 pairs of codes, and a last code that is always 0."""
@@ -92,5 +92,6 @@ def write_catalogue(workspace: Workspace) -> None:
             "codes": codes,
         }
     ).write_parquet(workspace.catalogue / "items.parquet")
-    manifest = {"codes_per_level": [CODES, CODES, 1], "source": "fitted", "digest": "tiny catalogue"}
+    digest = sha256_file(workspace.catalogue / "items.parquet")
+    manifest = {"codes_per_level": [CODES, CODES, 1], "source": "fitted", "digest": digest}
     write_json(workspace.catalogue / "manifest.json", manifest)

@@ -1,0 +1,38 @@
+"""The flows without Prefect: the same steps in the same order, for when its server is out of reach."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flows import experiment, steps
+from flows.continual import follow_all
+from flows.steps import make_plan
+
+KNOWN = ("compare", "continual")
+
+
+def run_plainly(name: str, arguments: dict[str, Any]) -> str:
+    """`compare` or `continual` as plain functions; what a broken-off flow committed is looked up, not made again.
+
+    Args:
+        name: one of KNOWN.
+        arguments: the flow's parameters.
+
+    Returns:
+        The report's folder.
+    """
+    wanted = {**arguments}
+    method = wanted.pop("method", None)
+    methods = [method] if method is not None else wanted.pop("methods", None)
+    plan = make_plan(methods=methods, comparison=name == "compare", **wanted)
+    kept = {key: value for key, value in arguments.items() if key != "workspace"}
+    experiment.remember_command(plan.workspace, name, {**kept, "config": str(arguments["config"])}, None)
+    steps.read(plan)
+    plan = steps.split(plan)
+    steps.identify(plan)
+    tested = plan.baselines() if name == "compare" else ()
+    baselines = [steps.evaluate(plan, job, stage) for job, stage in tested]
+    trained, tests = follow_all(plan, steps)
+    folder = steps.summarise(plan, [*baselines, *tests], trained)
+    steps.record(plan.workspace, folder)
+    return str(folder)

@@ -1,0 +1,60 @@
+"""How much disk a run's checkpoints will take, said before the first hour of training and not after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from stages.commit import FIRST, lineage_jobs, method_of
+from stages.config import Config
+from stages.dataset import Dataset
+from stages.jobs import Job
+from stages.workspace import Workspace, need_space
+
+WIDTH = 4
+"""Bytes of a stored weight."""
+
+
+def expected_bytes(config: Config, dataset: Dataset, jobs: Iterable[Job]) -> int:
+    """Bytes of all checkpoints that `jobs` will commit, each counted once; an upper bound for a local backbone.
+
+    Args:
+        config: the experiment.
+        dataset: its prepared log.
+        jobs: models to be trained, each with its last stage.
+    """
+    parts = {part for job in jobs for part in lineage_jobs(config, job)}
+    stack, adapter, rows = _weights(config, sum(dataset.catalogue.sizes))
+    total = 0
+    for part in parts:
+        every_weight = method_of(config, part.method).every_weight
+        whole = every_weight or (part.method == FIRST and config.backbone.path is None)
+        total += WIDTH * ((stack if whole else 0) + (0 if every_weight else adapter) + rows)
+    return total
+
+
+def check_space(config: Config, workspace: Workspace, dataset: Dataset, jobs: Iterable[Job]) -> int:
+    """Refuse to begin where the run's checkpoints would not fit twice; returns their expected bytes.
+
+    Raises:
+        UserError: too little space.
+    """
+    size = expected_bytes(config, dataset, jobs)
+    need_space(workspace.root, size)
+    return size
+
+
+def _weights(config: Config, codes: int) -> tuple[int, int, int]:
+    """Numbers of weights: the stack's, an adapter's, the code rows' (input and output)."""
+    own = config.backbone
+    if own.path is not None:
+        stored = sum(file.stat().st_size for file in Path(own.path).glob("*.safetensors"))
+        # Two bytes a weight as hubs store them. An adapter of rank r on a d × d map has 2·r/d of its weights.
+        stack = stored // 2
+        return stack, stack // 8, 2 * codes * 4096
+    d, f = own.hidden, own.feed_forward
+    stack = own.layers * (4 * d * d + 3 * d * f + 2 * d) + d
+    rank = config.adapter.rank
+    shapes = {"gate_proj": d + f, "up_proj": d + f, "down_proj": d + f}
+    adapter = own.layers * rank * sum(shapes.get(name, 2 * d) for name in config.adapter.targets)
+    return stack, adapter, 2 * codes * d

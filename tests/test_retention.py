@@ -1,0 +1,167 @@
+"""What a run removes, what it leaves, what it asks of the disk, and how its log lines look."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import logs, mirror
+from flows.retention import removable, remove
+from stages.checkpoint import fault_of
+from stages.commit import checkpoint_folders
+from stages.config import Config
+from stages.dataset import load_dataset
+from stages.errors import UserError
+from stages.jobs import Job
+from stages.locks import held
+from stages.space import expected_bytes
+from stages.train import train_stage
+from stages.workspace import Workspace, left_overs, sweep, temporary_beside, write_json
+from tests import tiny
+
+
+def config(learning_rate: float = 1e-2) -> Config:
+    training = {"first_epochs": 1, "epochs": 1, "learning_rate": learning_rate}
+    return tiny.config(training={**tiny.config().training.model_dump(), **training})
+
+
+def job(method: str, stage: int) -> Job:
+    return Job(method, 0, "same_stage", stage)
+
+
+def folders(workspace: Workspace, own: Job, rate: float) -> list[Path]:
+    settings = config(rate)
+    return checkpoint_folders(settings, workspace, load_dataset(settings, workspace), own)
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Two learning rates after one another: the first lineage to stage 2, the second to stage 1."""
+    workspace = tiny.checkerboard(tmp_path_factory.mktemp("kept"))
+    train_stage(config(1e-2), workspace, job("single", 2))
+    train_stage(config(1e-3), workspace, job("single", 1))
+    return workspace
+
+
+@pytest.fixture
+def copy(twice: Workspace, tmp_path: Path) -> Workspace:
+    shutil.copytree(twice.root, tmp_path / "w")
+    return Workspace(tmp_path / "w")
+
+
+def gone(workspace: Workspace, **wishes: Any) -> set[str]:
+    return {removal.path.name for removal in removable(workspace, **wishes)}
+
+
+def test_what_a_kept_stage_rests_on_is_kept_and_a_superseded_one_goes(copy: Workspace) -> None:
+    assert gone(copy) == set()
+    superseded = folders(copy, job("single", 1), 1e-3)[1]
+    assert gone(copy, keep=1) == {superseded.name}
+    freed = remove(removable(copy, keep=1))
+    assert freed > 0
+    assert not superseded.exists()
+    assert all(fault_of(path) is None for path in folders(copy, job("single", 2), 1e-2))
+
+
+def test_the_champion_s_lineage_and_the_latest_report_stay(copy: Workspace) -> None:
+    superseded = folders(copy, job("single", 1), 1e-3)[1]
+    own = {"method": "single", "seed": 0, "protocol": "same_stage", "stage": 1}
+    write_json(copy.root / "champion.json", {"job": own})
+    assert gone(copy, keep=1) == set()
+    (copy.root / "champion.json").unlink()
+    jobs = {"schema": 1, "checkpoints": [{"key": superseded.name}], "evaluations": []}
+    write_json(copy.reports / "a" / "jobs.json", jobs, seal=True)
+    write_json(copy.reports / "latest.json", {"schema": 1, "report": "a"})
+    assert gone(copy, keep=1) == set()
+    assert gone(copy, keep=1, reports=True) == {superseded.name}
+    write_json(copy.root / "champion.json", {"job": {**own, "seed": 9}})
+    with pytest.raises(UserError, match="not among the checkpoints; nothing was removed"):
+        removable(copy)
+    with pytest.raises(UserError, match="--keep 0"):
+        removable(copy, keep=0)
+
+
+def test_the_sweep_takes_what_dead_processes_left_and_nothing_else(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine = temporary_beside(tmp_path / "a.json")
+    dead = mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
+    others = [tmp_path / ".tmp-old-style", tmp_path / f"tmp-x-{ended.pid}-00"]
+    for path in (mine, dead / "inside", *others):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert left_overs(tmp_path) == [dead]
+    assert sweep(tmp_path) == [dead]
+    assert sorted(tmp_path.iterdir()) == sorted([mine, *others])
+    assert mine.parent == tmp_path
+    assert mine != temporary_beside(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("method", ["single", "full_finetune", "frozen"])
+def test_the_expected_size_of_the_checkpoints_is_their_size(method: str, tmp_path: Path) -> None:
+    workspace, settings = tiny.checkerboard(tmp_path), config()
+    train_stage(settings, workspace, job(method, 2))
+    tensors = sum(path.stat().st_size for path in workspace.checkpoints.rglob("*.safetensors"))
+    expected = expected_bytes(settings, load_dataset(settings, workspace), [job(method, 2), job(method, 1)])
+    assert 0.8 * tensors < expected < 1.1 * tensors
+
+
+def test_a_json_log_line_holds_the_message_in_one_line() -> None:
+    record = logging.LogRecord("flows.x", logging.WARNING, "", 0, "two\nlines of %s", ("é",), None)
+    line = logs.JsonLines().format(record)
+    assert "\n" not in line
+    assert json.loads(line)["message"] == "two\nlines of é"
+    assert json.loads(line)["level"] == "warning"
+
+
+def test_the_log_format_is_text_or_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(logs.VARIABLE, "json")
+    logs.choose_format(None)
+    assert isinstance(logs.formatter(), logs.JsonLines)
+    logs.choose_format("text")
+    assert not logs.as_json()
+    with pytest.raises(UserError, match="give text or json"):
+        logs.choose_format("xml")
+
+
+def test_one_holder_at_a_time_and_the_waiter_knows_whom_it_waits_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = (
+        "import sys, pathlib; from stages.locks import held\n"
+        "with held(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "x.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        holder.kill()  # the kernel frees the lock at once, and the file stays
+        holder.wait()
+    with held(tmp_path / "x.lock"):
+        pass
+    assert (tmp_path / "x.lock").exists()
+    assert caplog.messages == []
+
+
+def test_a_silent_mlflow_costs_a_warning_and_its_time_limit(
+    monkeypatch: pytest.MonkeyPatch, workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    import time
+
+    monkeypatch.setattr(mirror, "_answers", lambda _: time.sleep(30))
+    monkeypatch.setenv("DRIFTREC_MLFLOW_SECONDS", "0.2")
+    started = time.monotonic()
+    assert mirror.record(workspace, workspace.reports / "a") is None
+    assert time.monotonic() - started < 5
+    assert "no answer within 0.2 s" in caplog.text
+    monkeypatch.setenv("DRIFTREC_MLFLOW_SECONDS", "never")
+    assert mirror.record(workspace, workspace.reports / "a") is None
+    assert "give seconds above 0" in caplog.text
