@@ -34,6 +34,9 @@ ThisFolder = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of a
 Stages = Annotated[int | None, typer.Option("--stages", min=1, help="Only the first N stages.")]
 Users = Annotated[int | None, typer.Option("--users", min=1, help="Quick look: test a seeded sample of N users.")]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, separated by commas.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes that share the work; absent: as many as suit.")
+]
 
 
 @app.callback()
@@ -53,6 +56,7 @@ def demo(
     methods: Annotated[str | None, typer.Option(help="Methods, separated by commas.")] = None,
     stages: Stages = None,
     users: Users = None,
+    workers: Workers = None,
 ) -> None:
     """Generate a shop log, compare methods on it, and show the best score anyone could reach."""
     _start(workspace)
@@ -63,7 +67,7 @@ def demo(
 
     with exclusive(Workspace(workspace)):
         config = write_demo(workspace)
-    folder = _compare(config, workspace, methods, seeds, stages, users)
+    folder = _compare(config, workspace, methods, seeds, stages, users, workers)
     found = findings(folder)
     later = [stage for stage in found.stages if stage > 0]
     _show(folder, best_scores(workspace, found.protocols, later))
@@ -109,9 +113,10 @@ def train(
     stages: Stages = None,
     users: Users = None,
     workspace: Folder = None,
+    workers: Workers = None,
 ) -> None:
     """Train and test one method over all stages."""
-    arguments = {"method": method, "seeds": _numbers(seeds), "stages": stages, "users": users}
+    arguments = {"method": method, "seeds": _numbers(seeds), "stages": stages, "users": users, "workers": workers}
     _show(_flow("continual", config, _start(_place(config, workspace)), arguments))
 
 
@@ -123,9 +128,10 @@ def compare(
     stages: Stages = None,
     users: Users = None,
     workspace: Folder = None,
+    workers: Workers = None,
 ) -> None:
     """Train several methods and seeds over the same stages, and report them beside the baselines."""
-    _show(_compare(config, _start(_place(config, workspace)), methods, seeds, stages, users))
+    _show(_compare(config, _start(_place(config, workspace)), methods, seeds, stages, users, workers))
 
 
 @app.command()
@@ -238,10 +244,16 @@ def _place(config: Path, workspace: Path | None) -> Path:
 
 
 def _compare(
-    config: Path, workspace: Path | None, methods: str | None, seeds: str | None, stages: int | None, users: int | None
+    config: Path,
+    workspace: Path | None,
+    methods: str | None,
+    seeds: str | None,
+    stages: int | None,
+    users: int | None,
+    workers: int | None,
 ) -> Path:
     arguments = {"methods": _words(methods), "seeds": _numbers(seeds), "stages": stages, "users": users}
-    return _flow("compare", config, workspace, arguments)
+    return _flow("compare", config, workspace, {**arguments, "workers": workers})
 
 
 def _flow(name: str, config: Path, workspace: Path | None, arguments: dict[str, Any]) -> Path:

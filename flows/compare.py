@@ -19,6 +19,7 @@ def compare(
     stages: int | None = None,
     users: int | None = None,
     workspace: Path | None = None,
+    workers: int | None = 1,
 ) -> str:
     """Train every method and seed over the stages, test all of them and the baselines alike, and report.
 
@@ -29,11 +30,12 @@ def compare(
         stages: only the first so many stages.
         users: a seeded sample of so many test users, for a quick look.
         workspace: absent: the config's.
+        workers: processes that share the work; None: as many as suit the machine and the backbone.
 
     Returns:
         The report's folder.
     """
-    plan = prepared(make_plan(config, workspace, methods, seeds, stages, users), "compare")
+    plan = prepared(make_plan(config, workspace, methods, seeds, stages, users, workers=workers), "compare")
     baselines = [tasks.evaluate(plan, job, tested) for job, tested in plan.baselines()]
     trained, tests = follow_all(plan)
     folder = tasks.summarise(plan, [*baselines, *tests], trained)

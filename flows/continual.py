@@ -10,6 +10,7 @@ from prefect import flow
 from flows import artifacts, tasks
 from flows.plan import Lineage, Plan
 from flows.steps import make_plan
+from flows.workers import helped
 from stages.jobs import Checkpoint, Evaluation
 
 
@@ -21,13 +22,15 @@ def continual(
     stages: int | None = None,
     users: int | None = None,
     workspace: Path | None = None,
+    workers: int | None = 1,
 ) -> str:
     """Train and test one method stage by stage; a stage that is committed already is not trained again.
 
     Returns:
         The report's folder.
     """
-    plan = prepared(make_plan(config, workspace, [method], seeds, stages, users, comparison=False), "continual")
+    plan = make_plan(config, workspace, [method], seeds, stages, users, comparison=False, workers=workers)
+    plan = prepared(plan, "continual")
     trained, tests = follow_all(plan)
     folder = tasks.summarise(plan, tests, trained)
     artifacts.publish(folder, tasks.record(plan.workspace, folder))
@@ -45,13 +48,14 @@ def prepared(plan: Plan, command: str) -> Plan:
 
 
 def follow_all(plan: Plan, verbs: ModuleType = tasks) -> tuple[list[Checkpoint], list[Evaluation]]:
-    """Every lineage of the plan, one after the other: torch's threads already use every core.
+    """Every lineage of the plan, one after the other, while helpers come towards it from the other end.
 
     Args:
         plan: what to train and test.
         verbs: `tasks`, or `steps` for the same without Prefect.
     """
-    pairs = [follow(plan, lineage, verbs) for lineage in plan.lineages()]
+    with helped(plan):
+        pairs = [follow(plan, lineage, verbs) for lineage in plan.lineages()]
     return [one for trained, _ in pairs for one in trained], [one for _, tests in pairs for one in tests]
 
 

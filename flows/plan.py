@@ -38,6 +38,7 @@ class Plan:
         comparison: baselines and R[i][j] belong to it; the last stage's next-stage model does not, nobody tests it.
         count: stages there are to work on; 0 until the log is split.
         command: what was asked for and which code answered, as the report repeats it.
+        workers: processes that work on it together; no result depends on their number, only on the threads of each.
     """
 
     config: Config
@@ -48,6 +49,7 @@ class Plan:
     comparison: bool = True
     count: int = 0
     command: dict[str, Any] = field(default_factory=dict)
+    workers: int = 1
 
     def with_stages(self, available: int) -> Plan:
         """This plan for a log of `available` stages.

@@ -12,6 +12,7 @@ from flows import experiment, machine, mirror
 from flows.findings import Findings
 from flows.plan import Plan
 from flows.terminal import watcher
+from flows.workers import fitting
 from stages.config import load_config
 from stages.errors import UserError
 from stages.jobs import Checkpoint, Evaluation, Job
@@ -31,6 +32,7 @@ def make_plan(
     stages: int | None = None,
     users: int | None = None,
     comparison: bool = True,
+    workers: int | None = 1,
 ) -> Plan:
     """Read the config, apply a command's wishes, and claim the workspace.
 
@@ -39,7 +41,7 @@ def make_plan(
     Raises:
         UserError: also where the workspace belongs to another experiment or other data.
     """
-    return claimed(draft_plan(config, workspace, methods, seeds, stages, users, comparison))
+    return claimed(draft_plan(config, workspace, methods, seeds, stages, users, comparison, workers))
 
 
 def draft_plan(
@@ -50,6 +52,7 @@ def draft_plan(
     stages: int | None = None,
     users: int | None = None,
     comparison: bool = True,
+    workers: int | None = 1,
 ) -> Plan:
     """A command's request, checked; nothing is written yet, so this may happen before the workspace is locked.
 
@@ -61,6 +64,7 @@ def draft_plan(
         stages: only the first so many.
         users: only a seeded sample of so many test users; every output says so.
         comparison: baselines and R[i][j] belong to it.
+        workers: processes that share the work; None: as many as suit the machine and the backbone.
 
     Raises:
         UserError: config or method is not usable.
@@ -83,7 +87,8 @@ def draft_plan(
         "users": users,
         "git_sha": machine.git_sha(),
     }
-    return Plan(settings, place, names, chosen, stages, comparison, command=command)
+    plan = Plan(settings, place, names, chosen, stages, comparison, command=command)
+    return replace(plan, workers=fitting(settings, len(plan.lineages())) if workers is None else workers)
 
 
 def claimed(plan: Plan) -> Plan:

@@ -20,6 +20,7 @@ from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
 from stages.examples import Encoder
 from stages.jobs import BASELINES, Evaluation, Job
+from stages.locks import held
 from stages.queries import Queries, next_stage_tests, same_stage_tests, sample_users, training_targets
 from stages.ranking import rank_queries
 from stages.train import derived_seed, restore_model
@@ -67,12 +68,17 @@ def evaluate_stage(
     model = _model_digest(config, workspace, dataset, job)
     facts = _intact(path, side, model)
     if facts is None:
-        started = time.perf_counter()
-        frame = _measure(config, workspace, dataset, job, tested, sample, progress)
-        with replacing(path) as temporary:
-            frame.write_parquet(temporary)
-        facts = {"digest": sha256_file(path), "seconds": time.perf_counter() - started, "queries": len(frame)}
-        write_json(side, {**facts, "model": model}, seal=True)
+        # Looked at again under the lock: another process may have measured it meanwhile.
+        with held(workspace.locks / f"test-{job.protocol}-{own}-seed{job.seed}-on{tested:02d}.lock"):
+            facts = _intact(path, side, model)
+            if facts is None:
+                started = time.perf_counter()
+                frame = _measure(config, workspace, dataset, job, tested, sample, progress)
+                with replacing(path) as temporary:
+                    frame.write_parquet(temporary)
+                seconds = time.perf_counter() - started
+                facts = {"digest": sha256_file(path), "seconds": seconds, "queries": len(frame)}
+                write_json(side, {**facts, "model": model}, seal=True)
     return Evaluation(
         job=job,
         tested=tested,

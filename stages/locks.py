@@ -25,7 +25,8 @@ def held(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as handle:
         if not try_lock(handle):
-            log.warning("%s: waiting for %s", path, holder_of(handle))
+            level = logging.INFO if _of_this_run(handle) else logging.WARNING
+            log.log(level, "%s: waiting for %s", path, holder_of(handle))
             fcntl.flock(handle, fcntl.LOCK_EX)
         sign(handle)
         try:
@@ -49,6 +50,24 @@ def sign(handle: IO[str]) -> None:
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     handle.write(f"process {os.getpid()} on {socket.gethostname()} since {started}\n")
     handle.flush()
+
+
+def _of_this_run(handle: IO[str]) -> bool:
+    """Whether the holder is this process's parent, child or sibling: they share one run's work."""
+    handle.seek(0)
+    words = handle.read().split()
+    if len(words) < 2 or not words[1].isdecimal():
+        return False
+    family = {os.getpid(), os.getppid()}
+    return int(words[1]) in family or _parent(words[1]) in family
+
+
+def _parent(pid: str) -> int | None:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("PPid:")), None)
 
 
 def holder_of(handle: IO[str]) -> str:
