@@ -60,13 +60,14 @@ def draw_charts(report: dict[str, Any], folder: Path) -> dict[str, Path]:
 
 
 def stage_chart(findings: Findings, theme: Theme) -> Figure | None:
-    """Hit@10 by tested stage with 95 % intervals, a panel for each protocol, a line for each method."""
+    """Hit@10 by tested stage with 95 % intervals: a panel for a protocol and objective, a line for each method."""
     if not findings.stages:
         return None
     with _style(theme):
-        figure, panels = _panels(len(findings.protocols), width=5.4, height=3.6)
-        for axes, protocol in zip(panels, findings.protocols, strict=True):
-            _stage_panel(axes, findings, protocol, theme)
+        tables = [(protocol, objective) for objective in findings.objectives for protocol in findings.protocols]
+        figure, panels = _panels(len(tables), width=5.4, height=3.6)
+        for axes, (protocol, objective) in zip(panels, tables, strict=True):
+            _stage_panel(axes, findings, protocol, objective, theme)
         handles, labels = panels[0].get_legend_handles_labels()
         rows = -(-len(labels) // 5)
         figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // rows), frameon=False)
@@ -80,10 +81,10 @@ def _name_sample(figure: Figure, note: str | None) -> None:
         figure.suptitle(note, fontsize=9)
 
 
-def _stage_panel(axes: Axes, findings: Findings, protocol: str, theme: Theme) -> None:
+def _stage_panel(axes: Axes, findings: Findings, protocol: str, objective: str, theme: Theme) -> None:
     metric = HEADLINE[0]
     for place, method in enumerate(findings.methods):
-        cells = [(stage, findings.cell(method, protocol, metric, stage=stage)) for stage in findings.stages]
+        cells = [(stage, findings.cell(method, protocol, metric, objective, stage)) for stage in findings.stages]
         known = [(stage, cell) for stage, cell in cells if cell is not None and cell.value is not None]
         if not known:
             continue
@@ -98,7 +99,8 @@ def _stage_panel(axes: Axes, findings: Findings, protocol: str, theme: Theme) ->
             capsize=2,
             **_pen(findings, method, theme),
         )
-    axes.set_title(PROTOCOL_TITLES.get(protocol, protocol), loc="left")
+    several = f", {objective}" if len(findings.objectives) > 1 else ""
+    axes.set_title(PROTOCOL_TITLES.get(protocol, protocol) + several, loc="left")
     axes.set_xlabel("tested stage")
     axes.set_ylabel(metric_title(metric))
     axes.set_xticks(findings.stages)

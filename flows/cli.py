@@ -134,27 +134,38 @@ def compare(
     _show(_compare(config, _start(_place(config, workspace)), methods, seeds, stages, users, workers))
 
 
+AsUser = Annotated[str | None, typer.Option("--user", "-u", help="User id in the log.")]
+History = Annotated[str | None, typer.Option(help="Item ids, oldest first, separated by commas.")]
+Length = Annotated[int, typer.Option("-k", help="Length of the list.")]
+ByMethod = Annotated[str | None, typer.Option("--method", "-m", help="Absent: the best of the last report.")]
+OneSeed = Annotated[int | None, typer.Option("--seed", help="Training seed; absent: the lowest.")]
+
+
 @app.command()
 def recommend(
     workspace: ThisFolder,
-    user: Annotated[str | None, typer.Option("--user", "-u", help="User id in the log.")] = None,
-    history: Annotated[str | None, typer.Option(help="Item ids, oldest first, separated by commas.")] = None,
-    k: Annotated[int, typer.Option("-k", help="Length of the list.")] = 10,
-    method: Annotated[str | None, typer.Option("--method", "-m", help="Absent: the best of the last report.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Training seed; absent: the lowest.")] = None,
+    user: AsUser = None,
+    history: History = None,
+    k: Length = 10,
+    method: ByMethod = None,
+    seed: OneSeed = None,
 ) -> None:
     """Recommend items to a user of the log, or to anybody from a history."""
-    _start(workspace)
-    from flows import tables, terminal
-    from flows.recommending import recommend as ranked
+    _list(workspace, user, history, k, method, seed, None)
 
-    found = ranked(workspace, user, _words(history), k, method, seed)
-    job = found.job
-    console = terminal.stdout()
-    recent = ", ".join(found.history[-5:]) or "nothing"
-    console.print(f"after {tables.escaped(recent)}", style="dim")
-    title = f"{job.method}, seed {job.seed}, after stage {job.stage}"
-    console.print(tables.recommendations(found.rows, title))
+
+@app.command()
+def search(
+    workspace: ThisFolder,
+    query: Annotated[str, typer.Option("--query", "-q", help="What to search for.")],
+    user: AsUser = None,
+    history: History = None,
+    k: Length = 10,
+    method: ByMethod = None,
+    seed: OneSeed = None,
+) -> None:
+    """Search the catalogue, for a user of the log, for anybody with a history, or for nobody in particular."""
+    _list(workspace, user, history, k, method, seed, query)
 
 
 @app.command()
@@ -226,6 +237,30 @@ def gc(
             console.print(f"{removal.size / 2**20:8.1f} MiB  {where}  ({removal.why})", soft_wrap=True, markup=False)
         size = sum(removal.size for removal in found) if dry_run else remove(found)
     console.print(f"{len(found)} {'to remove' if dry_run else 'removed'}, {size / 2**20:.1f} MiB")
+
+
+def _list(
+    workspace: Path,
+    user: str | None,
+    history: str | None,
+    k: int,
+    method: str | None,
+    seed: int | None,
+    query: str | None,
+) -> None:
+    """Print what one model ranks first."""
+    _start(workspace)
+    from flows import tables, terminal
+    from flows.recommending import recommend as ranked
+
+    found = ranked(workspace, user, _words(history), k, method, seed, query)
+    job = found.job
+    console = terminal.stdout()
+    recent = ", ".join(found.history[-5:]) or "nothing"
+    asked = "" if query is None else f"searched for {query} "
+    console.print(f"{tables.escaped(asked)}after {tables.escaped(recent)}", style="dim")
+    title = f"{job.method}, seed {job.seed}, after stage {job.stage}"
+    console.print(tables.recommendations(found.rows, title))
 
 
 def _start(workspace: Path | None) -> Path | None:

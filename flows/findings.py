@@ -158,9 +158,16 @@ class Findings:
             if found
         ]
 
-    def oracle(self, protocol: str) -> float | None:
-        """Mean share of test targets that any model could have returned; nothing scores above it."""
-        return _mean([row["value"] for row in self.report["oracle"] if row["protocol"] == protocol])
+    def oracle(self, protocol: str, objective: str | None = None) -> float | None:
+        """Mean share of test targets that any model could have returned; nothing scores above it.
+
+        Args:
+            protocol: name.
+            objective: absent: the report's first.
+        """
+        wanted = objective or self.objectives[0]
+        rows = [row for row in self.report["oracle"] if row.get("objective", wanted) == wanted]
+        return _mean([row["value"] for row in rows if row["protocol"] == protocol])
 
     def continual(self, method: str) -> dict[str, float | None]:
         """BWT and its kin, averaged over the seeds that have them."""
@@ -176,11 +183,12 @@ class Findings:
         if not rows:
             return {}
         seed = min(row["seed"] for row in rows) if seed is None else seed
-        kind = (rows[0]["protocol"], rows[0]["metric"])
+        names = ("protocol", "objective", "metric")
+        kind = [rows[0].get(name) for name in names]
         return {
             (row["trained"], row["tested"]): row["value"]
             for row in rows
-            if row["seed"] == seed and (row["protocol"], row["metric"]) == kind
+            if row["seed"] == seed and [row.get(name) for name in names] == kind
         }
 
     def costs(self, method: str) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.config import Config, Protocol
 from stages.errors import UserError
-from stages.jobs import BASELINES, Job
+from stages.jobs import BASELINES, SEARCH_BASELINES, Job
 from stages.workspace import Workspace, digest_of
 
 
@@ -37,6 +37,7 @@ class Plan:
         limit: only the first so many stages, or all.
         comparison: baselines and R[i][j] belong to it; the last stage's next-stage model does not, nobody tests it.
         count: stages there are to work on; 0 until the log is split.
+        searches: the log has searches that are used, so their baselines belong to it.
         command: what was asked for and which code answered, as the report repeats it.
         workers: processes that work on it together; no result depends on their number, only on the threads of each.
     """
@@ -48,18 +49,19 @@ class Plan:
     limit: int | None = None
     comparison: bool = True
     count: int = 0
+    searches: bool = False
     command: dict[str, Any] = field(default_factory=dict)
     workers: int = 1
 
-    def with_stages(self, available: int) -> Plan:
-        """This plan for a log of `available` stages.
+    def with_stages(self, available: int, searches: bool = False) -> Plan:
+        """This plan for a log of `available` stages, with or without searches.
 
         Raises:
             UserError: fewer stages than asked for.
         """
         if self.limit is not None and not 1 <= self.limit <= available:
             raise UserError(f"--stages {self.limit}: the log has {available}; give a number from 1 to {available}")
-        return replace(self, count=self.limit or available)
+        return replace(self, count=self.limit or available, searches=searches)
 
     def lineages(self) -> list[Lineage]:
         """Every trained lineage, seed by seed, so that a killed run leaves whole seeds behind."""
@@ -72,7 +74,7 @@ class Plan:
 
     def baselines(self) -> Iterator[tuple[Job, int]]:
         """(model, tested stage) of every baseline cell; a baseline has no seed of its own and borrows the first."""
-        for name in BASELINES:
+        for name in (name for name in BASELINES if self.searches or name not in SEARCH_BASELINES):
             for protocol in self.config.evaluation.protocols:
                 lineage = Lineage(name, self.seeds[0], protocol)
                 for stage in range(self.count):

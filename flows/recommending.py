@@ -1,10 +1,10 @@
-"""`driftrec recommend`: one user's list from a trained workspace."""
+"""`driftrec recommend` and `driftrec search`: one list from a trained workspace."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from stages.jobs import BASELINES, Job
 from stages.settings import nearest
 
 if TYPE_CHECKING:
+    from stages.config import Config
     from stages.dataset import Dataset
     from stages.interactions import Catalogue, IntArray
 
@@ -40,8 +41,9 @@ def recommend(
     k: int = 10,
     method: str | None = None,
     seed: int | None = None,
+    query: str | None = None,
 ) -> Listing:
-    """Rank items for a user of the log, or for a history given by item ids.
+    """Rank items for a user of the log, or for a history given by item ids, or for a query after either or neither.
 
     Args:
         root: a workspace in which something was trained.
@@ -50,20 +52,22 @@ def recommend(
         k: length of the list, at most the config's `evaluation.beam` for a trained model.
         method: a trained method or a baseline; absent: the one that the newest report puts first.
         seed: absent: the lowest trained one.
+        query: what to search for; absent: a recommendation.
 
     Raises:
-        UserError: nothing trained, or an unknown user, item, method or seed.
+        UserError: nothing trained, or an unknown user, item, method or seed; an empty query, or no search in the log.
     """
     from stages.dataset import load_dataset
     from stages.evaluate import recommender
 
     config, workspace = remembered_config(root)
-    job = choose(trained_jobs(workspace), method or _favourite(root), seed, root)
+    objective = "recommendation" if query is None else "search"
+    job = choose(trained_jobs(workspace), method or _favourite(root, objective), seed, root)
     if not 1 <= k <= config.evaluation.beam:
         raise UserError(f"-k {k}: give a number from 1 to evaluation.beam, which is {config.evaluation.beam} here")
     dataset = load_dataset(config, workspace)
-    past = known_history(dataset, user, history)
-    found = recommender(config, workspace, dataset, job).recommend([past], k)
+    past, request = _asked(config, dataset, user, history, query)
+    found = recommender(config, workspace, dataset, job, objective).recommend([past], k, **request)
     names = dataset.catalogue
     rows = [
         (names.item_ids[item], names.titles[item], float(score))
@@ -96,8 +100,31 @@ def choose(trained: list[Job], method: str | None, seed: int | None, root: Path)
     return max(fitting, key=lambda job: (job.stage, job.protocol == "next_stage"))
 
 
-def _favourite(root: Path) -> str | None:
-    """The trained method that leads the newest report's first table; None without a report."""
+def _asked(
+    config: Config, dataset: Dataset, user: str | None, history: list[str] | None, query: str | None
+) -> tuple[IntArray, dict[str, Any]]:
+    """The history a list rests on, and what else a recommender is handed in a log with searches."""
+    events = dataset.interactions
+    if query is not None and not query.strip():
+        raise UserError("--query is empty; give at least one word")
+    if query is not None and events.query is None:
+        raise UserError("this workspace's models were trained without searches; train one on a log that has them")
+    if query is not None and user is None and history is None:
+        history = []
+    past = known_history(dataset, user, history)
+    if events.query is None:
+        return past, {}
+    searched = np.zeros(len(past), dtype=bool)
+    if history is None:
+        row = events.user_ids.index(str(user))
+        searched = events.searched[events.offsets[row] : events.offsets[row + 1]]
+    if query is None and config.search.rec_history == "recommendation":
+        past, searched = past[~searched], searched[~searched]
+    return past, {"searched": [searched], "queries": None if query is None else [query]}
+
+
+def _favourite(root: Path, objective: str) -> str | None:
+    """The trained method that leads the newest report's first table of an objective; None without a report."""
     from flows.steps import findings, latest_report
     from stages.workspace import Workspace
 
@@ -105,7 +132,9 @@ def _favourite(root: Path) -> str | None:
         found = findings(latest_report(Workspace(root)))
     except UserError:
         return None
-    lines = found.lines(found.protocols[0]) if found.protocols else []
+    lines = (
+        found.lines(found.protocols[0], objective if objective in found.objectives else None) if found.protocols else []
+    )
     scores = {
         line.method: line.cells["hit_at_10"].value or 0.0
         for line in lines

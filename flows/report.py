@@ -126,7 +126,7 @@ def _protocol(findings: Findings, protocol: str, objective: str) -> Markup:
         element("p", f"{PROTOCOL_NOTES.get(protocol, '')} {_target_rule(findings, protocol)}", "faint"),
         table(["method", *names, "users"], [_line(line, tops) for line in lines]),
         element("p", losers, "banner") if losers else "",
-        element("p", f"{_reading(findings, users)} {_ceiling(findings, protocol)}", "faint"),
+        element("p", f"{_reading(findings, users)} {_ceiling(findings, protocol, objective)}", "faint"),
     )
 
 
@@ -138,8 +138,8 @@ def _reading(findings: Findings, users: int) -> str:
     )
 
 
-def _ceiling(findings: Findings, protocol: str) -> str:
-    oracle = findings.oracle(protocol)
+def _ceiling(findings: Findings, protocol: str, objective: str) -> str:
+    oracle = findings.oracle(protocol, objective)
     return f"Oracle line: {oracle:.4f}; the other targets were in no catalogue a model knew." if oracle else ""
 
 

@@ -114,10 +114,13 @@ def read(plan: Plan) -> None:
 
 def split(plan: Plan) -> Plan:
     """Cut the log into stages; the plan then knows how many there are."""
+    from stages.interactions import used_objectives
     from stages.split import split_stages
 
     watcher().start("cutting stages")
-    plan = plan.with_stages(len(split_stages(plan.config, plan.workspace)))
+    stages = split_stages(plan.config, plan.workspace)
+    searches = "search" in used_objectives(plan.workspace, plan.config.search.objectives)
+    plan = plan.with_stages(len(stages), searches)
     watcher().expect(plan.steps())
     return plan
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel
 
 CONTROL_TOKENS = 4
-"""Rows of `small`'s own vocabulary: beginning of sequence, and three spare ones for prompts."""
+"""Rows of `small`'s own vocabulary: beginning of sequence, and three spare ones; those of text, if any, follow."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Backbone:
     pretrained: bool
 
 
-def small_backbone(hidden: int, layers: int, heads: int, feed_forward: int, seed: int) -> Backbone:
+def small_backbone(hidden: int, layers: int, heads: int, feed_forward: int, seed: int, text: int = 0) -> Backbone:
     """A Llama with random weights (Touvron et al., 2023), the embedded default.
 
     Args:
@@ -43,9 +43,10 @@ def small_backbone(hidden: int, layers: int, heads: int, feed_forward: int, seed
         heads: attention heads; d / heads must be even.
         feed_forward: inner width of the gated MLP.
         seed: of the initial weights.
+        text: rows for the words and bytes of queries, after the control tokens.
     """
     config = LlamaConfig(
-        vocab_size=CONTROL_TOKENS,
+        vocab_size=CONTROL_TOKENS + text,
         hidden_size=hidden,
         intermediate_size=feed_forward,
         num_hidden_layers=layers,

@@ -3,6 +3,10 @@
 Token numbers here are code tokens: code c of level l is `offset[l] + c`, C of them in all, and number C is the
 beginning of the sequence. Their rows, on the input and the output side, are this module's own two matrices; the
 backbone's vocabulary is untouched, so a row outside the semantic-ID set can never change.
+
+A model that searches reads three kinds of tokens more: C + 1 and C + 2 mark the item behind them as recommended or
+searched (in front of the item to be predicted, the marker is the request), and C + 3 + v is row v of the backbone's own
+embedding, the text of a query. None of them is ever predicted.
 """
 
 from __future__ import annotations
@@ -16,6 +20,9 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone
 
+MARKERS = 2
+"""Tokens after the beginning of the sequence: recommended, searched."""
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -25,15 +32,20 @@ class TokenBatch:
         tokens: (B, T) code-token numbers; BOS first; padding is BOS too and is never attended to.
         positions: (M,) flat indices into B·T whose next token is a target.
         labels: (M,) those next tokens.
+        places: (B, T) position in its own sequence of each token, where several share a row; None: 0 … T - 1.
+        visible: (B, T, T) bool, what each token sees; None: everything up to itself.
     """
 
     tokens: Tensor
     positions: Tensor
     labels: Tensor
+    places: Tensor | None = None
+    visible: Tensor | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on `device`."""
-        return TokenBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenBatch(**{name: part.to(device) for name, part in parts.items() if part is not None})
 
 
 class GenerativeModel(nn.Module):
@@ -45,12 +57,21 @@ class GenerativeModel(nn.Module):
         seed: of the new rows.
         full_vocabulary: softmax over the backbone's own vocabulary as well as the codes.
         dropout: on the input embeddings while training.
+        searching: it reads markers and the text of queries.
 
     Raises:
         ValueError: `full_vocabulary` with a backbone that has no vocabulary of its own.
     """
 
-    def __init__(self, backbone: Backbone, codes: int, seed: int, full_vocabulary: bool, dropout: float) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        codes: int,
+        seed: int,
+        full_vocabulary: bool,
+        dropout: float,
+        searching: bool = False,
+    ) -> None:
         super().__init__()
         if full_vocabulary and backbone.head is None:
             raise ValueError('backbone.vocabulary = "full" needs a pretrained backbone; `small` knows codes only')
@@ -66,6 +87,8 @@ class GenerativeModel(nn.Module):
         noise = torch.empty(2, codes, embedding.shape[1]).normal_(0, spread, generator=generator)
         self.input_rows = nn.Parameter(middle + noise[0])  # (C, d)
         self.output_rows = nn.Parameter(middle + noise[1])  # (C, d)
+        markers = torch.empty(MARKERS, embedding.shape[1]).normal_(0, spread, generator=generator)
+        self.marker_rows = nn.Parameter(middle + markers) if searching else None  # (2, d)
         self.register_buffer("other_rows", backbone.head if full_vocabulary else None, persistent=False)
 
     @property
@@ -80,27 +103,36 @@ class GenerativeModel(nn.Module):
 
     @property
     def own_embedding(self) -> Tensor:
-        """The backbone's own input rows (V, d); of these only the beginning of a sequence is ever read."""
+        """The backbone's own input rows (V, d); read are the beginning of a sequence and the text of queries."""
         return cast(nn.Embedding, self.stack.get_input_embeddings()).weight
 
     def rows(self) -> dict[str, nn.Parameter]:
-        """The code tokens' rows on both sides, by name."""
-        return {"input_rows": self.input_rows, "output_rows": self.output_rows}
+        """The code tokens' rows on both sides and the markers' where it has them, by name."""
+        rows = {"input_rows": self.input_rows, "output_rows": self.output_rows}
+        return rows if self.marker_rows is None else {**rows, "marker_rows": self.marker_rows}
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) token numbers -> (B, T, d)."""
         first = self.own_embedding[self.bos_row : self.bos_row + 1]
-        vectors = F.embedding(tokens, torch.cat([self.input_rows, first]))
-        return F.dropout(vectors, self.dropout, self.training)
+        own = [self.input_rows, first] if self.marker_rows is None else [self.input_rows, first, self.marker_rows]
+        table = torch.cat(own)
+        text = tokens - len(table)
+        if self.marker_rows is None or not (text >= 0).any():
+            return F.dropout(F.embedding(tokens, table), self.dropout, self.training)
+        vectors = F.embedding(tokens.clamp(max=len(table) - 1), table)
+        words = F.embedding(text.clamp(min=0), self.own_embedding)
+        return F.dropout(torch.where((text >= 0)[..., None], words, vectors), self.dropout, self.training)
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """Causal hidden states (B, T, d); right padding needs no mask, since nothing attends forward.
 
         Args:
             tokens: (B, T) numbers.
-            mask: (B or 1, 1, T, T), added to the attention scores in place of the causal mask.
+            mask: (B or 1, 1, T, T), in place of the causal mask: added to the attention scores, or true where seen.
+            places: (B, T) position of each token, where several sequences share a row.
         """
-        return self.stack(inputs_embeds=self.embed(tokens), attention_mask=mask, use_cache=False).last_hidden_state
+        out = self.stack(inputs_embeds=self.embed(tokens), position_ids=places, attention_mask=mask, use_cache=False)
+        return out.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., C), or (..., C + V) with the full vocabulary."""
@@ -110,7 +142,8 @@ class GenerativeModel(nn.Module):
 
     def loss(self, batch: TokenBatch, temperature: float = 1.0, smoothing: float = 0.0) -> Tensor:
         """Summed cross-entropy (nats) over the M targets of a batch; logits are formed at targets only."""
-        states = self.hidden(batch.tokens).flatten(0, 1)[batch.positions]  # (M, d)
+        mask = None if batch.visible is None else batch.visible[:, None]
+        states = self.hidden(batch.tokens, mask, batch.places).flatten(0, 1)[batch.positions]  # (M, d)
         logits = self.logits(states).float() / temperature
         return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
 

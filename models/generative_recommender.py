@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor
 
 from models.beam import beam_search
 from models.generative import GenerativeModel
-from models.recommender import IntArray, Recommendations
+from models.recommender import BoolArray, IntArray, Recommendations
 from models.trie import Trie
+
+Prompts: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+"""histories, queries, searched -> (tokens (B, P), lengths (B,)); without searches the histories alone."""
 
 
 class GenerativeRecommender:
@@ -21,7 +25,7 @@ class GenerativeRecommender:
         model: in eval mode.
         codes: (I, L) semantic IDs of the known items, item number by row.
         sizes: codes at each level.
-        prompts: histories -> (tokens (B, P), lengths (B,)).
+        prompts: what the model reads of a request.
         history_length: items of history the model sees.
         beam: width; never changed silently.
         exclude_history: never return what the history holds.
@@ -33,7 +37,7 @@ class GenerativeRecommender:
         model: GenerativeModel,
         codes: IntArray,
         sizes: Sequence[int],
-        prompts: Callable[[list[IntArray]], tuple[Tensor, Tensor]],
+        prompts: Prompts,
         history_length: int,
         beam: int,
         exclude_history: bool,
@@ -47,16 +51,27 @@ class GenerativeRecommender:
         self.offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)).to(model.device)
         self.leaf_of = _leaf_of(self.trie, len(codes))
 
-    def recommend(self, histories: Sequence[IntArray], k: int) -> Recommendations:
+    def recommend(
+        self,
+        histories: Sequence[IntArray],
+        k: int,
+        queries: Sequence[str] | None = None,
+        searched: Sequence[BoolArray] | None = None,
+    ) -> Recommendations:
         """Rank items for each history; see `models.recommender.Recommender`.
 
         Raises:
-            ValueError: k exceeds the beam.
+            ValueError: k exceeds the beam; an empty query, or a query for a model that was trained without searches.
         """
         if k > self.beam:
             raise ValueError(f"k ({k}) exceeds the beam ({self.beam}); widen evaluation.beam")
-        seen = [history[history < self.readable][-self.history_length :] for history in histories]
-        tokens, lengths = (part.to(self.model.device) for part in self.prompts(seen))
+        read = [np.flatnonzero(history < self.readable)[-self.history_length :] for history in histories]
+        seen = [history[places] for history, places in zip(histories, read, strict=True)]
+        if searched is not None:
+            searched = [own[places] for own, places in zip(searched, read, strict=True)]
+        plain = queries is None and searched is None
+        asked = self.prompts(seen) if plain else self.prompts(seen, queries, searched)
+        tokens, lengths = (part.to(self.model.device) for part in asked)
         forbidden = self._forbidden(histories) if self.exclude_history else None
         with torch.inference_mode():
             leaves, scores = beam_search(self.model, self.paths, self.offsets, tokens, lengths, self.beam, forbidden)

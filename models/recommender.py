@@ -1,4 +1,4 @@
-"""What evaluation and service ask of any recommender: ranked items for histories, and nothing else."""
+"""What evaluation and service ask of any recommender: ranked items for histories, with queries where one searches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,20 @@ class Recommendations:
 class Recommender(Protocol):
     """Anything that ranks the catalogue known to it."""
 
-    def recommend(self, histories: Sequence[IntArray], k: int) -> Recommendations:
+    def recommend(
+        self,
+        histories: Sequence[IntArray],
+        k: int,
+        queries: Sequence[str] | None = None,
+        searched: Sequence[BoolArray] | None = None,
+    ) -> Recommendations:
         """Rank items for each history.
 
         Args:
             histories: B arrays of item numbers, oldest first; may be empty.
             k: length of each list.
+            queries: B texts to search for; None asks for recommendations.
+            searched: which items of each history came by a search; None: none did.
 
         Returns:
             Lists ordered by falling score, ties by item number.

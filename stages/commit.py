@@ -64,9 +64,11 @@ def commit_keys(config: Config, dataset: Dataset, job: Job) -> list[str]:
     """The key of every checkpoint in `job`'s lineage, stage 0 first: one pass, as each holds the one before it."""
     keys: list[str] = []
     weights = _weights_digest(config.backbone.path)
+    searching = {} if dataset.interactions.query is None else {"search": config.search.model_dump(exclude={"repeats"})}
     for part in lineage_jobs(config, job):
         settings = None if part.method == FIRST else config.method(part.method).model_dump()
         key = {
+            **searching,
             "code": CODE_VERSION,
             "method": settings,
             "seed": part.seed,

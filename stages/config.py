@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from stages.errors import UserError
 from stages.log_config import CatalogueConfig, LogConfig, Source
 from stages.method_config import BUILT_IN, AnyMethod, MethodConfig
+from stages.search_config import SearchConfig
 from stages.settings import Settings, nearest
 
 Protocol = Literal["same_stage", "next_stage"]
@@ -27,7 +28,7 @@ PROTOCOLS: tuple[Protocol, ...] = ("same_stage", "next_stage")
 CUTOFFS = (1, 5, 10, 20)
 NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 """Names of experiments and methods: they become names of folders and files."""
-RESERVED = ("first", "popularity", "recent_popularity", "item_graph")
+RESERVED = ("first", "popularity", "recent_popularity", "item_graph", "bm25")
 """What no method may be called: the stage 0 that all methods share, and the baselines."""
 
 
@@ -222,6 +223,7 @@ class Config(Settings):
     backbone: BackboneConfig = BackboneConfig()
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
+    search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     methods: dict[str, AnyMethod] = Field(default_factory=dict)
     """Named settings besides the built-in ones; a built-in name may be redefined."""

@@ -48,7 +48,7 @@ def load_dataset(config: Config, workspace: Workspace) -> Dataset:
     manifest = read_json(workspace.stages / "manifest.json")
     _check_files(workspace, manifest)
     return Dataset(
-        interactions=load_interactions(workspace, config.evaluation.baskets),
+        interactions=load_interactions(workspace, config.evaluation.baskets, config.search.objectives),
         catalogue=load_catalogue(workspace),
         stage_digests=tuple(stage["digest"] for stage in manifest["stages"]),
     )

@@ -19,10 +19,20 @@ from stages.config import Config
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
 from stages.examples import Encoder
-from stages.jobs import BASELINES, Evaluation, Job
+from stages.item_vectors import item_documents
+from stages.jobs import BASELINES, SEARCH_BASELINES, Evaluation, Job
 from stages.locks import held
-from stages.queries import Queries, next_stage_tests, same_stage_tests, sample_users, training_targets
+from stages.queries import (
+    Queries,
+    next_stage_tests,
+    objective_queries,
+    same_stage_tests,
+    sample_users,
+    training_targets,
+)
 from stages.ranking import rank_queries
+from stages.search_config import Objective
+from stages.search_examples import query_vocabulary
 from stages.train import derived_seed, restore_model
 from stages.workspace import Workspace, digest_of, read_json, replacing, sha256_file, write_json
 
@@ -117,23 +127,27 @@ def _intact(path: Path, side: Path, model: str | None) -> dict[str, Any] | None:
     return facts if found == model else None
 
 
-def recommender(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> Recommender:
-    """`job`'s model, or the baseline of that name, ready to rank the catalogue known at `job.stage`.
+def recommender(
+    config: Config, workspace: Workspace, dataset: Dataset, job: Job, objective: Objective = "recommendation"
+) -> Recommender:
+    """`job`'s model, or the baseline of that name fitted to one objective, ready to rank what `job.stage` knows.
 
     Raises:
-        UserError: the lineage is not trained or is damaged.
+        UserError: the lineage is not trained or is damaged, or a baseline that does not answer this objective.
     """
     known = dataset.catalogue.known(job.stage)
     own = config.evaluation
     if job.method in BASELINES:
-        return fit_baseline(
-            job.method, dataset.interactions, known, job.stage, job.protocol, job.seed, own.exclude_history
-        )
+        documents = _documents(workspace, known) if job.method in SEARCH_BASELINES else ()
+        place = (job.stage, job.protocol, job.seed, own.exclude_history)
+        return fit_baseline(job.method, dataset.interactions, known, *place, objective, documents)
+    vocabulary = query_vocabulary(config, dataset)
+    encoder = Encoder(dataset.interactions, dataset.catalogue, vocabulary, config.search.query_tokens)
     return GenerativeRecommender(
         restore_model(config, workspace, dataset, job),
         codes=dataset.catalogue.codes[:known],
         sizes=dataset.catalogue.sizes,
-        prompts=Encoder(dataset.interactions, dataset.catalogue).prompts,
+        prompts=encoder.prompts,
         history_length=config.training.history_length,
         beam=own.beam,
         exclude_history=own.exclude_history,
@@ -141,13 +155,31 @@ def recommender(config: Config, workspace: Workspace, dataset: Dataset, job: Job
     )
 
 
-def test_queries(config: Config, dataset: Dataset, job: Job, tested: int, sample: int | None) -> Queries:
-    """The queries of stage `tested` under the job's protocol, all of them or those of `sample` seeded users."""
-    events = dataset.interactions
+def _documents(workspace: Workspace, known: int) -> list[str]:
+    """Text of the known items; empty for one that has none."""
+    items = pl.read_parquet(workspace.catalogue / "items.parquet").head(known)
+    absent = {"title": pl.String, "text": pl.String, "categories": pl.List(pl.String)}
+    return item_documents(
+        items.with_columns(pl.lit(None, kind).alias(name) for name, kind in absent.items() if name not in items.columns)
+    )
+
+
+def test_queries(
+    config: Config,
+    dataset: Dataset,
+    job: Job,
+    tested: int,
+    sample: int | None,
+    objective: Objective,
+) -> Queries:
+    """What stage `tested` asks of one objective under the job's protocol, of all users or of `sample` seeded ones."""
+    events, own = dataset.interactions, config.evaluation
     if job.protocol == "same_stage":
-        queries = same_stage_tests(events, tested)
+        moments = same_stage_tests(events, tested)
     else:
-        queries = next_stage_tests(events, tested, config.evaluation.next_target)
+        moments = next_stage_tests(events, tested, own.next_target)
+    fresh = config.search.repeats == "leave_out"
+    queries = objective_queries(events, moments, objective, own.baskets, fresh)
     return queries if sample is None else sample_users(events, queries, sample, SAMPLE_SEED)
 
 
@@ -160,20 +192,38 @@ def _measure(
     sample: int | None,
     progress: Progress | None,
 ) -> pl.DataFrame:
-    own = config.evaluation
-    return rank_queries(
-        recommender(config, workspace, dataset, job),
-        dataset.interactions,
-        test_queries(config, dataset, job, tested, sample),
-        known=dataset.catalogue.known(job.stage),
-        k=own.k,
-        batch_size=own.batch_size if job.method not in BASELINES else 1024,
-        seen_stage=job.stage,
-        tested_stage=tested,
-        exclude_history=own.exclude_history,
-        trained=_trained_events(config, dataset, job),
-        progress=progress,
-    )
+    """The rows of every objective that the job's model answers, one after the other."""
+    own, counted = config.evaluation, job.method in BASELINES
+    asked: list[Objective] = [
+        name for name in dataset.interactions.objectives if name == "search" or job.method not in SEARCH_BASELINES
+    ]
+    model = None
+    frames = []
+    for objective in asked:
+        if counted or model is None:
+            model = recommender(config, workspace, dataset, job, objective)
+        # A counter of recommendations looks at those alone; what a model reads is `search.rec_history`.
+        alone = objective == "recommendation" and (counted or config.search.rec_history == "recommendation")
+        frames.append(
+            rank_queries(
+                model,
+                dataset.interactions,
+                test_queries(config, dataset, job, tested, sample, objective),
+                known=dataset.catalogue.known(job.stage),
+                k=own.k,
+                batch_size=1024 if counted else own.batch_size,
+                seen_stage=job.stage,
+                tested_stage=tested,
+                exclude_history=own.exclude_history,
+                trained=_trained_events(config, dataset, job),
+                objective=objective,
+                history="recommendation" if alone else "both",
+                progress=progress,
+            )
+        )
+    if not frames:
+        raise UserError(f"{job.method} answers searches only, and this log has none that are used")
+    return pl.concat(frames)
 
 
 def _trained_events(config: Config, dataset: Dataset, job: Job) -> np.ndarray:
@@ -189,4 +239,5 @@ def _evaluation_key(config: Config, dataset: Dataset, job: Job, tested: int, sam
     settings = config.evaluation.model_dump(exclude={"protocols", "bootstrap", "matrix_users", "users", "batch_size"})
     drawn = None if sample is None else [sample, "by id"]
     place = [tested, job.protocol, drawn, config.training.history_length, dataset.digest(max(tested, job.stage))]
-    return digest_of({"code": CODE_VERSION, "model": model, "evaluation": settings, "place": place})
+    searching = {} if dataset.interactions.query is None else {"search": config.search.model_dump()}
+    return digest_of({"code": CODE_VERSION, "model": model, "evaluation": settings, "place": place, **searching})

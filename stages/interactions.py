@@ -1,21 +1,29 @@
 """The stages' events as flat arrays: one row of items a user, oldest first, cut by stage.
 
+Where searches are used, all that a user did at one instant is one moment: its recommendation events come first, then
+its searches, query by query, so that no recommendation ever stands behind the search that led to it.
+
 Item numbers are rows of `catalogue/items.parquet`, which is ordered by the stage in which an item first appears: the
 items known by the end of stage t are exactly the numbers below `known(t)`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from stages.errors import UserError
+from stages.search_config import OBJECTIVES, Objective
 from stages.workspace import Workspace, read_json
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,10 @@ class Interactions:
         offsets: (U + 1,) user u's events are rows offsets[u] … offsets[u + 1] - 1.
         items: (N,) item numbers.
         stages: (N,) stage of each event, rising within a user.
-        baskets: (N,) basket of each event within its user, rising from 0; with baskets off every event is its own.
+        baskets: (N,) basket of each event within its user, rising from 0; with baskets off every event is its own,
+            unless searches are used: then all events of an instant belong together.
+        query: (N,) number of each search's query in `texts`, -1 for a recommendation event; None without searches.
+        texts: distinct queries as they were typed.
     """
 
     user_ids: list[str]
@@ -62,11 +73,48 @@ class Interactions:
     items: IntArray
     stages: IntArray
     baskets: IntArray
+    query: IntArray | None = None
+    texts: tuple[str, ...] = ()
 
     @property
     def users(self) -> IntArray:
         """(N,) user number of each event."""
         return np.repeat(np.arange(len(self.user_ids)), np.diff(self.offsets))
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The kinds of events there are; recommendation alone where no query is known."""
+        there = {"recommendation": self.query is None or not self.searched.all(), "search": self.searched.any()}
+        return tuple(name for name in OBJECTIVES if there[name])
+
+    @cached_property
+    def searched(self) -> BoolArray:
+        """(N,) which events are searches."""
+        return np.zeros(len(self.items), dtype=bool) if self.query is None else self.query >= 0
+
+    def queries(self, rows: IntArray) -> list[str]:
+        """What the searches in some rows searched for."""
+        return [] if self.query is None else [self.texts[number] for number in self.query[rows].tolist()]
+
+    @cached_property
+    def first_rows(self) -> IntArray:
+        """(N,) row at which the event's user met the event's item first."""
+        keys = self.users * (int(self.items.max(initial=0)) + 1) + self.items
+        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+        return first[which]
+
+    @cached_property
+    def recommendations(self) -> Interactions:
+        """The recommendation events alone, still with one place in `offsets` for every user."""
+        kept = ~self.searched
+        columns = (self.items[kept], self.stages[kept], self.baskets[kept])
+        query = None if self.query is None else self.query[kept]
+        return Interactions(self.user_ids, self.recommendations_before[self.offsets], *columns, query, self.texts)
+
+    @cached_property
+    def recommendations_before(self) -> IntArray:
+        """(N + 1,) how many recommendation events stand before each row: a row's number in `recommendations`."""
+        return np.concatenate([[0], np.cumsum(~self.searched)]).astype(np.int64)
 
     def history(self, user: int, cut: int, length: int | None = None) -> IntArray:
         """Item numbers of `user` before row `cut`, oldest first, at most the last `length`."""
@@ -89,42 +137,97 @@ def load_catalogue(workspace: Workspace) -> Catalogue:
     )
 
 
-def load_interactions(workspace: Workspace, baskets: bool) -> Interactions:
-    """Read every stage's events; with `baskets`, events of a user at one instant of one stage belong together."""
+def load_interactions(
+    workspace: Workspace, baskets: bool, objectives: Collection[Objective] | None = None
+) -> Interactions:
+    """Read every stage's events; with `baskets`, events of a user at one instant of one stage belong together.
+
+    Args:
+        workspace: holds stages and catalogue.
+        baskets: whether an instant's recommendation events are one basket.
+        objectives: kinds of events to read; absent: all there are.
+
+    Raises:
+        UserError: an objective of which the log has no event.
+    """
     count = len(read_json(workspace.stages / "manifest.json")["stages"])
     numbers = pl.read_parquet(workspace.catalogue / "items.parquet", columns=["item_id"]).with_row_index("item")
+    kinds = used_objectives(workspace, objectives)
     frame = pl.concat(
-        stage_events(workspace, index).with_columns(stage=pl.lit(index, pl.Int64)) for index in range(count)
+        stage_events(workspace, index, kinds).with_columns(stage=pl.lit(index, pl.Int64)) for index in range(count)
     )
     # A stage's events come sorted by user and time; the stable sort keeps that order within a user and stage.
     frame = frame.join(numbers, on="item_id", how="left", maintain_order="left").sort("user_id", maintain_order=True)
     users = frame["user_id"].rle()
     offsets = np.concatenate([[0], np.cumsum(users.struct.field("len").to_numpy())]).astype(np.int64)
+    query, texts = _query_numbers(frame) if "search" in kinds else (None, ())
     return Interactions(
         user_ids=users.struct.field("value").to_list(),
         offsets=offsets,
         items=frame["item"].to_numpy().astype(np.int64),
         stages=frame["stage"].to_numpy().astype(np.int64),
-        baskets=_basket_numbers(frame, offsets, baskets),
+        baskets=_basket_numbers(frame, offsets, baskets or "search" in kinds),
+        query=query,
+        texts=texts,
     )
 
 
-def stage_events(workspace: Workspace, stage: int) -> pl.DataFrame:
-    """The recommendation events of one stage: user_id, item_id, timestamp, by user and time.
+def used_objectives(workspace: Workspace, wanted: Collection[Objective] | None) -> tuple[Objective, ...]:
+    """The kinds of events that are used: those wanted, or all there are; in the order of `OBJECTIVES`.
+
+    Raises:
+        UserError: an objective of which the log has no event.
+    """
+    count = len(read_json(workspace.stages / "manifest.json")["stages"])
+    found = pl.concat(pl.read_parquet(workspace.stage_file(index), columns=["event"]) for index in range(count))
+    there = set(found["event"].unique())
+    if missing := sorted(set(wanted or ()) - there):
+        raise UserError(
+            f"search.objectives names {missing[0]}, but the log has no {missing[0]} event; remove it there, "
+            "or add a source of such events (or, for searches, log.queries)"
+        )
+    used: tuple[Objective, ...] = tuple(name for name in OBJECTIVES if name in (wanted or there))
+    return used or ("recommendation",)
+
+
+def _query_numbers(frame: pl.DataFrame) -> tuple[IntArray, tuple[str, ...]]:
+    """(N,) place of each search's query among the distinct ones, which are sorted; -1 for other events."""
+    searched = frame.select(query=pl.when(pl.col("event") == "search").then(pl.col("query").fill_null("")))
+    texts = searched["query"].drop_nulls().unique().sort()
+    places = pl.DataFrame({"query": texts, "number": np.arange(len(texts), dtype=np.int64)})
+    numbers = searched.join(places, on="query", how="left", maintain_order="left")["number"].fill_null(-1)
+    return numbers.to_numpy().astype(np.int64), tuple(texts.to_list())
+
+
+def stage_events(
+    workspace: Workspace, stage: int, objectives: Collection[Objective] = ("recommendation",)
+) -> pl.DataFrame:
+    """The events of one stage: user_id, item_id, timestamp, by user and time; with searches event and query besides.
 
     The stored file breaks ties of time by item id, which a sequence model would learn: the order of an invoice's lines
     would be their article numbers. Here events of a user at one instant stand in a scrambled order that depends on
-    nothing but the stage's own events.
+    nothing but the stage's own events; searches come after the instant's other events, those of one query together.
     """
-    columns = ["user_id", "item_id", "timestamp", "event"]
-    frame = pl.read_parquet(workspace.stage_file(stage), columns=columns)
-    frame = frame.filter(pl.col("event") == "recommendation").drop("event")
+    columns = ["user_id", "item_id", "timestamp", "event", "query"]
+    searching = "search" in objectives
+    frame = pl.read_parquet(workspace.stage_file(stage), columns=columns if searching else columns[:-1])
+    frame = frame.filter(pl.col("event").is_in(list(objectives)))
+    if not searching:
+        frame = frame.drop("event")
     if frame["timestamp"].null_count():
         return frame
     places = frame.select(pl.col("user_id", "item_id").rank("dense"), pl.col("timestamp").to_physical()).to_numpy()
     user, item, time = places.astype(np.uint64).T
-    scrambled = _scramble(_scramble(_scramble(user) ^ item) ^ time)
-    return frame.with_columns(tie=scrambled).sort("user_id", "timestamp", "tie").drop("tie")
+    frame = frame.with_columns(tie=_scramble(_scramble(_scramble(user) ^ item) ^ time))
+    if not searching:
+        return frame.sort("user_id", "timestamp", "tie").drop("tie")
+    frame = frame.with_columns(text=_scramble(frame["query"].rank("dense").fill_null(0).to_numpy()))
+    return frame.sort("user_id", "timestamp", "event", "text", "tie").drop("text", "tie")
+
+
+def runs(starts: IntArray, lengths: IntArray) -> IntArray:
+    """start, start + 1, … of every run, one run after the other."""
+    return np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
 
 
 def _scramble(values: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:

@@ -61,7 +61,7 @@ def fit_coder(config: Config, workspace: Workspace, items: pl.DataFrame, progres
         UserError: no text where text was asked for, or an encoder that cannot be loaded.
     """
     first = items.filter(pl.col("first_stage") == 0)
-    documents = _documents(first)
+    documents = item_documents(first)
     kind = _kind(config, documents)
     progress(f"fitting {kind} vectors and {config.items.quantizer} codes on the {first.height} items of stage 0")
     try:
@@ -95,7 +95,7 @@ def stage_vectors(
 ) -> FloatArray:
     """Vectors (n, d) of the items first seen in `stage`, in the order of their numbers; `items` as in `fit_coder`."""
     if not isinstance(coder.vectors, CooccurrenceVectors):
-        return coder.vectors.transform(_documents(items.filter(pl.col("first_stage") == stage)))
+        return coder.vectors.transform(item_documents(items.filter(pl.col("first_stage") == stage)))
     if stage == 0:
         return coder.vectors.vectors
     users, numbers = training_events(config, workspace, items, stage)
@@ -123,7 +123,8 @@ def training_events(config: Config, workspace: Workspace, items: pl.DataFrame, s
     return events["user_id"].rle_id().to_numpy().astype(np.int64), events["item"].to_numpy().astype(np.int64)
 
 
-def _documents(items: pl.DataFrame) -> list[str]:
+def item_documents(items: pl.DataFrame) -> list[str]:
+    """Title, categories and text of each item in one string; empty where it has none of them."""
     parts = [pl.col("title"), pl.col("categories").list.join(" "), pl.col("text")]
     return items.select(pl.concat_str(parts, separator=" ", ignore_nulls=True).fill_null("")).to_series().to_list()
 

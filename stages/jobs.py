@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from stages.config import Protocol
 
-BASELINES = ("popularity", "recent_popularity", "item_graph")
+SEARCH_BASELINES = ("bm25",)
+"""They answer searches only."""
+BASELINES = ("popularity", "recent_popularity", "item_graph", *SEARCH_BASELINES)
 
 
 @dataclass(frozen=True)

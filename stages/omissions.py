@@ -36,7 +36,7 @@ def omission_notes(
     """
     return [
         *_rows_note(_log_manifest(workspace)),
-        *_search_note(workspace),
+        *_search_note(config, workspace),
         *_skipped_note(config, workspace, sorted(same_stage)),
         *_unseen_note(workspace, checkpoints),
     ]
@@ -68,19 +68,24 @@ def _rejected(reasons: Mapping[str, int], table: str) -> str:
     return f"{sum(reasons.values()):,} rejected: {listed}; they are in rejects/{table}.parquet"
 
 
-def _search_note(workspace: Workspace) -> list[str]:
+def _search_note(config: Config, workspace: Workspace) -> list[str]:
+    """How many searches there are and how they are used."""
     if not workspace.log.exists():
         return []
     searches = pl.scan_parquet(workspace.log).select((pl.col("event") == "search").sum()).collect().item()
+    wanted = config.search.objectives
     if not searches:
         return []
-    return [f"Searches: {searches:,} events; they count as plain events, and the text of their queries is not used."]
+    if wanted is not None and "search" not in wanted:
+        return [f"Searches: {searches:,} events, left out as search.objectives says."]
+    repeats = "" if config.search.repeats == "ask" else "; items a user has met before are not asked for in any test"
+    return [f"Searches: {searches:,} events. A history ends where its target's moment begins{repeats}."]
 
 
 def _skipped_note(config: Config, workspace: Workspace, tested: Sequence[int]) -> list[str]:
     if not tested or not (workspace.catalogue / "items.parquet").exists() or not workspace.stage_file(0).exists():
         return []
-    events = load_interactions(workspace, config.evaluation.baskets)
+    events = load_interactions(workspace, config.evaluation.baskets, config.search.objectives)
     skipped = {stage: same_stage_tests(events, stage).skipped for stage in tested}
     if not any(skipped.values()):
         return []

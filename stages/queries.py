@@ -9,15 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from stages.config import Protocol
-from stages.interactions import IntArray, Interactions
-
-BoolArray: TypeAlias = npt.NDArray[np.bool_]
+from stages.interactions import BoolArray, IntArray, Interactions, runs
+from stages.search_config import Objective
 
 FEWEST_BASKETS = 3
 """A visit needs a basket to train on, one to validate on and one to test on."""
@@ -32,21 +30,31 @@ class Queries:
     Attributes:
         user: (Q,) user numbers.
         cut: (Q,) row of `Interactions` where the history ends: it is rows offsets[user] … cut - 1.
-        end: (Q,) the targets are rows cut … end - 1.
+        end: (Q,) the targets are rows first … end - 1.
         skipped: users of the stage who gave no query because their visit has fewer than three baskets.
+        begin: (Q,) first target row where that is not `cut`; None where it always is.
+        fresh: an item that the user has met before `cut` is no target.
     """
 
     user: IntArray
     cut: IntArray
     end: IntArray
     skipped: int = 0
+    begin: IntArray | None = None
+    fresh: bool = False
 
     def __len__(self) -> int:
         return len(self.user)
 
+    @property
+    def first(self) -> IntArray:
+        """(Q,) first target row."""
+        return self.cut if self.begin is None else self.begin
+
     def keep(self, mask: BoolArray) -> Queries:
         """The queries where `mask` (Q,) holds."""
-        return Queries(self.user[mask], self.cut[mask], self.end[mask], self.skipped)
+        begin = None if self.begin is None else self.begin[mask]
+        return Queries(self.user[mask], self.cut[mask], self.end[mask], self.skipped, begin, self.fresh)
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,40 @@ def training_targets(interactions: Interactions, stages: Collection[int], protoc
     return np.repeat(keep, baskets.end - baskets.start)
 
 
+def objective_queries(
+    interactions: Interactions, moments: Queries, objective: Objective, sets: bool, fresh: bool
+) -> Queries:
+    """What the moments ask of one objective; a log without searches is asked as it stands.
+
+    The history of either objective ends where the moment begins, so that neither the search nor the purchase it led to
+    is history of the other. A search asks for all the items its user found with one query at that instant.
+
+    Args:
+        interactions: events of all stages.
+        moments: queries of whole moments, of both kinds of events.
+        objective: which of them.
+        sets: events of a moment (for search: of a query) are one target, else each is a query of its own.
+        fresh: leave out items that the user has met before the moment by either kind of event.
+
+    Returns:
+        Queries in row order; those without any target left are gone.
+    """
+    if interactions.query is None:
+        return moments
+    sizes = moments.end - moments.cut
+    row, which = runs(moments.cut, sizes), np.repeat(np.arange(len(moments)), sizes)
+    kept = interactions.searched[row] == (objective == "search")
+    if fresh:
+        kept &= interactions.first_rows[row] >= moments.cut[which]
+    row, which = row[kept], which[kept]
+    opens = _changes(which) | _changes(interactions.query[row]) | (not sets)
+    last = np.append(np.flatnonzero(opens)[1:], len(row))[: int(opens.sum())] - 1
+    moment = which[opens]
+    return Queries(
+        moments.user[moment], moments.cut[moment], row[last] + 1, moments.skipped, begin=row[opens], fresh=fresh
+    )
+
+
 def sample_users(interactions: Interactions, queries: Queries, n: int, seed: int) -> Queries:
     """The queries of a seeded sample of at most `n` users, in the same order.
 
@@ -169,6 +211,12 @@ def _baskets(interactions: Interactions) -> _Baskets:
     back = np.cumsum(sizes)[visit] - 1 - np.arange(len(start)) if len(start) else start
     end = np.append(start[1:], rows)[: len(start)]
     return _Baskets(user, stage, start, end, back, sizes[visit])
+
+
+def moment_starts(interactions: Interactions) -> IntArray:
+    """(N,) row at which the moment of each event begins; with baskets off and without searches, the event's own."""
+    opens = _changes(interactions.users) | _changes(interactions.baskets) | _changes(interactions.stages)
+    return np.flatnonzero(opens)[np.cumsum(opens) - 1]
 
 
 def _changes(values: IntArray) -> BoolArray:

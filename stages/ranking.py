@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
 from models.recommender import Recommendations, Recommender
-from stages.interactions import IntArray, Interactions
+from stages.interactions import BoolArray, IntArray, Interactions, runs
 from stages.metrics import first_groups, query_metrics
-from stages.queries import BoolArray, Queries
+from stages.queries import Queries
 
 HISTORY_ITEMS = 200
 """Newest history items handed to a recommender, which cuts further by itself."""
@@ -32,6 +33,43 @@ class _Targets:
     sizes: IntArray
 
 
+@dataclass(frozen=True)
+class _Asking:
+    """Test queries as a recommender is asked them.
+
+    Attributes:
+        events: the histories' rows.
+        user: (Q,) user numbers.
+        start: (Q,) first history row.
+        cut: (Q,) one past the last.
+        length: (Q,) events before the target, all of them.
+        texts: what is searched for, by query; None asks for recommendations.
+    """
+
+    events: Interactions
+    user: IntArray
+    start: IntArray
+    cut: IntArray
+    length: IntArray
+    texts: list[str] | None
+
+    def histories(self, batch: IntArray) -> list[IntArray]:
+        """The histories of the queries numbered `batch`."""
+        return [self.events.items[own] for own in self._spans(batch)]
+
+    def request(self, batch: IntArray) -> dict[str, Any]:
+        """What else is handed over in a log with searches: kinds of the histories' events, texts of the queries."""
+        if self.events.query is None:
+            return {}
+        request: dict[str, Any] = {"searched": [self.events.searched[own] for own in self._spans(batch)]}
+        if self.texts is not None:
+            request["queries"] = [self.texts[number] for number in batch.tolist()]
+        return request
+
+    def _spans(self, batch: IntArray) -> list[slice]:
+        return [slice(*span) for span in zip(self.start[batch].tolist(), self.cut[batch].tolist(), strict=True)]
+
+
 def rank_queries(
     recommender: Recommender,
     interactions: Interactions,
@@ -45,6 +83,7 @@ def rank_queries(
     exclude_history: bool = False,
     trained: BoolArray | None = None,
     objective: str = "recommendation",
+    history: Literal["both", "recommendation"] = "both",
     progress: Callable[[int, int], None] | None = None,
 ) -> pl.DataFrame:
     """Ranks, metrics and slices of every query.
@@ -60,7 +99,8 @@ def rank_queries(
         tested_stage: stage the targets lie in.
         exclude_history: the recommender never returns the history, so it gets all of it and repeats are out of reach.
         trained: (N,) events whose items are not new; absent: all events up to `seen_stage`.
-        objective: written into every row.
+        objective: written into every row; the queries' texts are handed over for `search`.
+        history: whether searched items belong to the histories that are handed over.
         progress: called with (queries done, queries) after each batch.
 
     Returns:
@@ -73,7 +113,8 @@ def rank_queries(
     """
     targets = _targets(interactions, queries)
     names = pl.Series(interactions.user_ids, dtype=pl.String)
-    ranks, tied = _ranks(recommender, interactions, queries, targets, known, k, batch_size, exclude_history, progress)
+    asking = _asking(interactions, queries, objective, history, exclude_history)
+    ranks, tied = _ranks(recommender, asking, targets, known, k, batch_size, progress)
     familiar = _familiar_items(interactions, seen_stage, trained)
     reachable = (targets.item < known) & ~(targets.repeat & exclude_history)
     first_rank, first_tied, _ = first_groups(targets.query, ranks, tied, len(queries))
@@ -94,27 +135,30 @@ def rank_queries(
     )
 
 
+def _asking(
+    interactions: Interactions, queries: Queries, objective: str, history: str, exclude_history: bool
+) -> _Asking:
+    events, cut, texts = interactions, queries.cut, None
+    if events.query is not None and objective == "search":
+        texts = events.queries(queries.first)
+    if events.query is not None and history == "recommendation":
+        cut, events = events.recommendations_before[cut], events.recommendations
+    start = events.offsets[queries.user]
+    newest = start if exclude_history else np.maximum(start, cut - HISTORY_ITEMS)
+    return _Asking(events, queries.user, newest, cut, cut - start, texts)
+
+
 def _targets(interactions: Interactions, queries: Queries) -> _Targets:
-    lengths = queries.end - queries.cut
+    lengths = queries.end - queries.first
     query = np.repeat(np.arange(len(queries)), lengths)
-    row = _runs(queries.cut, lengths)
+    row = runs(queries.first, lengths)
     catalogue = int(interactions.items.max(initial=0)) + 1
     _, kept = np.unique(query * catalogue + interactions.items[row], return_index=True)
     query, row = query[kept], row[kept]
-    repeat = _first_rows(interactions, catalogue)[row] < queries.cut[query]
+    repeat = interactions.first_rows[row] < queries.cut[query]
+    if queries.fresh:
+        query, row, repeat = query[~repeat], row[~repeat], repeat[~repeat]
     return _Targets(query, interactions.items[row], repeat, np.bincount(query, minlength=len(queries)))
-
-
-def _runs(starts: IntArray, lengths: IntArray) -> IntArray:
-    """start, start + 1, … of every run, one run after the other."""
-    return np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-
-
-def _first_rows(interactions: Interactions, catalogue: int) -> IntArray:
-    """(N,) row at which the event's user met the event's item first."""
-    keys = interactions.users * catalogue + interactions.items
-    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
-    return first[which]
 
 
 def _familiar_items(interactions: Interactions, seen_stage: int, trained: BoolArray | None) -> BoolArray:
@@ -130,30 +174,25 @@ def _any(targets: _Targets, flags: BoolArray) -> BoolArray:
 
 def _ranks(
     recommender: Recommender,
-    interactions: Interactions,
-    queries: Queries,
+    asking: _Asking,
     targets: _Targets,
     known: int,
     k: int,
     batch_size: int,
-    exclude_history: bool,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[IntArray, IntArray]:
     """(M,) rank of each target's tie group (0 = not retrieved) and (M,) size of the group."""
     rank, tied = np.zeros(len(targets.query), dtype=np.int64), np.ones(len(targets.query), dtype=np.int64)
-    limit = None if exclude_history else HISTORY_ITEMS
-    lengths = queries.cut - interactions.offsets[queries.user]
     # A user's queries stand together: the histories of earlier ones open those of later ones, and one reading does.
-    longest = np.zeros(len(interactions.user_ids), dtype=np.int64)
-    np.maximum.at(longest, queries.user, lengths)
-    order = np.lexsort((lengths, queries.user, longest[queries.user]))
+    longest = np.zeros(len(asking.events.user_ids), dtype=np.int64)
+    np.maximum.at(longest, asking.user, asking.length)
+    order = np.lexsort((asking.length, asking.user, longest[asking.user]))
     begins = np.cumsum(targets.sizes) - targets.sizes  # targets of query q: begins[q] … begins[q] + sizes[q] - 1
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        histories = [interactions.history(int(queries.user[q]), int(queries.cut[q]), limit) for q in batch]
-        lists = recommender.recommend(histories, k)
+        lists = recommender.recommend(asking.histories(batch), k, **asking.request(batch))
         _refuse_invalid(lists, known)
-        at = _runs(begins[batch], targets.sizes[batch])
+        at = runs(begins[batch], targets.sizes[batch])
         in_batch = np.repeat(np.arange(len(batch)), targets.sizes[batch])
         rank[at], tied[at] = _places(lists, in_batch, targets.item[at])
         if progress is not None:

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from models import adapter as lora
 from models.backbone import Backbone, compute_device, pretrained_backbone, small_backbone, wants_bfloat16
 from models.generative import GenerativeModel
+from models.words import Vocabulary, WordVocabulary
 from stages.checkpoint import (
     fault_of,
     quarantine,
@@ -32,14 +33,17 @@ from stages.commit import FIRST, checkpoint_folder, checkpoint_folders, commit_k
 from stages.config import Config, TrainingConfig
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
-from stages.examples import Encoder, Windows, batches, make_windows
+from stages.examples import Windows
 from stages.jobs import Checkpoint, Job
 from stages.locks import held
 from stages.methods.contract import Losses, Schedule, Step
-from stages.queries import next_stage_validation, same_stage_validation, training_targets
+from stages.search_examples import SearchWindows, query_vocabulary
+from stages.stage_examples import Examples, micro_batches, stage_examples, validation_batches
 from stages.workspace import Workspace, digest_of, read_json, sha256_file
 
 Progress = Callable[[Mapping[str, Any]], None]
+TOKEN_ROWS = ("input_rows", "output_rows", "marker_rows")
+"""Trained rows of tokens, by name."""
 
 
 def train_stage(config: Config, workspace: Workspace, job: Job, progress: Progress = lambda _: None) -> Checkpoint:
@@ -96,32 +100,40 @@ def restore_model(config: Config, workspace: Workspace, dataset: Dataset, job: J
     return model.eval()
 
 
-def bare_model(config: Config, dataset: Dataset, seed: int) -> GenerativeModel:
+def bare_model(config: Config, dataset: Dataset, seed: int, vocabulary: Vocabulary | None = None) -> GenerativeModel:
     """Backbone and code rows before anything was trained.
+
+    Args:
+        config: the experiment.
+        dataset: its prepared log.
+        seed: of the new rows, and of `small`'s weights.
+        vocabulary: reads the log's queries, as `stages.search_examples.query_vocabulary` gives it; absent: found there.
 
     Raises:
         UserError: the backbone cannot be loaded or contradicts the settings.
     """
     settings = config.backbone
+    vocabulary = query_vocabulary(config, dataset) if vocabulary is None else vocabulary
     try:
-        backbone = _backbone(config, seed)
+        backbone = _backbone(config, seed, len(vocabulary) if isinstance(vocabulary, WordVocabulary) else 0)
         model = GenerativeModel(
             backbone,
             codes=sum(dataset.catalogue.sizes),
             seed=seed,
             full_vocabulary=settings.vocabulary == "full",
             dropout=settings.dropout,
+            searching=vocabulary is not None,
         )
         return model.to(compute_device(settings.device))
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def _backbone(config: Config, seed: int) -> Backbone:
+def _backbone(config: Config, seed: int, text: int) -> Backbone:
     own = config.backbone
     if own.path is not None:
         return pretrained_backbone(own.path)
-    return small_backbone(own.hidden, own.layers, own.heads, own.feed_forward, seed)
+    return small_backbone(own.hidden, own.layers, own.heads, own.feed_forward, seed, text)
 
 
 def _committed_or_trained(
@@ -162,12 +174,13 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
     measured = forget_peak_memory()
     stage_seed = derived_seed(job.seed, job.stage)
     method = method_of(config, job.method)
-    examples = _examples(config, dataset, job, method.data == "all")
-    model = bare_model(config, dataset, job.seed)
+    vocabulary = query_vocabulary(config, dataset)
+    examples = stage_examples(config, dataset, job, method.data == "all", vocabulary)
+    model = bare_model(config, dataset, job.seed, vocabulary)
     model.dropout = config.backbone.dropout if job.stage == 0 and not model.pretrained else 0.0
     folders = lineage_folders(config, workspace, dataset, replace(job, stage=job.stage - 1)) if job.stage else []
     parents = {folder.name: tensors_digest(folder) for folder in folders}
-    schedule = _schedule(config, job, method.every_weight, len(examples.training), stage_seed)
+    schedule = _schedule(config, job, method.every_weight, examples.windows, stage_seed)
     try:
         step = method.begin(model, folders, schedule)
     except ValueError as error:
@@ -187,8 +200,8 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         "key": commit_key(config, dataset, job),
         "seconds": time.perf_counter() - started,
         "trained_parameters": moved,
-        "targets": examples.training.targets,
-        "validation_targets": examples.validation.targets,
+        "targets": sum(examples.targets.values()),
+        "validation_targets": sum(examples.validation_targets.values()),
         "unseen_code_rows": examples.unseen_rows,
         "peak_memory": peak_memory() if measured else None,
         "precision": "bfloat16" if wants_bfloat16(config.backbone.precision, model.device) else "float32",
@@ -199,6 +212,8 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         **drift,
         **training,
     }
+    if dataset.interactions.query is not None:
+        state["targets_by_objective"] = examples.targets
     place = checkpoint_folder(config, workspace, dataset, job)
     write_checkpoint(place, tensors, config.adapter, state, fence=partial(_same_parents, folders, parents))
 
@@ -211,46 +226,6 @@ def _same_parents(folders: Sequence[Path], parents: Mapping[str, str]) -> None:
                 f"{folder}: changed while a stage was being trained from it; nothing was committed, "
                 "run the same command again"
             )
-
-
-@dataclass(frozen=True)
-class Examples:
-    """What one stage trains and validates on."""
-
-    encoder: Encoder
-    training: Windows
-    validation: Windows
-    unseen_rows: int
-    """Code tokens among the targets that no earlier stage's events contain."""
-
-
-def _examples(config: Config, dataset: Dataset, job: Job, everything: bool) -> Examples:
-    events = dataset.interactions
-    stages = list(range(job.stage + 1)) if everything else [job.stage]
-    targets = training_targets(events, stages, job.protocol, job.seed)
-    validation = _validation_targets(dataset, job)
-    encoder = Encoder(events, dataset.catalogue)
-    old = np.unique(encoder.tokens[events.items[events.stages < job.stage]])
-    new = np.setdiff1d(np.unique(encoder.tokens[events.items[targets]]), old)
-    return Examples(
-        encoder=encoder,
-        training=make_windows(events, targets, config.training),
-        validation=make_windows(events, validation, config.training),
-        unseen_rows=len(new),
-    )
-
-
-def _validation_targets(dataset: Dataset, job: Job) -> np.ndarray:
-    """(N,) mask of the events that validate `job`'s last stage."""
-    events = dataset.interactions
-    if job.protocol == "same_stage":
-        queries = same_stage_validation(events, job.stage)
-    else:
-        queries = next_stage_validation(events, job.stage, job.seed)
-    edges = np.zeros(len(events.items) + 1, dtype=np.int64)
-    np.add.at(edges, queries.cut, 1)
-    np.add.at(edges, queries.end, -1)
-    return np.cumsum(edges)[:-1] > 0
 
 
 def _epochs(config: Config, job: Job) -> int:
@@ -285,6 +260,7 @@ class Fit:
         self.settings: TrainingConfig = config.training
         self.model, self.step, self.examples, self.seed = model, step, examples, seed
         self.bfloat16 = wants_bfloat16(config.backbone.precision, model.device)
+        self.equal = config.search.mix == "equal"
 
     def run(self, epochs: int, job: Job, progress: Progress) -> dict[str, Any]:
         """Train; leaves the best epoch's weights in the model.
@@ -296,7 +272,7 @@ class Fit:
         log: list[dict[str, float]] = []
         losses = [self.validate()]
         best, best_weights = 0, _moving(self.model)
-        per_epoch = -(-len(self.examples.training) // self.settings.batch_size)
+        per_epoch = -(-self.examples.windows // self.settings.batch_size)
         every = max(1, epochs * per_epoch // 200)
         for epoch in range(1, epochs + 1):
             for numbers in self._epoch(epoch):
@@ -318,7 +294,7 @@ class Fit:
     def _epoch(self, epoch: int) -> Iterator[dict[str, float]]:
         self.model.train()
         order = np.random.default_rng([self.seed % 2**32, epoch])
-        for chosen in batches(self.examples.training, self.settings.batch_size, order):
+        for chosen in self.examples.epoch(self.settings.batch_size, order):
             numbers = self.step(self._micro_batches(chosen))
             if not np.isfinite(numbers["ce"]):
                 raise UserError(
@@ -326,28 +302,41 @@ class Fit:
                 )
             yield numbers
 
-    def _micro_batches(self, chosen: np.ndarray) -> Iterator[Losses]:
-        windows, size = self.examples.training, self.settings.micro_batch_size or len(chosen)
-        share = 1 / (int((windows.end[chosen] - windows.first[chosen]).sum()) * self.examples.encoder.levels)
-        for part in np.split(chosen, range(size, len(chosen), size)):
-            yield {"recommendation": self._loss(windows, part, self.settings.label_smoothing) * share}
+    def _micro_batches(self, chosen: Mapping[str, np.ndarray]) -> Iterator[Losses]:
+        shares = self.examples.shares(chosen, self.equal)
+        for piece in micro_batches(chosen, self.settings.micro_batch_size):
+            yield {
+                name: self._loss(name, self.examples.parts[name].training, part, self.settings.label_smoothing)
+                * shares[name]
+                for name, part in piece.items()
+            }
 
-    def _loss(self, windows: Windows, chosen: np.ndarray, smoothing: float) -> Tensor:
-        batch = self.examples.encoder.batch(windows, chosen).to(self.model.device)
+    def _loss(self, objective: str, windows: Windows | SearchWindows, chosen: np.ndarray, smoothing: float) -> Tensor:
+        batch = self.examples.parts[objective].batch(windows, chosen).to(self.model.device)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.model.loss(batch, self.settings.temperature if self.model.training else 1.0, smoothing)
 
     def validate(self) -> float | None:
-        """Mean cross-entropy (nats a code token) on the stage's validation targets; None where there are none."""
-        windows = self.examples.validation
-        if not len(windows):
-            return None
+        """Mean cross-entropy (nats a code token) on the stage's validation targets; None where there are none.
+
+        With `search.mix = "equal"` it is the mean of the objectives' means.
+        """
         self.model.eval()
         with torch.no_grad():
-            total = sum(
-                float(self._loss(windows, part, 0.0)) for part in batches(windows, 2 * self.settings.batch_size, None)
-            )
-        return total / (windows.targets * self.examples.encoder.levels)
+            found = [
+                (self._validation_loss(name, part.validation), part.validation.targets * self.examples.levels)
+                for name, part in self.examples.parts.items()
+                if len(part.validation)
+            ]
+        if not found:
+            return None
+        if self.equal:
+            return sum(total / codes for total, codes in found) / len(found)
+        return sum(total for total, _ in found) / sum(codes for _, codes in found)
+
+    def _validation_loss(self, objective: str, windows: Windows | SearchWindows) -> float:
+        parts = validation_batches(windows, 2 * self.settings.batch_size)
+        return sum(float(self._loss(objective, windows, part, 0.0)) for part in parts)
 
 
 @contextmanager
@@ -400,8 +389,8 @@ def _put_back(model: GenerativeModel, values: Mapping[str, Tensor]) -> None:
 def _drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
     """How far a stage moved its weights: root mean square, mean, and what is left without each matrix's mean."""
     gaps = {name: (after[name] - value).flatten() for name, value in before.items()}
-    rows = [gap for name, gap in gaps.items() if name in ("input_rows", "output_rows")]
-    rest = [gap for name, gap in gaps.items() if name not in ("input_rows", "output_rows")]
+    rows = [gap for name, gap in gaps.items() if name in TOKEN_ROWS]
+    rest = [gap for name, gap in gaps.items() if name not in TOKEN_ROWS]
     numbers = {}
     if rest:
         numbers["drift_rms"] = float(torch.cat(rest).square().mean().sqrt())

@@ -59,9 +59,10 @@ def test_the_order_is_the_same_every_time(baskets: Workspace) -> None:
     assert stage_events(baskets, 0).equals(stage_events(baskets, 0))
 
 
-def test_search_events_are_not_taken_for_recommendations(tmp_path: Path) -> None:
+def test_left_out_searches_are_as_if_they_were_not_in_the_log(tmp_path: Path) -> None:
     workspace = shop(
         tmp_path, [("u", "a", 0, "recommendation"), ("u", "b", 1, "search"), ("u", "c", 2, "recommendation")]
     )
-    own = load_interactions(workspace, baskets=False)
+    own = load_interactions(workspace, baskets=False, objectives=["recommendation"])
     assert own.items.tolist() == [0, 2]
+    assert own.query is None

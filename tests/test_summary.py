@@ -273,7 +273,7 @@ def test_rows_left_out_of_the_log_are_in_the_report_and_its_notes(space: Workspa
     assert "1,200 rows read, 30 filtered by `where`, 3 rejected: timestamp zero (2), missing item_id (1)" in notes
     assert "rejects/log.parquet, 7 duplicates dropped, 1,160 events kept; times read as ms, s." in notes
     assert "Item table: 4 rejected: bad (4); they are in rejects/catalogue.parquet." in notes
-    assert "Searches: 2 events" in notes
+    assert "Searches: 2 events. A history ends where its target's moment begins" in notes
 
 
 def test_skipped_users_are_counted_for_every_stage_tested(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from models.baselines.popularity import Popularity, held, padded
-from models.recommender import IntArray, Recommendations
+from models.recommender import BoolArray, IntArray, Recommendations
 
 REACH = 3
 """Places before a target that are linked to it."""
@@ -63,8 +63,14 @@ class ItemGraph:
         self.exclude_history = exclude_history
         self.backfill = backfill
 
-    def recommend(self, histories: Sequence[IntArray], k: int) -> Recommendations:
-        """Rank items for each history; see `models.recommender.Recommender`."""
+    def recommend(
+        self,
+        histories: Sequence[IntArray],
+        k: int,
+        queries: Sequence[str] | None = None,
+        searched: Sequence[BoolArray] | None = None,
+    ) -> Recommendations:
+        """Rank items for each history, whatever is searched for; see `models.recommender.Recommender`."""
         votes = _votes(histories, self.known) @ self.links  # (B, known)
         rows, items, scores = _entries(votes)
         if self.exclude_history:

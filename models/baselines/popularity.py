@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from models.recommender import IntArray, Recommendations
+from models.recommender import BoolArray, IntArray, Recommendations
 
 
 class Popularity:
@@ -35,8 +35,14 @@ class Popularity:
         # Sorting by falling count with a stable sort leaves equal counts in item order.
         self.order = np.argsort(-self.counts, kind="stable").astype(np.int64)
 
-    def recommend(self, histories: Sequence[IntArray], k: int) -> Recommendations:
-        """Rank items for each history; see `models.recommender.Recommender`."""
+    def recommend(
+        self,
+        histories: Sequence[IntArray],
+        k: int,
+        queries: Sequence[str] | None = None,
+        searched: Sequence[BoolArray] | None = None,
+    ) -> Recommendations:
+        """Rank items for each history, whatever is searched for; see `models.recommender.Recommender`."""
         longest = max((len(history) for history in histories), default=0) if self.exclude_history else 0
         top = self.order[: k + longest]
         refused = np.zeros((len(histories), len(top)), dtype=bool)

@@ -26,8 +26,8 @@ def load_base(model: GenerativeModel, lineage: Sequence[Path]) -> None:
         rows = read_tensors(folder).rows
         if rows:
             with torch.no_grad():
-                model.input_rows.copy_(rows["input_rows"])
-                model.output_rows.copy_(rows["output_rows"])
+                for name, value in model.rows().items():
+                    value.copy_(rows[name])
             break
     model.requires_grad_(False)
 

@@ -1,0 +1,154 @@
+"""What one stage trains and validates on, objective by objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.generative import TokenBatch
+from models.words import Vocabulary
+from stages.config import Config
+from stages.dataset import Dataset
+from stages.examples import Encoder, Windows, batches, make_windows
+from stages.interactions import BoolArray, IntArray
+from stages.jobs import Job
+from stages.queries import next_stage_validation, same_stage_validation, training_targets
+from stages.search_examples import SearchWindows, make_search_windows, mixed_batches, search_batch
+
+
+@dataclass(frozen=True)
+class Part:
+    """One objective's examples."""
+
+    encoder: Encoder
+    training: Windows | SearchWindows
+    validation: Windows | SearchWindows
+
+    def batch(self, windows: Windows | SearchWindows, chosen: IntArray) -> TokenBatch:
+        """Tokens and targets of the chosen windows."""
+        if isinstance(windows, SearchWindows):
+            return search_batch(self.encoder, windows, chosen)
+        return self.encoder.batch(windows, chosen)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What one stage trains and validates on.
+
+    Attributes:
+        parts: objective -> its examples, the objectives of the log.
+        levels: codes of an item.
+        unseen_rows: code tokens among the targets that no earlier stage's events contain.
+    """
+
+    parts: Mapping[str, Part]
+    levels: int
+    unseen_rows: int
+
+    @property
+    def windows(self) -> int:
+        """Windows to train on."""
+        return sum(len(part.training) for part in self.parts.values())
+
+    @property
+    def targets(self) -> dict[str, int]:
+        """Training targets by objective."""
+        return {name: part.training.targets for name, part in self.parts.items()}
+
+    @property
+    def validation_targets(self) -> dict[str, int]:
+        """Validation targets by objective."""
+        return {name: part.validation.targets for name, part in self.parts.items()}
+
+    def epoch(self, size: int, order: np.random.Generator) -> Iterator[dict[str, IntArray]]:
+        """Batches of `size` windows as objective -> window numbers; see `stages.search_examples.mixed_batches`."""
+        return mixed_batches({name: part.training.lengths for name, part in self.parts.items()}, size, order)
+
+    def shares(self, chosen: Mapping[str, IntArray], equal: bool) -> dict[str, float]:
+        """What one code of each objective weighs in the mean loss of a batch.
+
+        Args:
+            chosen: objective -> window numbers of the batch.
+            equal: the objectives of the batch weigh the same, not their targets.
+        """
+        codes = {name: int(self.parts[name].training.count[own].sum()) * self.levels for name, own in chosen.items()}
+        if equal:
+            return {name: 1 / (len(codes) * count) for name, count in codes.items()}
+        return dict.fromkeys(codes, 1 / sum(codes.values()))
+
+
+def micro_batches(chosen: Mapping[str, IntArray], size: int | None) -> Iterator[dict[str, IntArray]]:
+    """A batch in pieces of about `size` windows, each with its share of every objective; None: in one piece."""
+    total = sum(map(len, chosen.values()))
+    size = size or total
+    if len(chosen) == 1:
+        for name, own in chosen.items():
+            yield from ({name: part} for part in np.split(own, range(size, len(own), size)))
+        return
+    pieces = {name: np.array_split(own, -(-total // size)) for name, own in chosen.items()}
+    for number in range(-(-total // size)):
+        piece = {name: parts[number] for name, parts in pieces.items() if len(parts[number])}
+        if piece:
+            yield piece
+
+
+def validation_batches(windows: Windows | SearchWindows, size: int) -> Iterator[IntArray]:
+    """Window numbers for a pass that only measures, alike in length."""
+    return batches(windows.lengths, size, None)
+
+
+def stage_examples(
+    config: Config, dataset: Dataset, job: Job, everything: bool, vocabulary: Vocabulary | None
+) -> Examples:
+    """The examples of `job`'s last stage.
+
+    Args:
+        config: the experiment.
+        dataset: the prepared log.
+        job: stage, protocol and seed decide what is held out.
+        everything: train on all stages so far, not on the last alone.
+        vocabulary: reads the queries; None where nobody searches.
+    """
+    events = dataset.interactions
+    stages = list(range(job.stage + 1)) if everything else [job.stage]
+    targets = training_targets(events, stages, job.protocol, job.seed)
+    validation = _validation_targets(dataset, job)
+    encoder = Encoder(events, dataset.catalogue, vocabulary, config.search.query_tokens)
+    old = np.unique(encoder.tokens[events.items[events.stages < job.stage]])
+    new = np.setdiff1d(np.unique(encoder.tokens[events.items[targets]]), old)
+    parts = {}
+    if "recommendation" in events.objectives:
+        parts["recommendation"] = _recommendations(config, dataset, encoder, targets, validation)
+    if "search" in events.objectives:
+        windows = (
+            make_search_windows(events, mask & events.searched, config.training) for mask in (targets, validation)
+        )
+        parts["search"] = Part(encoder, *windows)
+    return Examples(parts, encoder.levels, len(new))
+
+
+def _recommendations(
+    config: Config, dataset: Dataset, encoder: Encoder, targets: BoolArray, validation: BoolArray
+) -> Part:
+    events, kept = dataset.interactions, ~dataset.interactions.searched
+    if events.query is not None and config.search.rec_history == "recommendation":
+        events, targets, validation = events.recommendations, targets[kept], validation[kept]
+        encoder = Encoder(events, dataset.catalogue)
+    else:
+        targets, validation = targets & kept, validation & kept
+    return Part(encoder, *(make_windows(events, mask, config.training) for mask in (targets, validation)))
+
+
+def _validation_targets(dataset: Dataset, job: Job) -> BoolArray:
+    """(N,) mask of the events that validate `job`'s last stage."""
+    events = dataset.interactions
+    if job.protocol == "same_stage":
+        queries = same_stage_validation(events, job.stage)
+    else:
+        queries = next_stage_validation(events, job.stage, job.seed)
+    edges = np.zeros(len(events.items) + 1, dtype=np.int64)
+    np.add.at(edges, queries.cut, 1)
+    np.add.at(edges, queries.end, -1)
+    return np.cumsum(edges)[:-1] > 0
