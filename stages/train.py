@@ -58,13 +58,14 @@ def train_stage(config: Config, workspace: Workspace, job: Job, progress: Progre
     if not 0 <= job.stage < dataset.stages:
         raise UserError(f"stage {job.stage} does not exist; the log has stages 0 to {dataset.stages - 1}")
     lineage = lineage_jobs(config, job)
+    done: list[Checkpoint] = []
     parents: dict[str, str] = {}
     for part, folder in zip(lineage, checkpoint_folders(config, workspace, dataset, job), strict=True):
-        done = _committed_or_trained(config, workspace, dataset, part, folder, parents, progress)
+        done.append(_committed_or_trained(config, workspace, dataset, part, folder, parents, progress))
         parents[folder.name] = tensors_digest(folder)
     if lineage[-1].stage == job.stage:
-        return replace(done, job=job)
-    return replace(done, job=job, seconds=0.0, trained_parameters=0, bytes=0, targets=0)
+        return replace(done[-1], job=job)
+    return replace(done[-1], job=job, seconds=0.0, trained_parameters=0, bytes=0, targets=0)
 
 
 def lineage_folders(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> list[Path]:
