@@ -180,6 +180,21 @@ def tensors_digest(folder: Path) -> str:
     return digest_of({row["name"]: row["sha256"] for row in rows if row["name"].endswith(".safetensors")})
 
 
+def other_inputs(folder: Path, inputs: Mapping[str, Any]) -> str | None:
+    """Why the checkpoint in `folder` is not the one its name promises, or None.
+
+    Args:
+        folder: a checkpoint whose files are as its manifest says.
+        inputs: what its key is the digest of, as `commit_inputs` says.
+    """
+    made_with = read_json(folder / "state.json").get("inputs")
+    if not isinstance(made_with, dict):
+        return "written by an earlier version, which did not note what it was made with"
+    wanted = json.loads(json.dumps(inputs))
+    wrong = sorted(name for name in wanted.keys() | made_with.keys() if wanted.get(name) != made_with.get(name))
+    return f"it was made with another {', '.join(wrong)}" if wrong else None
+
+
 def stale_parent(folder: Path, parents: Mapping[str, str]) -> str | None:
     """Why the checkpoint in `folder` no longer follows from its lineage, or None.
 

@@ -7,10 +7,10 @@ import traceback
 from random import Random
 from typing import Any
 
-from benchmarks.faults import kills
+from benchmarks.faults import kills, storage
 from benchmarks.faults.harness import Bench, Row
 
-TABLE: tuple[Row, ...] = tuple(sorted(kills.TABLE, key=lambda row: row.number))
+TABLE: tuple[Row, ...] = tuple(sorted((*kills.TABLE, *storage.TABLE), key=lambda row: row.number))
 
 
 def tried(row: Row, bench: Bench, count: int, seed: int) -> dict[str, Any]:
