@@ -335,7 +335,9 @@ DISK_FULL_WORDS = ("no space left", "disk is full", "database or disk is full")
 
 
 def _machine_fault(error: Exception) -> str | None:
-    """The sentence for a full or read-only disk; None for anything else."""
+    """The sentence for a disk or memory that fails; None for anything else."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory; lower training.micro_batch_size or evaluation.batch_size, then run `driftrec resume`"
     place = _running_in[-1] if _running_in else "the disk"
     if not isinstance(error, OSError) or error.errno is None:
         full = any(words in str(error).lower() for words in DISK_FULL_WORDS)

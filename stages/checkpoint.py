@@ -61,11 +61,15 @@ def read_tensors(folder: Path, prefix: str = "model") -> Tensors:
     """Load a verified checkpoint's tensors.
 
     Raises:
-        UserError: a stored value is not finite.
+        UserError: a stored value is not finite, or not float32.
     """
     parts = {name: load_file(folder / name) if (folder / name).exists() else {} for name in (ADAPTER, ROWS, BACKBONE)}
     for file, tensors in parts.items():
         for name, value in tensors.items():
+            if value.dtype != torch.float32:
+                raise UserError(
+                    f"{folder / file}: {name} has type {value.dtype}, not float32; remove the folder and train again"
+                )
             if not torch.isfinite(value).all():
                 raise UserError(f"{folder / file}: {name} holds NaN or infinity; remove the folder and train again")
     return Tensors(adapter=lora.own_names(parts[ADAPTER], prefix), rows=parts[ROWS], backbone=parts[BACKBONE])

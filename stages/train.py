@@ -331,10 +331,13 @@ class Fit:
         order = np.random.default_rng([self.seed % 2**32, epoch])
         for chosen in batches(self.examples.training, self.settings.batch_size, order):
             numbers = self.step(self._micro_batches(chosen))
-            if not np.isfinite(numbers["ce"]):
-                raise UserError(
-                    f"the loss became {numbers['ce']} in epoch {epoch}; lower training.learning_rate. Nothing was saved"
-                )
+            # A gradient that is not finite spoils the weights, which the next loss would show; there may be none.
+            for name, value in (("loss", numbers["ce"]), ("gradient's norm", numbers.get("gradient_norm", 0.0))):
+                if not np.isfinite(value):
+                    raise UserError(
+                        f"the {name} became {value} in epoch {epoch}, in the batch that begins with window "
+                        f"{chosen[0]}; lower training.learning_rate. Nothing was saved"
+                    )
             yield numbers
 
     def _micro_batches(self, chosen: np.ndarray) -> Iterator[Losses]:

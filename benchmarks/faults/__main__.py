@@ -36,7 +36,7 @@ def main(words: list[str] | None = None) -> int:
     from benchmarks.faults.harness import Bench
 
     with tempfile.TemporaryDirectory(prefix="driftrec-faults-") as folder:
-        return table(wish, Bench(Path(folder)))
+        return table(wish, Bench(Path(folder), commands=not wish.quick))
 
 
 def table(wish: argparse.Namespace, bench: Bench) -> int:

@@ -6,7 +6,7 @@ work and not ten seconds of imports. Nothing here is a stand-in: a kill is SIGKI
 
 from __future__ import annotations
 
-import errno
+import json
 import os
 import resource
 import signal
@@ -20,13 +20,11 @@ from typing import Any
 import polars as pl
 import torch
 
-import flows.plain
-import flows.running
-import flows.tracking
-from flows import cli, mirror
+from flows import cli, mirror, terminal
 from flows.experiment import exclusive, remember_trained
 from models.generative import GenerativeModel
 from stages import checkpoint, evaluate, jobs, summary  # noqa: F401
+from stages.config import load_config
 from stages.train import train_stage
 from stages.workspace import Workspace, sweep
 
@@ -71,7 +69,7 @@ def run(task: dict[str, Any]) -> None:
 def learn(task: dict[str, Any]) -> None:
     """Train and test lineages with the lock and the sweep of a command, but without its report."""
     place, config = Workspace(Path(task["root"])), task["config"]
-    with exclusive(place) if task.get("lock", True) else nullcontext():
+    with terminal.watching(), exclusive(place) if task.get("lock", True) else nullcontext():
         sweep(place.root)
         for method, seed, protocol, last in task["jobs"]:
             for stage in range(last + 1):
@@ -85,7 +83,9 @@ def learn(task: dict[str, Any]) -> None:
 
 def answers(task: dict[str, Any]) -> None:
     """Make the workspace's tracking store."""
-    flows.tracking.answers(Workspace(Path(task["root"])))
+    from flows import tracking
+
+    tracking.answers(Workspace(Path(task["root"])))
 
 
 def arm(fault: dict[str, Any]) -> None:
@@ -93,7 +93,8 @@ def arm(fault: dict[str, Any]) -> None:
 
     `kill`, `stop`, `error`: at the `at`-th durable operation (before it is carried out); `count` writes how many there
     were to `to`. `kill_record`: when MLflow is about to be written. `fsize`: no file may grow beyond `bytes`.
-    `memory`: `bytes` of address space more than now. `poison`: the `at`-th training loss is `value`.
+    `memory`: `bytes` of address space more than now. `poison`: the `at`-th training loss is multiplied by `value`, or
+    its gradient becomes NaN. `slow`: every loss takes `seconds` longer. `clock`: clocks are off by `seconds`.
     """
     kind = fault["kind"]
     if kind in ("kill", "stop", "error", "count"):
@@ -108,6 +109,8 @@ def arm(fault: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size + fault["bytes"],) * 2)
     elif kind == "poison":
         _poison(fault)
+    elif kind == "clock":
+        _shift_clock(fault["seconds"])
     elif kind == "slow":
         _slow(fault)
     else:
@@ -162,6 +165,14 @@ def _poison(fault: dict[str, Any]) -> None:
     GenerativeModel.loss = loss  # type: ignore[method-assign]
 
 
+def _shift_clock(seconds: float) -> None:
+    """Every clock a run could ask is wrong by so much."""
+    honest = time.time
+    time.time = lambda: honest() + seconds
+    os.environ["TZ"] = "Pacific/Apia" if seconds > 0 else "America/New_York"
+    time.tzset()
+
+
 def _slow(fault: dict[str, Any]) -> None:
     """A training that takes its time, so that it can be met in the middle."""
     honest = GenerativeModel.loss
@@ -173,4 +184,6 @@ def _slow(fault: dict[str, Any]) -> None:
     GenerativeModel.loss = loss  # type: ignore[method-assign]
 
 
-ENOSPC, EIO = errno.ENOSPC, errno.EIO
+if __name__ == "__main__":
+    wanted = json.loads(sys.argv[1])
+    run({**wanted, "config": load_config(Path(wanted["config"]))} if "config" in wanted else wanted)

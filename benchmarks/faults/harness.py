@@ -138,13 +138,15 @@ class Bench:
 
     Args:
         folder: empty.
+        commands: whole commands will be run, which need Prefect and MLflow; without them the start is quicker.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, commands: bool = True) -> None:
         self.folder = folder
         self.number = 0
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["benchmarks.faults.child"])
+        self.commands = commands
+        self.context.set_forkserver_preload(["benchmarks.faults.child", *(["benchmarks.faults.warm"] * commands)])
         self.source = folder / "source"
         self.first_inputs = ""
         self._known: dict[str, Undisturbed] = {}
@@ -182,7 +184,8 @@ class Bench:
             from stages.items import build_semantic_ids
 
             build_semantic_ids(self.config, Workspace(self._template))
-            self.launch(work="answers", root=str(self._template)).end()
+            if self.commands:
+                self.launch(work="answers", root=str(self._template)).end()
         place = self.place()
         shutil.copytree(self._template, place)
         return place

@@ -34,7 +34,7 @@ def disk_full(bench: Bench, count: int, rng: Random) -> Iterator[str]:
         if number % 3 == 0 and os.geteuid() == 0:
             yield on_small_disk(bench, root, rng)
         elif number % 3 == 1:
-            fault = {"kind": "fsize", "bytes": rng.randrange(200, 4000)}
+            fault = {"kind": "fsize", "bytes": rng.randrange(100, 1500)}
             yield refused(bench.learn(root, faults=[fault]), "") or sound(root) or bench.resumed(root)
         else:
             fault = {"kind": "error", "errno": errno.ENOSPC, "at": rng.randrange(1, 30)}
@@ -48,7 +48,7 @@ def on_small_disk(bench: Bench, root: Path, rng: Random) -> str:
     small = bench.place()
     small.mkdir()
     used = sum(path.stat().st_size + 4096 for path in root.rglob("*"))
-    size = used + rng.randrange(20_000, 200_000)
+    size = used + rng.randrange(4_000, 24_000)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)], check=True)  # noqa: S607
     try:
         place = small / "w"
@@ -140,7 +140,7 @@ def rotten(bench: Bench, count: int, rng: Random) -> Iterator[str]:
 
 
 def cut(bench: Bench, count: int, rng: Random) -> Iterator[str]:
-    """A file of a checkpoint truncated, emptied, missing, or one too many: set aside, and trained again to the bytes."""
+    """A file of a checkpoint truncated, emptied, missing, or one too many: set aside, and trained again."""
     for number in range(count):
         root = bench.place()
         shutil.copytree(bench.learned.root, root)

@@ -7,10 +7,15 @@ import traceback
 from random import Random
 from typing import Any
 
-from benchmarks.faults import kills, storage
+from benchmarks.faults import hostile, intake, kills, servers, storage, together, training
 from benchmarks.faults.harness import Bench, Row
 
-TABLE: tuple[Row, ...] = tuple(sorted((*kills.TABLE, *storage.TABLE), key=lambda row: row.number))
+TABLE: tuple[Row, ...] = tuple(
+    sorted(
+        (*kills.TABLE, *storage.TABLE, *intake.TABLE, *hostile.TABLE, *servers.TABLE, *together.TABLE, *training.TABLE),
+        key=lambda row: row.number,
+    )
+)
 
 
 def tried(row: Row, bench: Bench, count: int, seed: int) -> dict[str, Any]:
