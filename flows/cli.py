@@ -382,16 +382,22 @@ DISK_FULL_WORDS = ("no space left", "disk is full", "database or disk is full")
 
 
 def _machine_fault(error: Exception) -> str | None:
-    """The sentence for a full or read-only disk; None for anything else."""
+    """The sentence for a disk or memory that fails; None for anything else."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory; lower training.micro_batch_size or evaluation.batch_size, then run `driftrec resume`"
     place = _running_in[-1] if _running_in else "the disk"
     if not isinstance(error, OSError) or error.errno is None:
         full = any(words in str(error).lower() for words in DISK_FULL_WORDS)
+        if not full and "file too large (os error" in str(error).lower():
+            return _machine_fault(OSError(errno.EFBIG, "", str(place)))
         return f"{place}: {DISK_FULL}" if full else None
     place = error.filename or place
     faults = {
         errno.ENOSPC: DISK_FULL,
         errno.EDQUOT: "the disk quota is used up; free some space and run `driftrec resume`",
         errno.EROFS: "the file system is read-only; choose another --workspace",
+        errno.EFBIG: "a file may not grow that large here (ulimit -f); raise the limit and run `driftrec resume`",
+        errno.EIO: "the disk gave an input/output error; look at it, then run `driftrec resume`",
         errno.EACCES: "permission denied; choose another --workspace or mend its rights",
     }
     return f"{place}: {faults[error.errno]}" if error.errno in faults else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ def run(name: str, arguments: dict[str, Any], interrupted: str | None = None) ->
     """Run the flow called `name`; a killed earlier run of it is marked as crashed first.
 
     Prefect shows and schedules, the work does not need it: where its server is out of reach, or goes away, the run goes
-    on without it and says so.
+    on without it and says so. `DRIFTREC_PREFECT=off` leaves it out from the start.
 
     Args:
         name: of the flow.
@@ -36,6 +37,8 @@ def run(name: str, arguments: dict[str, Any], interrupted: str | None = None) ->
     Returns:
         The report's folder.
     """
+    if os.environ.get("DRIFTREC_PREFECT") == "off" and name in KNOWN:
+        return run_plainly(name, arguments)
     try:
         with _own_server_if_theirs_is_silent():
             if interrupted is not None:

@@ -7,11 +7,14 @@ here is ever resized. Remote code and pickled weights are refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel
+
+from models.untrusted import check_model_folder
 
 CONTROL_TOKENS = 4
 """Rows of `small`'s own vocabulary: beginning of sequence, and three spare ones; those of text, if any, follow."""
@@ -69,6 +72,11 @@ def pretrained_backbone(path: str) -> Backbone:
     Raises:
         ValueError: no safetensors weights there, an encoder-decoder, or a state that is not plain attention.
     """
+    if Path(path).is_dir():
+        try:
+            check_model_folder(Path(path))
+        except ValueError as error:
+            raise ValueError(f"backbone.path: {error}") from None
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False

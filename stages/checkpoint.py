@@ -61,11 +61,15 @@ def read_tensors(folder: Path, prefix: str = "model") -> Tensors:
     """Load a verified checkpoint's tensors.
 
     Raises:
-        UserError: a stored value is not finite.
+        UserError: a stored value is not finite, or not float32.
     """
     parts = {name: load_file(folder / name) if (folder / name).exists() else {} for name in (ADAPTER, ROWS, BACKBONE)}
     for file, tensors in parts.items():
         for name, value in tensors.items():
+            if value.dtype != torch.float32:
+                raise UserError(
+                    f"{folder / file}: {name} has type {value.dtype}, not float32; remove the folder and train again"
+                )
             if not torch.isfinite(value).all():
                 raise UserError(f"{folder / file}: {name} holds NaN or infinity; remove the folder and train again")
     return Tensors(adapter=lora.own_names(parts[ADAPTER], prefix), rows=parts[ROWS], backbone=parts[BACKBONE])
@@ -178,6 +182,21 @@ def tensors_digest(folder: Path) -> str:
     """
     rows = read_json(folder / MANIFEST)["files"]
     return digest_of({row["name"]: row["sha256"] for row in rows if row["name"].endswith(".safetensors")})
+
+
+def other_inputs(folder: Path, inputs: Mapping[str, Any]) -> str | None:
+    """Why the checkpoint in `folder` is not the one its name promises, or None.
+
+    Args:
+        folder: a checkpoint whose files are as its manifest says.
+        inputs: what its key is the digest of, as `commit_inputs` says.
+    """
+    made_with = read_json(folder / "state.json").get("inputs")
+    if not isinstance(made_with, dict):
+        return "written by an earlier version, which did not note what it was made with"
+    wanted = json.loads(json.dumps(inputs))
+    wrong = sorted(name for name in wanted.keys() | made_with.keys() if wanted.get(name) != made_with.get(name))
+    return f"it was made with another {', '.join(wrong)}" if wrong else None
 
 
 def stale_parent(folder: Path, parents: Mapping[str, str]) -> str | None:

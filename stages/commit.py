@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from stages.config import Config
 from stages.dataset import Dataset
@@ -61,13 +62,18 @@ def commit_key(config: Config, dataset: Dataset, job: Job) -> str:
 
 
 def commit_keys(config: Config, dataset: Dataset, job: Job) -> list[str]:
-    """The key of every checkpoint in `job`'s lineage, stage 0 first: one pass, as each holds the one before it."""
-    keys: list[str] = []
+    """The key of every checkpoint in `job`'s lineage, stage 0 first."""
+    return [digest_of(inputs) for inputs in commit_inputs(config, dataset, job)]
+
+
+def commit_inputs(config: Config, dataset: Dataset, job: Job) -> list[dict[str, Any]]:
+    """What each key of `job`'s lineage is the digest of, stage 0 first: one pass, as each names the one before it."""
+    found: list[dict[str, Any]] = []
     weights = _weights_digest(config.backbone.path)
     searching = {} if dataset.interactions.query is None else {"search": config.search.model_dump(exclude={"repeats"})}
     for part in lineage_jobs(config, job):
         settings = None if part.method == FIRST else config.method(part.method).model_dump()
-        key = {
+        inputs = {
             **searching,
             "code": CODE_VERSION,
             "method": settings,
@@ -79,10 +85,10 @@ def commit_keys(config: Config, dataset: Dataset, job: Job) -> list[str]:
             "weights": weights,
             "adapter": config.adapter.model_dump(),
             "training": config.training.model_dump(exclude=_unread(config, part)),
-            "parent": keys[-1] if keys else None,
+            "parent": digest_of(found[-1]) if found else None,
         }
-        keys.append(digest_of(key))
-    return keys
+        found.append(inputs)
+    return found
 
 
 def _unread(config: Config, job: Job) -> set[str]:

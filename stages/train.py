@@ -22,6 +22,7 @@ from models.generative import GenerativeModel
 from models.words import Vocabulary, WordVocabulary
 from stages.checkpoint import (
     fault_of,
+    other_inputs,
     quarantine,
     size_of,
     stale_parent,
@@ -29,7 +30,15 @@ from stages.checkpoint import (
     trained_tensors,
     write_checkpoint,
 )
-from stages.commit import FIRST, checkpoint_folder, checkpoint_folders, commit_key, lineage_jobs, method_of
+from stages.commit import (
+    FIRST,
+    checkpoint_folder,
+    checkpoint_folders,
+    commit_inputs,
+    commit_key,
+    lineage_jobs,
+    method_of,
+)
 from stages.config import Config, TrainingConfig
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
@@ -62,13 +71,16 @@ def train_stage(config: Config, workspace: Workspace, job: Job, progress: Progre
     if not 0 <= job.stage < dataset.stages:
         raise UserError(f"stage {job.stage} does not exist; the log has stages 0 to {dataset.stages - 1}")
     lineage = lineage_jobs(config, job)
+    done: list[Checkpoint] = []
     parents: dict[str, str] = {}
-    for part, folder in zip(lineage, checkpoint_folders(config, workspace, dataset, job), strict=True):
-        done = _committed_or_trained(config, workspace, dataset, part, folder, parents, progress)
+    inputs = commit_inputs(config, dataset, job)
+    for number, folder in enumerate(checkpoint_folders(config, workspace, dataset, job)):
+        fault = partial(_fault, folder, inputs[number], dict(parents))
+        done.append(_committed_or_trained(config, workspace, dataset, lineage[number], folder, fault, progress))
         parents[folder.name] = tensors_digest(folder)
     if lineage[-1].stage == job.stage:
-        return replace(done, job=job)
-    return replace(done, job=job, seconds=0.0, trained_parameters=0, bytes=0, targets=0)
+        return replace(done[-1], job=job)
+    return replace(done[-1], job=job, seconds=0.0, trained_parameters=0, bytes=0, targets=0)
 
 
 def lineage_folders(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> list[Path]:
@@ -79,16 +91,16 @@ def lineage_folders(config: Config, workspace: Workspace, dataset: Dataset, job:
     """
     folders = checkpoint_folders(config, workspace, dataset, job)
     parents: dict[str, str] = {}
-    for folder in folders:
-        if fault := _fault(folder, parents):
+    for folder, inputs in zip(folders, commit_inputs(config, dataset, job), strict=True):
+        if fault := _fault(folder, inputs, parents):
             raise UserError(f"{folder}: {fault}; run the same command again to train this stage")
         parents[folder.name] = tensors_digest(folder)
     return folders
 
 
-def _fault(folder: Path, parents: Mapping[str, str]) -> str | None:
-    """Why the checkpoint in `folder` cannot be used: its own files, or the ones it was trained from."""
-    return fault_of(folder) or stale_parent(folder, parents)
+def _fault(folder: Path, inputs: Mapping[str, Any], parents: Mapping[str, str]) -> str | None:
+    """Why the checkpoint in `folder` cannot be used: its files, what it was made with, or what it was trained from."""
+    return fault_of(folder) or other_inputs(folder, inputs) or stale_parent(folder, parents)
 
 
 def restore_model(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> GenerativeModel:
@@ -142,14 +154,14 @@ def _committed_or_trained(
     dataset: Dataset,
     job: Job,
     folder: Path,
-    parents: Mapping[str, str],
+    look: Callable[[], str | None],
     progress: Progress,
 ) -> Checkpoint:
-    reused = _fault(folder, parents) is None
+    reused = look() is None
     if not reused:
         lock = workspace.locks / f"{job.protocol}-{job.method}-seed{job.seed}.lock"
         with held(lock):  # looked at again under the lock: another process may have committed or set aside meanwhile
-            fault = _fault(folder, parents)
+            fault = look()
             reused = fault is None
             if fault is not None and folder.exists():
                 quarantine(folder, fault)
@@ -198,6 +210,7 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         "schema": 1,
         "job": asdict(job),
         "key": commit_key(config, dataset, job),
+        "inputs": commit_inputs(config, dataset, job)[-1],
         "seconds": time.perf_counter() - started,
         "trained_parameters": moved,
         "targets": sum(examples.targets.values()),
@@ -296,10 +309,13 @@ class Fit:
         order = np.random.default_rng([self.seed % 2**32, epoch])
         for chosen in self.examples.epoch(self.settings.batch_size, order):
             numbers = self.step(self._micro_batches(chosen))
-            if not np.isfinite(numbers["ce"]):
-                raise UserError(
-                    f"the loss became {numbers['ce']} in epoch {epoch}; lower training.learning_rate. Nothing was saved"
-                )
+            # A gradient that is not finite spoils the weights, which the next loss would show; there may be none.
+            for name, value in (("loss", numbers["ce"]), ("gradient's norm", numbers.get("gradient_norm", 0.0))):
+                if not np.isfinite(value):
+                    raise UserError(
+                        f"the {name} became {value} in epoch {epoch}, in the batch that begins with window "
+                        f"{chosen[0]}; lower training.learning_rate. Nothing was saved"
+                    )
             yield numbers
 
     def _micro_batches(self, chosen: Mapping[str, np.ndarray]) -> Iterator[Losses]:

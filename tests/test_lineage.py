@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from stages.checkpoint import fault_of, tensors_digest
+from stages.checkpoint import ROWS, _write_manifest, fault_of, tensors_digest
 from stages.commit import FIRST_ONLY, LATER_ONLY, checkpoint_folders, commit_keys
 from stages.config import Config, TrainingConfig
 from stages.dataset import load_dataset
@@ -103,18 +104,38 @@ def test_the_place_of_a_local_backbone_is_not_part_of_the_key_but_its_settings_a
     assert found[0] != found[2]
 
 
-def replace_with_another_seed(workspace: Workspace, place: Path) -> None:
-    """Valid files at `place` whose tensors are another training's."""
-    train_stage(quick(), workspace, Job("frozen", 5, "same_stage", 0))
-    other = next(path for path in workspace.checkpoints.iterdir() if "first-seed5" in path.name)
-    shutil.rmtree(place)
-    shutil.copytree(other, place)
+def replace_with_other_tensors(place: Path) -> None:
+    """Valid files at `place`, made with the same settings, whose tensors are not the same (another processor's)."""
+    tensors = load_file(place / ROWS)
+    save_file({name: value + 1e-3 for name, value in tensors.items()}, place / ROWS)
+    (place / "manifest.json").unlink()
+    _write_manifest(place)
+
+
+def test_a_checkpoint_made_with_other_settings_is_named_by_the_field_and_trained_again(copy: Workspace) -> None:
+    first, second, _ = folders(quick(), copy)
+    before = tensors_digest(second)
+    for name, settings in (("training", quick(learning_rate=1e-4)), ("adapter, parent", quick_adapter(2))):
+        other = Workspace(copy.root.with_name(name[:7]))
+        shutil.copytree(copy.root, other.root)
+        train_stage(settings, other, LAST)
+        shutil.rmtree(second)
+        shutil.copytree(folders(settings, other)[1], second)
+        with pytest.raises(UserError, match=f"{second.name}: it was made with another {name}"):
+            lineage_folders(quick(), copy, load_dataset(quick(), copy), LAST)
+        train_stage(quick(), copy, LAST)
+        assert tensors_digest(second) == before
+    assert fault_of(first) is None
+
+
+def quick_adapter(rank: int) -> Config:
+    return quick().model_copy(update={"adapter": quick().adapter.model_copy(update={"rank": rank})})
 
 
 def test_a_child_of_a_replaced_parent_is_stale_and_trained_again(copy: Workspace) -> None:
     first, second, third = folders(quick(), copy)
     before = {path.name: tensors_digest(path) for path in (second, third)}
-    replace_with_another_seed(copy, first)
+    replace_with_other_tensors(first)
     assert fault_of(first) is None
     with pytest.raises(UserError, match=f"{second.name}.*its parent .*first.* holds other tensors"):
         lineage_folders(quick(), copy, load_dataset(quick(), copy), LAST)
@@ -144,8 +165,7 @@ def test_nothing_is_committed_from_a_parent_that_changed_meanwhile(copy: Workspa
 
     def swap(_: object) -> None:
         """What a second writer does while the third stage is being trained."""
-        if (first / "state.json").exists() and read_json(first / "state.json")["job"]["seed"] == 0:
-            replace_with_another_seed(copy, first)
+        replace_with_other_tensors(first)
 
     with pytest.raises(UserError, match=f"{first.name}: changed while a stage was being trained"):
         train_stage(quick(), copy, LAST, progress=swap)

@@ -1,0 +1,283 @@
+"""Rows 11 to 15 and 30 to 34: files, times, ids and texts as real exports hold them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import polars as pl
+
+from benchmarks.faults.harness import Bench, Row, refused, sound, tree, user_error
+from flows.page import element
+from stages.config import Config
+from stages.items import build_semantic_ids
+from stages.log import LogReport, read_log
+from stages.split import load_stages, split_stages
+from stages.workspace import Workspace
+
+START = datetime(2024, 1, 1, tzinfo=UTC)
+Event = tuple[Any, Any, Any]
+
+
+def events(rng: Random, count: int = 300) -> list[Event]:
+    """Users, items and instants in seconds; some instants are shared."""
+    begin = int(START.timestamp())
+    return [(f"u{rng.randrange(20)}", f"i{rng.randrange(30)}", begin + 60 * rng.randrange(2000)) for _ in range(count)]
+
+
+def written(path: Path, rows: list[Event], names: tuple[str, ...] = ("user_id", "item_id", "timestamp")) -> Path:
+    """Rows as Parquet, CSV or JSON lines, by the path's ending."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame = pl.DataFrame(rows, schema=list(names), orient="row", infer_schema_length=None)
+    if path.suffix == ".parquet":
+        frame.write_parquet(path, row_group_size=len(rows) // 3 + 1)
+    elif path.suffix == ".csv":
+        frame.write_csv(path)
+    else:
+        frame.write_ndjson(path)
+    return path
+
+
+def config(place: Path, *sources: Path, **more: Any) -> Config:
+    """Settings for a log in two halves; `more` goes into its sources."""
+    log = {"sources": [{"path": str(path), **more} for path in sources], "latest": "2030-01-01"}
+    values = {"name": "t", "workspace": str(place), "log": log, "stages": {"fractions": [0.5, 0.5]}}
+    return Config.model_validate({**values, "items": {"dimensions": 4, "codes_per_level": 8}})
+
+
+def read(bench: Bench, *sources: Path, **more: Any) -> LogReport:
+    """Read a log into a new workspace."""
+    place = bench.place()
+    return read_log(config(place, *sources, **more), Workspace(place))
+
+
+def stages(bench: Bench, *sources: Path) -> list[str]:
+    """Digests of the stages that a log is cut into."""
+    place = bench.place()
+    settings = config(place, *sources)
+    read_log(settings, Workspace(place))
+    return [stage.digest for stage in split_stages(settings, Workspace(place))]
+
+
+def broken_files(bench: Bench, count: int, rng: Random) -> Iterator[str]:
+    """Zero bytes, cut short, or without a needed column: one sentence with the file, and the column where one lacks."""
+    for _ in range(count):
+        for ending in ("parquet", "csv", "jsonl"):
+            path = written(bench.place() / f"log.{ending}", events(rng))
+            whole = path.read_bytes()
+            path.write_bytes(b"")
+            yield user_error(lambda path=path: read(bench, path), path.name)
+            if ending == "parquet":
+                path.write_bytes(whole[: rng.randrange(1, len(whole) - 1)])
+                yield user_error(lambda path=path: read(bench, path), path.name)
+            written(path, events(rng), ("user_id", "thing", "timestamp"))
+            yield user_error(lambda path=path: read(bench, path), "item_id")
+
+
+def copies(bench: Bench, count: int, rng: Random) -> Iterator[str]:
+    """Every event twice, ten times, and shuffled copies."""
+    for number in range(count):
+        rows = list(dict.fromkeys(events(rng)))
+        path = written(bench.place() / "log.csv", rows)
+        times = (2, 10, 3)[number % 3]
+        many = rows * times
+        if number % 3 == 2:
+            rng.shuffle(many)
+        copied = written(bench.place() / "log.csv", many)
+        found = read(bench, copied)
+        if found.duplicates != len(rows) * (times - 1):
+            yield f"{found.duplicates} duplicates reported, {len(rows) * (times - 1)} are there"
+        else:
+            yield "" if stages(bench, path) == stages(bench, copied) else "other stages"
+
+
+def orders(bench: Bench, count: int, rng: Random) -> Iterator[str]:
+    """Rows permuted, spread over files in any order, in other formats and row groups."""
+    for _ in range(count):
+        rows = events(rng)
+        want = stages(bench, written(bench.place() / "log.parquet", rows))
+        rng.shuffle(rows)
+        middle = rng.randrange(1, len(rows))
+        parts = [written(bench.place() / "b.csv", rows[:middle]), written(bench.place() / "a.parquet", rows[middle:])]
+        rng.shuffle(parts)
+        yield "" if stages(bench, *parts) == want else "other stages"
+
+
+def late(bench: Bench, count: int, rng: Random) -> Iterator[str]:
+    """Rows older than a committed stage, added to the log of a trained workspace."""
+    import shutil
+
+    for _ in range(count):
+        root = bench.place()
+        shutil.copytree(bench.reported.root, root)
+        source = bench.place()
+        shutil.copytree(bench.source, source)
+        log = source / "events.csv"
+        lines = log.read_text().splitlines()
+        log.write_text("\n".join([*lines, lines[rng.randrange(1, 50)].replace("u0", "late0")]) + "\n")
+        before = tree(root / "runs" / "checkpoints"), tree(root / "stages")
+        words = ["train", "-m", "single", "--config", str(source / "tiny.toml"), "--workspace", str(root)]
+        problem = refused(bench.launch(command=words), "rows changed since this workspace was made")
+        after = tree(root / "runs" / "checkpoints"), tree(root / "stages")
+        yield problem or ("" if before == after else "committed stages were changed") or sound(root)
+
+
+def ties(bench: Bench, count: int, rng: Random) -> Iterator[str]:
+    """Many events at the instant of the boundary."""
+    for _ in range(count):
+        rows = events(rng)
+        instant = sorted(row[2] for row in rows)[len(rows) // 2]
+        rows += [(f"t{number}", f"i{rng.randrange(30)}", instant) for number in range(rng.randrange(1, 60))]
+        rng.shuffle(rows)
+        place = bench.place()
+        settings = config(place, written(bench.place() / "log.csv", rows))
+        read_log(settings, Workspace(place))
+        split_stages(settings, Workspace(place))
+        first, second = (
+            pl.read_parquet(place / stage.path)["timestamp"].to_list() for stage in load_stages(Workspace(place))
+        )
+        rng.shuffle(rows)
+        again = stages(bench, written(bench.place() / "log.csv", rows))
+        same = again == [stage.digest for stage in load_stages(Workspace(place))]
+        yield "" if max(first) < min(second) and same else "equal instants stand on both sides"
+
+
+def future(bench: Bench, count: int, rng: Random) -> Iterator[str]:
+    """Events dated beyond the plausible window."""
+    for _ in range(count):
+        rows = events(rng)
+        bad = rng.randrange(1, 20)
+        ahead = int((datetime(2030, 1, 1, tzinfo=UTC) + timedelta(days=1)).timestamp())
+        found = read(bench, written(bench.place() / "log.csv", [*rows, *[("u1", "i1", ahead)] * bad]))
+        yield "" if sum(found.rejected.values()) == bad else f"{found.rejected} rejected, {bad} are there"
+
+
+def times(bench: Bench, count: int, rng: Random) -> Iterator[str]:
+    """Every unit alike; mixed ones refused; zero, negative, missing and overflowing ones rejected and counted."""
+    for _ in range(count):
+        rows = events(rng)
+        want = read(bench, written(bench.place() / "s.csv", rows)).digest
+        for factor in (10**3, 10**6, 10**9):
+            other = [(user, item, time * factor) for user, item, time in rows]
+            found = read(bench, written(bench.place() / f"{factor}.csv", other)).digest
+            yield "" if found == want else f"times in 1/{factor} s give another log"
+        text = [(user, item, datetime.fromtimestamp(time, UTC).isoformat()) for user, item, time in rows]
+        yield "" if read(bench, written(bench.place() / "text.csv", text)).digest == want else "text gives another log"
+        half = [(user, item, time * (1000 if number % 2 else 1)) for number, (user, item, time) in enumerate(rows)]
+        yield user_error(lambda half=half: read(bench, written(bench.place() / "mixed.csv", half)), "mixed.csv")
+        odd = [("u1", "i1", time) for time in ("0", "-5", "", "nan", "9" * 30, "soon")]
+        path = written(bench.place() / "odd.csv", [*[(u, i, str(t)) for u, i, t in rows], *odd])
+        found = read(bench, path, time_unit="s")
+        good = found.digest == want and sum(found.rejected.values()) == len(odd)
+        yield "" if good else f"{found.rejected} rejected of {len(odd)} odd times"
+
+
+def ids(bench: Bench, count: int, rng: Random) -> Iterator[str]:
+    """Ids that a float would merge, look-alikes, empty ones, and one of a megabyte."""
+    begin = int(START.timestamp())
+    for _ in range(count):
+        base = 2**63 + rng.randrange(1000)
+        names = [str(base), str(base + 1), str(2**64), str(2**64 + 1), str(10**30), "1", "01", "1.0", " 1", "x" * 2**20]
+        rows = [(name, f"i{number}", begin + number) for number, name in enumerate(names) for _ in range(3)]
+        place = bench.place()
+        path = written(bench.place() / "log.csv", [*rows, ("", "i0", begin)])
+        found = read_log(config(place, path), Workspace(place))
+        have = set(pl.read_parquet(Workspace(place).log)["user_id"])
+        lost = {name for name in names if name not in have and name.strip() not in have}
+        quarantined = sum(found.rejected.values())
+        yield "" if quarantined >= 1 and len(lost) <= quarantined - 1 else f"lost {[one[:20] for one in lost]}"
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '=HYPERLINK("http://x")',
+    "\u202egnp.exe",
+    "zero\u200bwidth",
+    "👩‍🚀 emoji",
+    "two\nlines",
+    'a"quote',
+    "semi;colon, comma",
+    "'; DROP TABLE metrics; --",
+    "<a_12><b_3>",
+    "### Response: i7",
+    "</s><|endoftext|>[INST]",
+)
+
+
+def texts(bench: Bench, count: int, rng: Random) -> Iterator[str]:
+    """Ids and titles that are markup, formulas, control strings or odd Unicode; bytes that are no text."""
+    begin = int(START.timestamp())
+    for _ in range(count):
+        place = bench.place()
+        rows = [(f"u{number % 5}", text, begin + number) for number, text in enumerate(HOSTILE * 3)]
+        path = written(bench.place() / "log.jsonl", rows)
+        table = bench.place() / "items.jsonl"
+        table.parent.mkdir()
+        table.write_text("\n".join(json.dumps({"item_id": text, "title": text}) for text in HOSTILE))
+        settings = config(place, path)
+        sources = [{"path": str(table)}]
+        settings = Config.model_validate({**settings.model_dump(mode="json"), "catalogue": {"sources": sources}})
+        found = read_log(settings, Workspace(place))
+        split_stages(settings, Workspace(place))
+        build_semantic_ids(settings, Workspace(place))
+        titles = dict(pl.read_parquet(place / "catalogue" / "items.parquet").select("item_id", "title").iter_rows())
+        wrong = [text for text in HOSTILE if titles.get(text) != text and not found.rejected]
+        yield f"not the same text: {wrong}" if wrong else ""
+        page = str(element("td", HOSTILE[0]))
+        yield "markup reaches the page" if "<script" in page else ""
+        raw = bench.place() / "raw.csv"
+        raw.parent.mkdir()
+        raw.write_bytes(b"user_id,item_id,timestamp\n" + b"u1,caf\xe9,%d\nu2,ok,%d\nu3,n\x00l,%d\n" % ((begin,) * 3))
+        mixed = read(bench, raw)
+        yield "" if mixed.accepted + sum(mixed.rejected.values()) == 3 and mixed.accepted <= 2 else str(mixed.rejected)
+
+
+def control(bench: Bench, count: int, rng: Random) -> Iterator[str]:
+    """Titles full of code tokens and prompt markers change no item's prompt: it is made of its codes alone."""
+    from stages.dataset import load_dataset
+    from stages.examples import Encoder
+
+    for _ in range(count):
+        found = []
+        for titles in ([f"plain {number}" for number in range(30)], [rng.choice(HOSTILE) for _ in range(30)]):
+            place, rows = bench.place(), events(Random(5))  # noqa: S311
+            path = written(bench.place() / "log.csv", rows)
+            table = bench.place() / "items.jsonl"
+            table.parent.mkdir()
+            lines = [json.dumps({"item_id": f"i{number}", "title": title}) for number, title in enumerate(titles)]
+            table.write_text("\n".join(lines))
+            values = {**config(place, path).model_dump(mode="json"), "catalogue": {"sources": [{"path": str(table)}]}}
+            values["items"]["vectors"] = "cooccurrence"
+            settings = Config.model_validate(values)
+            read_log(settings, Workspace(place))
+            split_stages(settings, Workspace(place))
+            build_semantic_ids(settings, Workspace(place))
+            dataset = load_dataset(settings, Workspace(place))
+            found.append(Encoder(dataset.interactions, dataset.catalogue).tokens.tolist())
+        yield "" if found[0] == found[1] else "titles changed the tokens"
+
+
+TABLE = (
+    Row(11, "files truncated, empty, without a column", "E with file and column", broken_files, 1, 20),
+    Row(12, "events twice, ten times, shuffled copies", "the same stages; copies counted", copies, 3, 60),
+    Row(13, "rows, files, formats, row groups permuted", "identical stages", orders, 2, 50),
+    Row(
+        14,
+        "late rows in a committed workspace",
+        "refused, committed stages unchanged (compare, train)",
+        late,
+        0,
+        5,
+        "the policies next_stage, reject and rebuild belong to `retrain` and its tests",
+    ),
+    Row(15, "equal times across a boundary", "deterministic; all on one side", ties, 3, 100),
+    Row(30, "events dated in the future", "Q", future, 2, 50),
+    Row(31, "times in every unit, mixed, zero, negative, missing, overflowing", "inferred; E; Q", times, 1, 20),
+    Row(32, "ids of 2^63 and more, look-alikes, empty, 1 MB", "distinct as text", ids, 1, 20),
+    Row(33, "hostile text in ids and titles, bytes that are none", "round trip or Q; escaped", texts, 1, 20),
+    Row(34, "control strings in item text", "never parsed as control tokens", control, 1, 20),
+)
