@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from stages.errors import UserError
 from stages.log_config import CatalogueConfig, LogConfig, Source
 from stages.method_config import BUILT_IN, AnyMethod, MethodConfig
+from stages.retrain_config import RetrainConfig
 from stages.settings import Settings, nearest
 
 Protocol = Literal["same_stage", "next_stage"]
@@ -219,6 +220,7 @@ class Config(Settings):
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    retrain: RetrainConfig = RetrainConfig()
     methods: dict[str, AnyMethod] = Field(default_factory=dict)
     """Named settings besides the built-in ones; a built-in name may be redefined."""
     compare: tuple[str, ...] = ("frozen", "single", "peso", "cumulative_sum")
