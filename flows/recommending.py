@@ -58,7 +58,7 @@ def recommend(
     from stages.evaluate import recommender
 
     config, workspace = remembered_config(root)
-    job = choose(trained_jobs(workspace), method or _favourite(root), seed, root)
+    job = choose(trained_jobs(workspace), method or favourite(root), seed, root)
     if not 1 <= k <= config.evaluation.beam:
         raise UserError(f"-k {k}: give a number from 1 to evaluation.beam, which is {config.evaluation.beam} here")
     dataset = load_dataset(config, workspace)
@@ -96,7 +96,7 @@ def choose(trained: list[Job], method: str | None, seed: int | None, root: Path)
     return max(fitting, key=lambda job: (job.stage, job.protocol == "next_stage"))
 
 
-def _favourite(root: Path) -> str | None:
+def favourite(root: Path) -> str | None:
     """The trained method that leads the newest report's first table; None without a report."""
     from flows.steps import findings, latest_report
     from stages.workspace import Workspace

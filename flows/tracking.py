@@ -82,7 +82,7 @@ def record(
         Address of the ready-made chart, quality by stage with a line for each method.
     """
     client = MlflowClient(workspace.mlflow_uri)
-    experiment = _experiment(client, report["name"], workspace.mlflow_artifacts)
+    experiment = experiment_of(client, report["name"], workspace.mlflow_artifacts)
     book = Book(client, experiment, Findings(report), workspace, folder)
     for subject in subjects(checkpoints, evaluations):
         book.record(subject)
@@ -109,7 +109,7 @@ def chart_address(experiment: str) -> str:
     return f"{SERVER}/#/experiments/{experiment}/runs?searchFilter={wanted}&compareRunsMode=CHART"
 
 
-def _experiment(client: MlflowClient, name: str, artifacts: Path) -> str:
+def experiment_of(client: MlflowClient, name: str, artifacts: Path) -> str:
     """The experiment's id; a workspace that was moved gets a new one, or files would go to the old place."""
     place = artifacts.resolve()
     found = client.get_experiment_by_name(name)

@@ -214,7 +214,7 @@ def _commit(
     """Write new and rebuilt stages beside the old ones, then make all of them visible with one manifest."""
     ready = workspace.stages / ".next"
     shutil.rmtree(ready, ignore_errors=True)
-    need_space(workspace.root, started.estimated_size())
+    need_space(workspace.root, int(started.estimated_size()))
     changed = {index: in_order(pl.concat([_stage_rows(workspace, index), rows])) for index, rows in rebuilt.items()}
     starts = [_end_of(stages[-1]), *edges]
     for place, (start, end) in enumerate(zip(starts, edges, strict=False)):
