@@ -15,13 +15,14 @@ from flows.steps import claimed
 
 
 @flow(name="retrain")
-def retrain(config: Path, new: str | None = None, close_now: bool = False, workspace: Path | None = None) -> str:
+def retrain(config: str, new: str | None = None, close_now: bool = False, workspace: str | None = None) -> str:
     """Take new rows; for every stage that closed, train a challenger and let the gate decide.
 
     Run again, it goes on where it was killed: rows, stages, checkpoints and decisions are not made twice.
 
     Args:
-        config: TOML file of the experiment; its table [retrain] has the rules.
+        config: TOML file of the experiment; its table [retrain] has the rules. Text, as a schedule's parameters are: in
+            its process Prefect cannot look up the name `Path`.
         new: file, folder or glob to read instead of the config's sources.
         close_now: close the open stage whatever its rule says.
         workspace: absent: the config's.
@@ -29,7 +30,7 @@ def retrain(config: Path, new: str | None = None, close_now: bool = False, works
     Returns:
         What was taken and decided, in Markdown.
     """
-    plan = retraining.retrain_plan(config, workspace)
+    plan = retraining.retrain_plan(Path(config), None if workspace is None else Path(workspace))
     with exclusive(plan.workspace, reentrant=True):
         crashed.clear_last(plan.workspace)
         plan = claimed(plan)

@@ -17,7 +17,7 @@ from flows.recommending import favourite
 from flows.terminal import watcher
 from stages.config import load_config
 from stages.jobs import BASELINES, Checkpoint, Evaluation, Job
-from stages.workspace import read_json
+from stages.workspace import Workspace, read_json
 
 if TYPE_CHECKING:
     from stages.append import Intake
@@ -216,11 +216,16 @@ def name(job: Job) -> str:
 
 
 def mirror(plan: Plan, line: Entry) -> None:
+    """Copy a decision into MLflow."""
+    mirrored(plan.workspace, plan.config.name, line)
+
+
+def mirrored(workspace: Workspace, experiment: str, line: Entry) -> None:
     """Copy a decision into MLflow; the history is the truth, so a store that fails only costs a warning."""
     from flows import registry
 
     try:
-        registry.record_decision(plan.workspace, plan.config.name, line)
+        registry.record_decision(workspace, experiment, line)
     except Exception as error:
         log.warning("MLflow does not have the decision on stage %s (%s); history.jsonl has it", line["stage"], error)
 

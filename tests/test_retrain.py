@@ -28,12 +28,16 @@ def shop(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
     folder = tmp_path_factory.mktemp("retrained")
     config, place = write_shop(folder, OPEN_GATE), folder / "workspace"
-    said = [retrain(config, workspace=place), retrain(config, workspace=place)]
+
+    def nightly() -> str:
+        return retrain(str(config), workspace=str(place))
+
+    said = [nightly(), nightly()]
     write_rows(folder / "events" / "week2.csv", week(2) + week(3)[:1])
-    said.append(retrain(config, workspace=place))
+    said.append(nightly())
     config.write_text(config.read_text().replace("minimum = -1", "minimum = 1"))
     write_rows(folder / "events" / "week3.csv", [*week(3), ("u00", "i01", seconds(28))])
-    said.append(retrain(config, workspace=place))
+    said.append(nightly())
     return config, Workspace(place), said
 
 
@@ -86,7 +90,7 @@ def test_a_repeated_run_decides_nothing_twice(shop: tuple[Path, Workspace, list[
     config, workspace, _ = shop
     kept = ("stages", "open", "catalogue", "history.jsonl", "champion.json", "runs")
     before = {name: digest for name, digest in listing(workspace.root).items() if name.startswith(kept)}
-    assert "nothing to decide" in retrain(config, workspace=workspace.root)
+    assert "nothing to decide" in retrain(str(config), workspace=str(workspace.root))
     assert {name: digest for name, digest in listing(workspace.root).items() if name.startswith(kept)} == before
 
 
@@ -122,7 +126,7 @@ def test_compare_uses_grown_stages_as_they_are(shop: tuple[Path, Workspace, list
     steps.read(plan)
     assert steps.split(plan).count == 4
     assert load_stages(workspace) == before
-    assert not (experiment.read_json(workspace.root / "config.json").get("log_digest")) is None
+    assert (experiment.read_json(workspace.root / "config.json").get("log_digest")) is not None
 
 
 def test_a_killed_flow_run_is_known_by_its_workspace(shop: tuple[Path, Workspace, list[str]]) -> None:
