@@ -88,7 +88,7 @@ def differences(
 def _summed_up(means: FloatArray, draws: int) -> dict[str, Difference]:
     """(users, 2 · slices) means, challenger's first -> slice by slice."""
     count = len(SLICES)
-    found = dict.fromkeys(SLICES, Difference(None, None, None, 0, None, None))
+    found: dict[str, Difference] = {name: Difference(None, None, None, 0, None, None) for name in SLICES}
     if not len(means):
         return found
     drawn = bootstrap_means(means, draws, SEED)

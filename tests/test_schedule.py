@@ -43,11 +43,9 @@ def test_a_scheduled_run_really_executes_and_lands_in_mlflow(tmp_path: Path) -> 
     config, place = write_shop(tmp_path, GATE), Workspace(tmp_path / "workspace")
     port = free_port()
     words = ["serve-flows", "-c", config, "-w", place.root, "--every", "4", "--port", port]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
-    environment |= {"PREFECT_HOME": str(tmp_path / "prefect"), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "output.txt").open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *map(str, words)], env=environment, stdout=output, stderr=output
+            [sys.executable, "-m", "flows.cli", *map(str, words)], env=alone(tmp_path), stdout=output, stderr=output
         )
         try:
             address = f"http://127.0.0.1:{port}/api"
@@ -76,6 +74,45 @@ def states(address: str) -> set[str]:
         found = {run["state_type"]: run["state"]["message"] for run in json.load(reply)}
     assert not found.keys() & {"FAILED", "CRASHED"}, found
     return set(found)
+
+
+@pytest.mark.slow
+def test_a_killed_retraining_ends_in_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
+    """SIGKILL while it trains: the lock is free, the next run goes on, and Prefect learns that the first one died."""
+    for name in ("killed", "whole"):
+        write_shop(tmp_path / name, GATE)
+    killed, whole = (Workspace(tmp_path / name / "workspace") for name in ("killed", "whole"))
+    process = retraining(tmp_path / "killed")
+    wait_for(lambda: any(killed.checkpoints.glob("*stage00*")), process, 240)
+    process.kill()
+    process.wait()
+    assert not read_history(killed)[0]
+    for name in ("killed", "whole"):
+        assert retraining(tmp_path / name).wait(300) == 0
+    assert files(killed.checkpoints) == files(whole.checkpoints)
+    assert [line["scores"] for line in read_history(killed)[0]] == [line["scores"] for line in read_history(whole)[0]]
+    repair = [sys.executable, "-m", "flows.cli", "doctor", "-w", str(killed.root), "--repair"]
+    done = subprocess.run(repair, env=alone(tmp_path / "killed"), capture_output=True, text=True, check=True)
+    assert "no flow run is left open" in done.stdout
+
+
+def alone(folder: Path) -> dict[str, str]:
+    """An environment in which Prefect has its own folder and no server."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
+    return kept | {"PREFECT_HOME": str(folder / "prefect"), "OMP_NUM_THREADS": "1"}
+
+
+def retraining(folder: Path) -> subprocess.Popen[bytes]:
+    words = ["retrain", "-c", folder / "shop.toml", "-w", folder / "workspace"]
+    command = [sys.executable, "-m", "flows.cli", *map(str, words)]
+    return subprocess.Popen(command, env=alone(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def files(checkpoints: Path) -> dict[str, bytes]:
+    """The tensors of every checkpoint; state.json holds wall times."""
+    return {
+        str(path.relative_to(checkpoints)): path.read_bytes() for path in sorted(checkpoints.rglob("*.safetensors"))
+    }
 
 
 def test_a_named_server_that_does_not_answer_is_an_error_before_anything_runs(
