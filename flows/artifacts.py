@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from prefect.artifacts import (
@@ -15,10 +15,14 @@ from prefect.artifacts import (
 )
 from prefect.runtime import flow_run
 
-from flows import experiment, steps
+from flows import experiment, retraining, steps
 from flows.findings import HEADLINE, PROTOCOL_TITLES, Findings, Line, metric_title, sample_note
+from flows.history import Entry
 from flows.plan import Plan
 from flows.terminal import watcher
+
+if TYPE_CHECKING:
+    from stages.append import Intake
 
 STEP = 2.0
 """Percent of progress below which Prefect is not told: a message costs tens of milliseconds."""
@@ -62,6 +66,15 @@ def publish(folder: Path, chart: str | None) -> None:
     create_link_artifact((folder / "report.html").resolve().as_uri(), "report.html", key="report")
     if chart is not None:
         create_link_artifact(chart, "quality by stage in MLflow (start it with `make ui`)", key="mlflow-chart")
+
+
+def publish_decisions(intake: Intake, lines: list[Entry]) -> None:
+    """What a retraining took and decided."""
+    create_markdown_artifact(retraining.summary(intake, lines), key="decision", description="New rows and decisions")
+    for line in lines:
+        table = [{"model": model, str(line.get("metric")): score} for model, score in line.get("scores", {}).items()]
+        if table:
+            create_table_artifact(table, key="contest", description=f"On the tests of stage {line['stage']}")
 
 
 def described(title: str, findings: Findings) -> str:

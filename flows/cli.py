@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import logs
-from flows.environment import set_defaults
+from flows import logs, upkeep
+from flows.environment import RUNNING_IN, set_defaults
 from stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_running_in: list[Path] = []
-"""The workspace of the command under way, for the crash file."""
+app.add_typer(upkeep.app)
+_running_in = RUNNING_IN
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="TOML file of the experiment.")]
 Folder = Annotated[Path | None, typer.Option("--workspace", "-w", help="Folder for everything the run writes.")]
@@ -195,17 +195,23 @@ def resume(workspace: ThisFolder) -> None:
 
     command, arguments, _ = last_command(workspace)
     config = Path(arguments.pop("config"))
+    if command == "retrain":
+        upkeep.run_retrain(config, workspace, **arguments)
+        return
     _show(_flow(command, config, workspace, arguments))
 
 
 @app.command()
-def doctor(workspace: Folder = None) -> None:
+def doctor(
+    workspace: Folder = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Also close what killed runs left behind.")] = False,
+) -> None:
     """Check versions, pins, processor, threads, memory, disk and a workspace; say what to do."""
     _start(workspace)
     from flows import tables, terminal
-    from flows.doctor import examine, healthy
+    from flows.doctor import examine, healthy, repaired
 
-    checks = examine(workspace)
+    checks = [*examine(workspace), *(repaired(workspace) if repair else ())]
     console = terminal.stdout()
     marks = {"ok": "[green]ok[/]", "advice": "[yellow]advice[/]", "fault": "[red]fault[/]"}
     for check in checks:

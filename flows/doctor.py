@@ -44,6 +44,37 @@ def examine(root: Path | None = None) -> list[Check]:
     return [*checks, *(_workspace(root) if root is not None else ())]
 
 
+def repaired(root: Path | None) -> Iterator[Check]:
+    """End what killed runs left behind: flow runs that Prefect believes under way, a commit of stages cut short.
+
+    A workspace that a living process holds is left alone.
+
+    Raises:
+        UserError: no workspace was named.
+    """
+    from flows import crashed
+    from flows.champion import settle
+    from flows.experiment import exclusive
+    from stages.append import finish_commit
+    from stages.errors import UserError
+    from stages.workspace import Workspace
+
+    if root is None or not (root / "workspace.json").exists():
+        raise UserError("doctor --repair: name the workspace to repair with --workspace")
+    workspace = Workspace(root)
+    try:
+        with exclusive(workspace):
+            finish_commit(workspace)
+            settle(workspace)
+            for identity, name in crashed.dead_runs(workspace):
+                crashed.mark_crashed(identity)
+                yield Check("ok", "repair", f"flow run {name} was left running by a kill; marked as crashed")
+    except UserError as error:
+        yield Check("advice", "repair", str(error), "repair again once that run has ended")
+        return
+    yield Check("ok", "repair", "no flow run is left open")
+
+
 def healthy(checks: list[Check]) -> bool:
     """Nothing in `checks` spoils a run."""
     return all(check.level != "fault" for check in checks)

@@ -19,6 +19,8 @@ from stages.locks import holder_of, sign, try_lock
 from stages.workspace import Workspace, read_json, write_json
 
 DATA_TABLES = ("log", "catalogue", "stages", "items")
+_held: set[Path] = set()
+"""Workspaces that this process holds."""
 
 
 def open_workspace(config: Config, folder: Path | None) -> tuple[Config, Workspace]:
@@ -88,7 +90,7 @@ def check_log(workspace: Workspace, digest: str) -> None:
     if found.get("log_digest", digest) != digest and _has_runs(workspace):
         raise UserError(
             f"{workspace.root}: the log's rows changed since this workspace was made (digest {digest[:12]}, "
-            f"was {found['log_digest'][:12]}); choose another workspace for the new rows"
+            f"was {found['log_digest'][:12]}); choose another workspace, or let `driftrec retrain` take new rows"
         )
     write_json(stored, {**found, "log_digest": digest})
 
@@ -144,14 +146,22 @@ def trained_jobs(workspace: Workspace) -> list[Job]:
 
 
 @contextmanager
-def exclusive(workspace: Workspace) -> Iterator[None]:
+def exclusive(workspace: Workspace, reentrant: bool = False) -> Iterator[None]:
     """Hold the workspace for one flow: two ephemeral Prefect servers on one database lock each other out.
 
     The lock file is never deleted; the kernel frees the lock with the process.
 
+    Args:
+        workspace: what to hold.
+        reentrant: for a flow that a command of this process may hold the workspace for already.
+
     Raises:
         UserError: another process holds it; the message says which. Or the folder cannot be written.
     """
+    place = workspace.root.resolve()
+    if reentrant and place in _held:
+        yield
+        return
     try:
         workspace.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         opened = (workspace.root / "run.lock").open("a+", encoding="utf-8")
@@ -165,7 +175,11 @@ def exclusive(workspace: Workspace) -> Iterator[None]:
                 f"{workspace.root}: in use by {holder_of(handle)}; wait, or choose another workspace"
             ) from None
         sign(handle)
-        yield
+        _held.add(place)
+        try:
+            yield
+        finally:
+            _held.discard(place)
 
 
 def _has_runs(workspace: Workspace) -> bool:

@@ -62,7 +62,7 @@ def recommend(
 
     config, workspace = remembered_config(root)
     objective = "recommendation" if query is None else "search"
-    job = choose(trained_jobs(workspace), method or _favourite(root, objective), seed, root)
+    job = choose(trained_jobs(workspace), method or favourite(root, objective), seed, root)
     if not 1 <= k <= config.evaluation.beam:
         raise UserError(f"-k {k}: give a number from 1 to evaluation.beam, which is {config.evaluation.beam} here")
     dataset = load_dataset(config, workspace)
@@ -123,7 +123,7 @@ def _asked(
     return past, {"searched": [searched], "queries": None if query is None else [query]}
 
 
-def _favourite(root: Path, objective: str) -> str | None:
+def favourite(root: Path, objective: str = "recommendation") -> str | None:
     """The trained method that leads the newest report's first table of an objective; None without a report."""
     from flows.steps import findings, latest_report
     from stages.workspace import Workspace

@@ -9,13 +9,14 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from uuid import UUID
 
 from flows.compare import compare
 from flows.continual import continual
+from flows.crashed import mark_crashed
 from flows.plain import KNOWN, run_plainly
+from flows.retrain import retrain
 
-FLOWS = {"compare": compare, "continual": continual}
+FLOWS = {"compare": compare, "continual": continual, "retrain": retrain}
 PATIENCE = 5.0
 """Seconds a Prefect server that the user named has to answer."""
 GONE = ("Failed to reach API", "Timed out while attempting to connect", "ephemeral Prefect API server")
@@ -35,7 +36,7 @@ def run(name: str, arguments: dict[str, Any], interrupted: str | None = None) ->
         interrupted: Prefect's id of the run that this one continues.
 
     Returns:
-        The report's folder.
+        What the flow returns: a report's folder, or `retrain`'s summary.
     """
     if os.environ.get("DRIFTREC_PREFECT") == "off" and name in KNOWN:
         return run_plainly(name, arguments)
@@ -90,27 +91,3 @@ def lost_prefect(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def mark_crashed(flow_run: str) -> bool:
-    """Mark a run as crashed that Prefect still believes to be running, because its process was killed.
-
-    The caller holds the workspace's lock, so no living process can be working on that run.
-
-    Returns:
-        Whether there was such a run.
-    """
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound
-    from prefect.states import Crashed
-
-    with get_client(sync_client=True) as client:
-        try:
-            found = client.read_flow_run(UUID(flow_run))
-        except ObjectNotFound:
-            return False
-        if found.state is None or found.state.is_final():
-            return False
-        client.set_flow_run_state(found.id, Crashed(message="its process was gone; resumed by another run"), force=True)
-    log.info("marked the interrupted flow run %s as crashed", flow_run)
-    return True

@@ -104,10 +104,14 @@ def claimed(plan: Plan) -> Plan:
 
 
 def read(plan: Plan) -> None:
-    """Read and check the log into the workspace."""
+    """Read and check the log into the workspace; one that has grown by `retrain` keeps its stages as they are."""
     from stages.log import read_log
+    from stages.split import is_grown
 
     watcher().start("reading the log")
+    if is_grown(plan.workspace):
+        watcher().say("the stages have grown by retraining and are used as they are; `driftrec retrain` takes new rows")
+        return
     report = read_log(plan.config, plan.workspace, progress=watcher().say)
     experiment.check_log(plan.workspace, report.digest)
 

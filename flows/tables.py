@@ -104,6 +104,16 @@ def recommendations(rows: list[tuple[str, str, float]], title: str) -> Table:
     return table
 
 
+def decisions(rows: list[dict[str, Any]]) -> Table:
+    """The history of the champion, oldest first."""
+    table = _empty("Decisions")
+    for name in rows[0]:
+        table.add_column(name, no_wrap=name != "why")
+    for row in rows:
+        table.add_row(*(escaped(str(value)) for value in row.values()))
+    return table
+
+
 def escaped(text: str) -> str:
     """A text from the log as text: its brackets are no markup, its control characters do nothing."""
     from rich.markup import escape

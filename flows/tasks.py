@@ -11,7 +11,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from flows import steps
+from flows import retraining, steps
 from stages.errors import UserError
 
 
@@ -46,3 +46,10 @@ evaluate_row = task(
 )(steps.evaluate_row)
 summarise = task(name="summarise", cache_policy=NO_CACHE)(steps.summarise)
 record = task(name="record in MLflow", cache_policy=NO_CACHE)(steps.record)
+
+take = task(name="new rows", cache_policy=NO_CACHE)(retraining.take)
+grow = task(name="semantic IDs of new items", cache_policy=NO_CACHE)(retraining.identify)
+rebuild = task(name="rebuild champion", cache_policy=NO_CACHE)(retraining.rebuild)
+answers = task(name="probe challenger", cache_policy=NO_CACHE)(retraining.answers)
+decide = task(name="decide", task_run_name="decide on stage {match.stage}", cache_policy=NO_CACHE)(retraining.decide)
+mirror = task(name="record decision in MLflow", cache_policy=NO_CACHE)(retraining.mirror)

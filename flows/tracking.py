@@ -84,7 +84,7 @@ def record(
     """
     client = MlflowClient(store(workspace))
     own = store(workspace) == workspace.mlflow_uri
-    experiment = _experiment(client, report["name"], workspace.mlflow_artifacts if own else None)
+    experiment = experiment_of(client, report["name"], workspace.mlflow_artifacts if own else None)
     book = Book(client, experiment, Findings(report), workspace, folder)
     for subject in subjects(checkpoints, evaluations):
         book.record(subject)
@@ -122,7 +122,7 @@ def chart_address(experiment: str, server: str = SERVER) -> str:
     return f"{server.rstrip('/')}/#/experiments/{experiment}/runs?searchFilter={wanted}&compareRunsMode=CHART"
 
 
-def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> str:
+def experiment_of(client: MlflowClient, name: str, artifacts: Path | None) -> str:
     """The experiment's id; a workspace that was moved gets a new one, or files would go to the old place.
 
     Args:

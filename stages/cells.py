@@ -95,7 +95,7 @@ def read_cells(
     """
     if not evaluations:
         return {}
-    frames = [_read(workspace, evaluation, metrics) for evaluation in evaluations]
+    frames = [read_frame(workspace, evaluation, metrics) for evaluation in evaluations]
     people: dict[str, pl.Enum] = {}
     for (objective,), rows in pl.concat(frame.select("user", "objective") for frame in frames).group_by("objective"):
         people[str(objective)] = pl.Enum(rows["user"].unique().sort())
@@ -112,7 +112,12 @@ def read_cells(
     }
 
 
-def _read(workspace: Workspace, evaluation: Evaluation, metrics: Sequence[str]) -> pl.DataFrame:
+def read_frame(workspace: Workspace, evaluation: Evaluation, metrics: Sequence[str]) -> pl.DataFrame:
+    """The queries of an evaluation: user, slices, objective, and the columns named.
+
+    Raises:
+        UserError: the file is missing or is not what was measured.
+    """
     path = workspace.root / evaluation.path
     if not path.exists() or sha256_file(path) != evaluation.digest:
         raise UserError(f"{path}: not the evaluation that was measured (SHA-256 differs); delete it and run again")

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from stages.errors import UserError
 from stages.log_config import CatalogueConfig, LogConfig, Source
 from stages.method_config import BUILT_IN, AnyMethod, MethodConfig
+from stages.retrain_config import RetrainConfig
 from stages.search_config import SearchConfig
 from stages.settings import Settings, nearest
 
@@ -225,6 +226,7 @@ class Config(Settings):
     training: TrainingConfig = TrainingConfig()
     search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    retrain: RetrainConfig = RetrainConfig()
     methods: dict[str, AnyMethod] = Field(default_factory=dict)
     """Named settings besides the built-in ones; a built-in name may be redefined."""
     compare: tuple[str, ...] = ("frozen", "single", "peso", "cumulative_sum")

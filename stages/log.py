@@ -138,6 +138,28 @@ def read_log(
     return report
 
 
+def read_events(config: Config, progress: Callable[[str], None] = _silent) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The events of `config.log.sources` as they are now; nothing is stored.
+
+    Returns:
+        Accepted rows, each once and in the log's order, and the refused ones with file, row number and reason.
+
+    Raises:
+        UserError: a file that is missing, empty, unreadable or inconsistent.
+    """
+    table, log, _ = _events(config, window(config.log.earliest, config.log.latest), progress)
+    return log.drop("block"), table.rejects
+
+
+def read_items(config: Config, progress: Callable[[str], None] = _silent) -> pl.DataFrame:
+    """The rows of `config.catalogue.sources` as they are now; nothing is stored.
+
+    Raises:
+        UserError: as `read_events`.
+    """
+    return _catalogue(config, window(config.log.earliest, config.log.latest), progress).accepted
+
+
 def load_log(workspace: Workspace) -> tuple[pl.DataFrame, LogReport]:
     """The stored log and its report, after checking the file against its hash.
 

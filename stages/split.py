@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import polars as pl
 
@@ -63,7 +64,8 @@ class Stage:
 def split_stages(config: Config, workspace: Workspace) -> list[Stage]:
     """Cut the stored log into `stages/stage=NN/events.parquet` and write `stages/manifest.json` last.
 
-    A workspace that already holds exactly these stages of exactly this log is left as it is.
+    A workspace that already holds exactly these stages of exactly this log is left as it is, and so is one that has
+    grown by `stages.append`.
 
     Args:
         config: `config.stages` is the boundary rule (published blocks and sequences bring their own stages).
@@ -72,6 +74,8 @@ def split_stages(config: Config, workspace: Workspace) -> list[Stage]:
     Raises:
         UserError: no log, or boundaries that lie outside it.
     """
+    if is_grown(workspace):
+        return load_stages(workspace)
     log, report = load_log(workspace)
     rule = digest_of({"kind": report.kind, **config.stages.model_dump()})
     committed = _committed(workspace, report.digest, rule)
@@ -85,19 +89,32 @@ def split_stages(config: Config, workspace: Workspace) -> list[Stage]:
     (workspace.stages / "manifest.json").unlink(missing_ok=True)
     # Stages are runs of the stored order: looked up, not searched for.
     starts = [int(staged["stage"].search_sorted(index)) for index in range(count + 1)]
-    digests = [_write(workspace, staged[low:high], index) for index, (low, high) in enumerate(pairwise(starts))]
-    stages = _described(staged, digests, _spans(log["timestamp"], edges) if clock else [(None, None)] * count)
+    digests = [
+        write_stage(workspace.stage_file(index), staged[low:high]) for index, (low, high) in enumerate(pairwise(starts))
+    ]
+    stages = described(staged, digests, _spans(log["timestamp"], edges) if clock else [(None, None)] * count)
     _sweep(workspace, count)
     manifest = {
         "schema": SCHEMA,
         "clock": clock,
-        "digest": digest_of([[stage.start, stage.end, stage.digest] for stage in stages]),
+        "digest": digest_of_stages(stages),
         "log_digest": report.digest,
         "rule": rule,
         "stages": [asdict(stage) for stage in stages],
     }
     write_json(workspace.stages / "manifest.json", manifest, seal=True)
     return stages
+
+
+def digest_of_stages(stages: list[Stage]) -> str:
+    """Names the cut: every stage's span and content."""
+    return digest_of([[stage.start, stage.end, stage.digest] for stage in stages])
+
+
+def is_grown(workspace: Workspace) -> bool:
+    """Whether stages were added to those that the log was cut into; such a workspace is never cut again."""
+    path = workspace.stages / "manifest.json"
+    return path.is_file() and bool(read_json(path).get("appended"))
 
 
 def load_stages(workspace: Workspace) -> list[Stage]:
@@ -172,10 +189,10 @@ def _inside(ordered: pl.Series, edge: datetime, key: str) -> None:
 
 def _calendar(ordered: pl.Series, period: str, first: str | None) -> list[datetime]:
     try:
-        start = instant(first, "stages.first") if first else _next_calendar(_at(ordered, Fraction(6, 10)), period)
+        start = instant(first, "stages.first") if first else next_boundary(_at(ordered, Fraction(6, 10)), period)
         edges = [start]
         while len(edges) < MOST_STAGES and edges[-1] <= ordered[-1]:
-            edges.append(_offset(edges[-1], period))
+            edges.append(later_boundary(edges[-1], period))
     except pl.exceptions.PolarsError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"stages.period = {period!r} is no period such as 1w, 1mo, 1d: {reason}") from None
@@ -185,15 +202,21 @@ def _calendar(ordered: pl.Series, period: str, first: str | None) -> list[dateti
     return [edge for edge in edges if edge <= ordered[-1]]
 
 
-def _next_calendar(time: datetime, period: str) -> datetime:
+def next_boundary(time: datetime, period: str) -> datetime:
+    """The first calendar boundary of `period` at or after `time`."""
     floor = pl.Series([time]).dt.truncate(period)[0]
-    return floor if floor == time else _offset(floor, period)
+    return floor if floor == time else later_boundary(floor, period)
 
 
-def _offset(time: datetime, period: str) -> datetime:
+def later_boundary(time: datetime, period: str, key: str = "stages.period") -> datetime:
+    """`time` and one `period` more.
+
+    Raises:
+        UserError: the period does not move forward; `key` says which setting it is.
+    """
     later = pl.Series([time]).dt.offset_by(period)[0]
     if later <= time:
-        raise UserError(f"stages.period = {period!r} does not move forward; write 1w, 1mo or the like")
+        raise UserError(f"{key} = {period!r} does not move forward; write 1w, 1mo or the like")
     return later
 
 
@@ -211,17 +234,24 @@ def _spans(times: pl.Series, edges: list[datetime]) -> list[tuple[str | None, st
     return list(pairwise(stops))
 
 
-def _write(workspace: Workspace, rows: pl.DataFrame, index: int) -> tuple[str, str]:
-    """Write one stage; returns its content digest and the file's SHA-256."""
+def write_stage(path: Path, rows: pl.DataFrame) -> tuple[str, str]:
+    """Write one stage's rows, given in the log's order; returns their content digest and the file's SHA-256."""
     # The log is stored in time order (without a clock: each user's events in the file's order), so that a row's place
     # says the rest: by user, then by time, item, event and query.
     ordered = rows.select(COLUMNS).with_row_index("place").sort("user_id", "place").drop("place")
-    return content_digest(ordered), write_parquet(ordered, workspace.stage_file(index))
+    return content_digest(ordered), write_parquet(ordered, path)
 
 
-def _described(
+def described(
     staged: pl.DataFrame, digests: list[tuple[str, str]], spans: list[tuple[str | None, str | None]]
 ) -> list[Stage]:
+    """The stages of a table.
+
+    Args:
+        staged: every row's user_id, item_id and stage number.
+        digests: content digest and SHA-256 of each stage's file.
+        spans: [start, end) of each stage, ISO.
+    """
     events = dict(staged["stage"].value_counts().iter_rows())
     users, new_users = _met(staged, "user_id")
     items, new_items = _met(staged, "item_id")

@@ -313,8 +313,8 @@ class Fit:
             for name, value in (("loss", numbers["ce"]), ("gradient's norm", numbers.get("gradient_norm", 0.0))):
                 if not np.isfinite(value):
                     raise UserError(
-                        f"the {name} became {value} in epoch {epoch}, in the batch that begins with window "
-                        f"{chosen[0]}; lower training.learning_rate. Nothing was saved"
+                        f"the {name} became {value} in epoch {epoch}, in the batch of "
+                        f"{_first_windows(chosen)}; lower training.learning_rate. Nothing was saved"
                     )
             yield numbers
 
@@ -389,6 +389,10 @@ def peak_memory() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def _first_windows(chosen: Mapping[str, np.ndarray]) -> str:
+    return " and ".join(f"{name} windows {rows[0]}, ..." for name, rows in chosen.items() if len(rows))
 
 
 def _moving(model: GenerativeModel) -> dict[str, Tensor]:

@@ -1,0 +1,250 @@
+"""The steps of `retrain` as plain functions: what to decide next, on which numbers, and the decision itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows import champion, steps
+from flows.experiment import trained_jobs
+from flows.gate import verdict
+from flows.history import Entry, read_history
+from flows.plan import Lineage, Plan
+from flows.recommending import favourite
+from flows.terminal import watcher
+from stages.config import load_config
+from stages.jobs import BASELINES, Checkpoint, Evaluation, Job
+from stages.workspace import Workspace, read_json
+
+if TYPE_CHECKING:
+    from stages.append import Intake
+    from stages.contest import Difference, Probe
+
+log = logging.getLogger("flows.retraining")
+
+
+@dataclass(frozen=True)
+class Match:
+    """One decision to make.
+
+    Attributes:
+        stage: whose tests decide.
+        challenger: the model that wants to go into service.
+        champion: the one that is; None where there is none.
+        baselines: asked about the same users, for the record.
+    """
+
+    stage: int
+    challenger: Job
+    champion: Job | None
+    baselines: tuple[Job, ...]
+
+    def trained(self) -> list[Job]:
+        """Models with checkpoints, the challenger first."""
+        return [self.challenger, *([] if self.champion is None else [self.champion])]
+
+
+def retrain_plan(config: Path, workspace: Path | None = None) -> Plan:
+    """The plan of a retraining; nothing is written yet.
+
+    Raises:
+        UserError: config or method is not usable.
+    """
+    settings = load_config(Path(config))
+    own = settings.retrain
+    seed = settings.seeds[0] if own.seed is None else own.seed
+    return steps.draft_plan(config, workspace, [own.method], [seed], users=own.users, comparison=False)
+
+
+def take(plan: Plan, new: str | None = None, close_now: bool = False) -> Intake:
+    """Read what is new; a workspace without stages is first cut from the log as `compare` would."""
+    from stages.append import take_new_rows
+
+    if not (plan.workspace.stages / "manifest.json").exists() and not (plan.workspace.stages / "next.json").exists():
+        steps.read(plan)
+        steps.split(plan)
+    watcher().start("new rows")
+    intake = take_new_rows(plan.config, plan.workspace, new, close_now, progress=watcher().say)
+    log.info(intake.sentence())
+    return intake
+
+
+def look(plan: Plan, new: str | None = None, close_now: bool = False) -> Intake:
+    """What `take` would do; nothing is written.
+
+    Raises:
+        UserError: the workspace has no stages yet.
+    """
+    from stages.append import take_new_rows
+
+    return take_new_rows(plan.config, plan.workspace, new, close_now, dry_run=True, progress=watcher().say)
+
+
+def identify(plan: Plan) -> None:
+    """Codes for the items of new stages; nobody's codes move."""
+    from stages.append import grow_catalogue
+
+    grow_catalogue(plan.config, plan.workspace)
+    steps.identify(plan)
+
+
+def outdated(plan: Plan) -> Job | None:
+    """The champion's job, where its checkpoint is not the one its data and settings give now: it must be rebuilt."""
+    from stages.commit import checkpoint_folder
+    from stages.dataset import load_dataset
+
+    present = champion.settle(plan.workspace)
+    if present is None:
+        return None
+    dataset = load_dataset(plan.config, plan.workspace)
+    folder = checkpoint_folder(plan.config, plan.workspace, dataset, present.job)
+    return None if folder.name == present.key else present.job
+
+
+def rebuild(plan: Plan, checkpoint: Checkpoint) -> Entry:
+    """Note that the champion was trained anew, on rebuilt stages or by changed settings."""
+    job = checkpoint.job
+    why = f"the data or settings of {name(job)} changed, so it was trained anew"
+    line = {"stage": job.stage, "challenger": None, "why": why}
+    champion.promote(plan.workspace, checkpoint, "rebuilt", line)
+    return _last(plan)
+
+
+def next_match(plan: Plan) -> Match | None:
+    """The oldest decision that is due; None where nothing is."""
+    lines, _ = read_history(plan.workspace)
+    present = champion.settle(plan.workspace)
+    manifest = read_json(plan.workspace.stages / "manifest.json")
+    last, ahead = len(manifest["stages"]) - 1, int(plan.config.retrain.protocol == "next_stage")
+    if present is None and not lines:
+        return _first(plan, last, ahead)
+    decided = {line["stage"] for line in lines if line["decision"] in ("first", "promoted", "kept")}
+    seen = -1 if present is None else present.job.stage
+    for row in manifest.get("appended", []):
+        if row["index"] not in decided and row["index"] - ahead > seen:
+            return _match(plan, row["index"], _lineage(plan).at(row["index"] - ahead), present and present.job)
+    return None
+
+
+def _lineage(plan: Plan) -> Lineage:
+    return Lineage(plan.methods[0], plan.seeds[0], plan.config.retrain.protocol)
+
+
+def _match(plan: Plan, stage: int, challenger: Job, present: Job | None) -> Match:
+    baselines = tuple(replace(challenger, method=name) for name in BASELINES)
+    return Match(stage, challenger, present, baselines)
+
+
+def _first(plan: Plan, last: int, ahead: int) -> Match | None:
+    """A champion to begin with: the best method of the last report, or the configured one trained up to here."""
+    trained = [job for job in trained_jobs(plan.workspace) if job.protocol == plan.config.retrain.protocol]
+    if trained:
+        best = favourite(plan.workspace.root)
+        job = max(trained, key=lambda job: (job.method == best, job.stage, -job.seed))
+        return _match(plan, min(job.stage + ahead, last), job, None)
+    return _match(plan, last, _lineage(plan).at(last - ahead), None) if last >= ahead else None
+
+
+def answers(plan: Plan, match: Match) -> Probe:
+    """How the challenger answers single users."""
+    from stages.contest import probe
+
+    watcher().start(f"probe {name(match.challenger)}")
+    return probe(plan.config, plan.workspace, match.challenger, match.stage)
+
+
+def decide(plan: Plan, match: Match, checkpoint: Checkpoint, tests: Sequence[Evaluation], answered: Probe) -> Entry:
+    """Hold the challenger against the gate, write the decision down, and move the champion if it passed.
+
+    Args:
+        plan: the retraining.
+        match: who meets whom.
+        checkpoint: the challenger's.
+        tests: of challenger, champion and baselines on the stage's tests.
+        answered: the challenger's answers to single users.
+
+    Returns:
+        The history's line.
+    """
+    from stages.contest import differences, mean_scores
+
+    own = plan.config.retrain.gate
+    by_job = {test.job: test for test in tests}
+    found: dict[str, Difference] | None = None
+    if match.champion is not None:
+        pair = by_job[match.challenger], by_job[match.champion]
+        found = differences(plan.workspace, *pair, own.metric, plan.config.evaluation.bootstrap)
+    judged = verdict(found, answered, own)
+    scores = {name(test.job): mean_scores(plan.workspace, [test], own.metric)[test.job.method] for test in tests}
+    line: Entry = {
+        "stage": match.stage,
+        "why": _sentence(match, judged.passed, judged.why),
+        "challenger": {"job": asdict(checkpoint.job), "key": checkpoint.key, "digest": checkpoint.digest},
+        "metric": own.metric,
+        "scores": scores,
+        "differences": None if found is None else {part: asdict(value) for part, value in found.items()},
+        "probe": asdict(answered),
+        "sampled_users": plan.config.evaluation.users,
+    }
+    if judged.passed:
+        champion.promote(plan.workspace, checkpoint, "first" if match.champion is None else "promoted", line)
+    else:
+        champion.keep(plan.workspace, line)
+    log.info(line["why"])
+    return _last(plan)
+
+
+def _last(plan: Plan) -> Entry:
+    return read_history(plan.workspace)[0][-1]
+
+
+def _sentence(match: Match, passed: bool, why: str) -> str:
+    challenger = name(match.challenger)
+    if passed:
+        return f"{challenger} goes into service: {why}"
+    if match.champion is None:
+        return f"{challenger} does not go into service, and nothing else is: {why}"
+    return f"{name(match.champion)} stays in service, {challenger} does not replace it: {why}"
+
+
+def name(job: Job) -> str:
+    """A model in words."""
+    return f"{job.method} after stage {job.stage}"
+
+
+def mirror(plan: Plan, line: Entry) -> None:
+    """Copy a decision into MLflow."""
+    mirrored(plan.workspace, plan.config.name, line)
+
+
+def mirrored(workspace: Workspace, experiment: str, line: Entry) -> None:
+    """Copy a decision into MLflow; the history is the truth, so a store that fails only costs a warning."""
+    from flows import registry
+
+    try:
+        registry.record_decision(workspace, experiment, line)
+    except Exception as error:
+        log.warning("MLflow does not have the decision on stage %s (%s); history.jsonl has it", line["stage"], error)
+
+
+def summary(intake: Intake, lines: Sequence[Entry]) -> str:
+    """The whole run in Markdown."""
+    told = [f"- **{line['decision']}**: {line['why']}" for line in lines] or ["- nothing to decide"]
+    return "\n".join([intake.sentence(), "", *told])
+
+
+def rows(lines: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The history as a table, newest last."""
+    return [
+        {
+            "at": line["at"],
+            "decision": line["decision"],
+            "stage": line["stage"],
+            "champion": name(Job(**line["champion"]["job"])) if line["champion"] else "none",
+            "why": line["why"],
+        }
+        for line in lines
+    ]

@@ -1,0 +1,132 @@
+"""Commands of whoever keeps a model in service: retrain, its schedule, its history, and the way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.environment import started_in
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    from flows.plan import Plan
+
+app = typer.Typer()
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="TOML file of the experiment.")]
+Folder = Annotated[Path | None, typer.Option("--workspace", "-w", help="Folder for everything the run writes.")]
+ThisFolder = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of an earlier run.")]
+
+
+@app.command()
+def retrain(
+    config: ConfigFile,
+    new: Annotated[str | None, typer.Option(help="File, folder or glob of new rows; absent: the config's.")] = None,
+    close_now: Annotated[
+        bool, typer.Option("--close-now", help="Close the open stage whatever its rule says.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be taken and closed; change nothing.")
+    ] = False,
+    workspace: Folder = None,
+) -> None:
+    """Take new rows; where a stage closes, train a challenger and let the gate decide."""
+    from flows import retraining, terminal
+
+    plan = retraining.retrain_plan(config, started_in(_place(config, workspace)))
+    if dry_run:
+        terminal.stdout().print(_foretold(plan, new, close_now), soft_wrap=True)
+    else:
+        run_retrain(config, plan.workspace.root, new, close_now)
+
+
+def run_retrain(config: Path, workspace: Path, new: str | None = None, close_now: bool = False) -> None:
+    """Run the flow while holding the workspace, and print what it took and decided."""
+    from flows import terminal
+    from flows.experiment import exclusive
+    from stages.workspace import Workspace
+
+    with exclusive(Workspace(workspace)), terminal.watching() as watcher:
+        watcher.label = "starting Prefect"
+        watcher.expect(0)
+        from flows.retrain import retrain as flow
+
+        given = str(Path(new).expanduser().absolute()) if new is not None else None
+        said = flow(str(config.resolve()), given, close_now, str(workspace))
+    terminal.stdout().print(said, soft_wrap=True, markup=False)
+
+
+def _foretold(plan: Plan, new: str | None, close_now: bool) -> str:
+    from flows import retraining
+
+    intake = retraining.look(plan, new, close_now)
+    method = plan.methods[0]
+    due = [f"{method} would be trained for stage {stage}; the gate decides afterwards" for stage in intake.closed]
+    return "\n".join([f"dry run, nothing was changed: {intake.sentence()}", *due])
+
+
+@app.command()
+def rollback(workspace: ThisFolder) -> None:
+    """Put the champion before the present one back into service."""
+    started_in(workspace)
+    from flows import champion, retraining, terminal
+    from flows.experiment import exclusive, remembered_config
+    from flows.history import read_history
+
+    config, place = remembered_config(workspace)
+    with exclusive(place):
+        gone, back = champion.roll_back(place)
+        retraining.mirrored(place, config.name, read_history(place)[0][-1])
+    terminal.stdout().print(
+        f"{retraining.name(back.job)} is in service again, {retraining.name(gone.job)} is not", soft_wrap=True
+    )
+
+
+@app.command()
+def history(workspace: ThisFolder) -> None:
+    """Print every decision about the champion, and which model is in service."""
+    started_in(workspace)
+    from flows import champion, retraining, tables, terminal
+    from flows.history import history_file, read_history
+    from stages.workspace import Workspace
+
+    place = Workspace(workspace)
+    lines, torn = read_history(place)
+    present = champion.in_service(place)
+    console = terminal.stdout()
+    if lines:
+        console.print(tables.decisions(retraining.rows(lines)))
+    if torn:
+        console.print(f"{torn} line(s) of {history_file(place)} cannot be read; a kill tears one", soft_wrap=True)
+    shown = "nothing" if present is None else f"{retraining.name(present.job)}, since {present.since}"
+    console.print(f"in service: {shown}", soft_wrap=True)
+
+
+@app.command("serve-flows")
+def serve_flows(
+    config: ConfigFile,
+    cron: Annotated[
+        str | None, typer.Option(help='When, as cron says it; "0 3 * * *" is every night at three.')
+    ] = None,
+    every: Annotated[float | None, typer.Option(min=1, help="Instead of --cron: every so many seconds.")] = None,
+    timezone: Annotated[str, typer.Option(help="Of --cron.")] = "UTC",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the Prefect server, this machine only.")] = 4200,
+    workspace: Folder = None,
+) -> None:
+    """Retrain on a schedule until Ctrl-C; starts a Prefect server on this machine where none answers."""
+    if (cron is None) == (every is None):
+        raise UserError('serve-flows: give one of --cron "0 3 * * *" and --every SECONDS')
+    place = _place(config, workspace)
+    started_in(place)
+    from flows import retraining, schedule
+
+    retraining.retrain_plan(config, place)
+    schedule.serve(config.resolve(), place, cron, every, timezone, port)
+
+
+def _place(config: Path, workspace: Path | None) -> Path:
+    """The workspace a flow will use; Prefect must know it before it is imported."""
+    from stages.config import load_config
+
+    return workspace or Path(load_config(config).workspace).expanduser()

@@ -1,0 +1,309 @@
+"""New rows for a workspace whose stages are committed: which are new, which come late, and which stages close.
+
+Every look reads all sources anew and tells rows apart by their content, so that the same files twice change nothing and
+a missed look loses nothing. Committed stages keep their bytes, hence their digests and checkpoints, unless the policy
+for late rows is `rebuild`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from stages.clock import instant
+from stages.closing import closings
+from stages.config import Config
+from stages.content import content_digest, write_parquet
+from stages.errors import UserError
+from stages.log import read_events, read_items
+from stages.split import COLUMNS, Stage, described, digest_of_stages, load_stages, write_stage
+from stages.waiting import Waiting, in_order, load_waiting, store_waiting, with_reason, without
+from stages.workspace import Workspace, need_space, read_json, sync_folder, write_json
+
+LATE = "late: older than the last closed stage's end"
+FUTURE = "later than the clock by more than retrain.future_hours"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What one look at the sources found and did; the first five count rows.
+
+    Attributes:
+        read: accepted rows of the files looked at, duplicates dropped.
+        taken: rows that came into the open stage (and perhaps into a closed one at once).
+        late: rows met for the first time that are older than the last closed stage's end.
+        held: all rows kept aside in `held/`, late and future-dated ones.
+        open: rows in the open stage afterwards.
+        closed: stages closed now.
+        rebuilt: committed stages into which late rows were put.
+        end: end of the last closed stage, ISO: the watermark.
+    """
+
+    read: int
+    taken: int
+    late: int
+    held: int
+    open: int
+    closed: tuple[int, ...]
+    rebuilt: tuple[int, ...]
+    end: str
+
+    def sentence(self) -> str:
+        """All of it in one line."""
+        closed = f"closed stage {', '.join(map(str, self.closed))}" if self.closed else "no stage closed"
+        rebuilt = f", rebuilt stage {', '.join(map(str, self.rebuilt))}" if self.rebuilt else ""
+        return (
+            f"{self.read:,} rows read, {self.taken:,} new, {self.late:,} late, {self.held:,} held; {closed}{rebuilt}; "
+            f"{self.open:,} rows wait in the open stage from {self.end}"
+        )
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Every row outside the stages, sorted by what becomes of it."""
+
+    fresh: pl.DataFrame
+    late: pl.DataFrame
+    future: pl.DataFrame
+    refused: pl.DataFrame
+    rejects: pl.DataFrame
+    read: int
+
+
+def take_new_rows(
+    config: Config,
+    workspace: Workspace,
+    new: str | None = None,
+    close_now: bool = False,
+    dry_run: bool = False,
+    now: datetime | None = None,
+    progress: Progress = lambda _: None,
+) -> Intake:
+    """Take what is new in the sources into the open stage, and close it where its rule says so.
+
+    Args:
+        config: `config.retrain` has the rules.
+        workspace: with committed stages.
+        new: file, folder or glob to read instead of the sources, in the form of the config's only source.
+        close_now: close the open stage whatever the rule says, if it holds a row.
+        dry_run: only say what would happen; nothing is written.
+        now: the clock, for rows dated in the future; absent: the machine's.
+        progress: receives a line a file.
+
+    Raises:
+        UserError: no stages yet, a log without a clock, unreadable sources, or damaged files.
+    """
+    if config.log.kind != "events":
+        raise UserError(
+            f'log.kind = "{config.log.kind}" has no clock; retraining needs rows of events with their times'
+        )
+    if not dry_run:
+        finish_commit(workspace)
+    stages, waiting = load_stages(workspace), load_waiting(workspace)
+    end = _end_of(stages[-1])
+    look = _look(config, workspace, _incoming(config, new, progress), waiting, end, now or datetime.now(UTC))
+    opened, after, misplaced = _by_policy(config, look)
+    met = pl.concat([waiting.open, waiting.held.select(COLUMNS)])
+    started = opened.with_columns(at=pl.max_horizontal("timestamp", pl.lit(end, pl.Datetime("us", "UTC")))).sort(
+        "at", maintain_order=True
+    )
+    edges = closings(started["at"], config.retrain.close, close_now)
+    rest = started.filter(pl.col("at") >= edges[-1]).drop("at") if edges else opened
+    rebuilt = _misplaced_by_stage(stages, misplaced)
+    if not dry_run and (edges or rebuilt):
+        _commit(config, workspace, stages, started, edges, rebuilt)
+    if not dry_run:
+        store_waiting(workspace, replace(after, open=in_order(rest)))
+        _store_rejects(workspace, look.rejects)
+    return Intake(
+        read=look.read,
+        taken=without(opened, waiting.open).height,
+        late=without(look.late, met).height,
+        held=after.held.height,
+        open=rest.height,
+        closed=tuple(range(len(stages), len(stages) + len(edges))),
+        rebuilt=tuple(sorted(rebuilt)),
+        end=edges[-1].isoformat() if edges else end.isoformat(),
+    )
+
+
+def _end_of(stage: Stage) -> datetime:
+    if stage.end is None:
+        raise UserError(f"stage {stage.index} has no end; retraining needs stages cut from rows with times")
+    return instant(stage.end, f"stage {stage.index}")
+
+
+def _incoming(config: Config, new: str | None, progress: Progress) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Accepted rows of the sources, or of the files given, and the refused ones."""
+    if new is None:
+        return read_events(config, progress)
+    if len(config.log.sources) != 1 or config.log.sources[0].distinct:
+        raise UserError(
+            f"--new {new}: needs a config with one log source and without `distinct`, whose form the files have; "
+            "put them where log.sources finds them, and leave --new out"
+        )
+    source = config.log.sources[0].model_copy(update={"path": os.path.abspath(new)})
+    log = config.log.model_copy(update={"sources": [source]})
+    return read_events(config.model_copy(update={"log": log}), progress)
+
+
+def _look(
+    config: Config,
+    workspace: Workspace,
+    incoming: tuple[pl.DataFrame, pl.DataFrame],
+    waiting: Waiting,
+    end: datetime,
+    now: datetime,
+) -> _Look:
+    rows, rejects = incoming
+    pool = in_order(pl.concat([rows.select(COLUMNS), waiting.open, waiting.held.select(COLUMNS)]))
+    pool = without(pool, waiting.refused.select(COLUMNS))
+    old, later = pool.filter(pl.col("timestamp") < end), pool.filter(pl.col("timestamp") >= end)
+    late = without(old, _committed_rows(workspace, COLUMNS)) if old.height else old
+    ahead = pl.col("timestamp") > now + timedelta(hours=config.retrain.future_hours)
+    return _Look(later.filter(~ahead), late, later.filter(ahead), waiting.refused, rejects, rows.height)
+
+
+def _committed_rows(workspace: Workspace, columns: tuple[str, ...]) -> pl.DataFrame:
+    """Rows of all committed stages."""
+    manifest = read_json(workspace.stages / "manifest.json")
+    files = [workspace.stage_file(row["index"]) for row in manifest["stages"]]
+    return pl.concat(pl.read_parquet(file, columns=list(columns)) for file in files)
+
+
+def _by_policy(config: Config, look: _Look) -> tuple[pl.DataFrame, Waiting, pl.DataFrame]:
+    """Rows of the open stage, what waits beside it, and late rows that belong into committed stages."""
+    held, refused = with_reason(look.future, FUTURE), look.refused
+    opened, misplaced = look.fresh, look.late.clear()
+    match config.retrain.late:
+        case "hold":
+            held = pl.concat([with_reason(look.late, LATE), held])
+        case "next_stage":
+            opened = in_order(pl.concat([look.late, look.fresh]))
+        case "reject":
+            refused = pl.concat([refused, with_reason(look.late, LATE)])
+        case "rebuild":
+            misplaced = look.late
+    return opened, Waiting(opened, in_order(held), in_order(refused)), misplaced
+
+
+def _misplaced_by_stage(stages: list[Stage], late: pl.DataFrame) -> dict[int, pl.DataFrame]:
+    """Late rows by the stage whose interval they lie in; rows from before the log belong to stage 0."""
+    ends = pl.Series([_end_of(stage) for stage in stages])
+    places = ends.search_sorted(late["timestamp"], side="right") if late.height else pl.Series([], dtype=pl.UInt32)
+    staged = late.with_columns(stage=pl.Series(places, dtype=pl.Int64))
+    return {int(rows["stage"][0]): rows.drop("stage") for rows in staged.partition_by("stage")}
+
+
+def _commit(
+    config: Config,
+    workspace: Workspace,
+    stages: list[Stage],
+    started: pl.DataFrame,
+    edges: list[datetime],
+    rebuilt: dict[int, pl.DataFrame],
+) -> None:
+    """Write new and rebuilt stages beside the old ones, then make all of them visible with one manifest."""
+    ready = workspace.stages / ".next"
+    shutil.rmtree(ready, ignore_errors=True)
+    need_space(workspace.root, int(started.estimated_size()))
+    changed = {index: in_order(pl.concat([_stage_rows(workspace, index), rows])) for index, rows in rebuilt.items()}
+    starts = [_end_of(stages[-1]), *edges]
+    for place, (start, end) in enumerate(zip(starts, edges, strict=False)):
+        rows = started.filter((pl.col("at") >= start) & (pl.col("at") < end)).drop("at")
+        changed[len(stages) + place] = in_order(rows)
+    digests = [(stage.digest, stage.sha256) for stage in stages] + [("", "")] * len(edges)
+    for index, rows in changed.items():
+        digests[index] = write_stage(_ready(workspace, index), rows)
+    spans = [(stage.start, stage.end) for stage in stages]
+    spans += [(start.isoformat(), end.isoformat()) for start, end in zip(starts, edges, strict=False)]
+    manifest = read_json(workspace.stages / "manifest.json")
+    late = {len(stages) + place: changed[len(stages) + place] for place in range(len(edges))}
+    manifest["appended"] = [
+        *manifest.get("appended", []),
+        *({"index": index, "late": _older(rows, spans[index][0])} for index, rows in late.items()),
+    ]
+    manifest["close"] = config.retrain.close.model_dump(exclude_none=True)
+    found = described(_staged(workspace, len(digests), changed), digests, spans)
+    manifest |= {"digest": digest_of_stages(found), "stages": [asdict(stage) for stage in found]}
+    # From here on the commit is decided: `finish_commit` ends it after a kill.
+    write_json(workspace.stages / "next.json", manifest)
+    finish_commit(workspace)
+
+
+def _older(rows: pl.DataFrame, start: str | None) -> int:
+    return rows.filter(pl.col("timestamp") < instant(str(start), "stage start")).height
+
+
+def _stage_rows(workspace: Workspace, index: int) -> pl.DataFrame:
+    return pl.read_parquet(workspace.stage_file(index)).select(COLUMNS)
+
+
+def _staged(workspace: Workspace, count: int, changed: dict[int, pl.DataFrame]) -> pl.DataFrame:
+    """user_id, item_id and stage of every row of every stage."""
+    frames = (
+        changed[index] if index in changed else pl.read_parquet(workspace.stage_file(index), columns=list(COLUMNS[:2]))
+        for index in range(count)
+    )
+    return pl.concat(
+        frame.select("user_id", "item_id", stage=pl.lit(index, pl.Int32)) for index, frame in enumerate(frames)
+    )
+
+
+def _ready(workspace: Workspace, index: int) -> Path:
+    return workspace.stages / ".next" / f"stage={index:02d}.parquet"
+
+
+def finish_commit(workspace: Workspace) -> None:
+    """Make a decided commit visible: after a kill in its middle, and as the last step of one that was not killed."""
+    decided = workspace.stages / "next.json"
+    if decided.is_file():
+        manifest: dict[str, Any] = read_json(decided)
+        for row in manifest["stages"]:
+            source, target = _ready(workspace, row["index"]), workspace.stage_file(row["index"])
+            if source.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+                sync_folder(target.parent)
+        write_json(workspace.stages / "manifest.json", manifest)
+        decided.unlink()
+    shutil.rmtree(workspace.stages / ".next", ignore_errors=True)
+
+
+def _store_rejects(workspace: Workspace, rejects: pl.DataFrame) -> None:
+    """The refused rows of the last look, beside those of the log the workspace began with."""
+    path = workspace.rejects / "retrain.parquet"
+    if rejects.is_empty():
+        path.unlink(missing_ok=True)
+    elif not path.is_file() or content_digest(pl.read_parquet(path)) != content_digest(rejects):
+        write_parquet(rejects, path)
+
+
+def grow_catalogue(config: Config, workspace: Workspace) -> int:
+    """Add the item table's rows about items nobody has met yet to `catalogue/raw.parquet`, before they get codes.
+
+    What is known of an item never changes, or its vector and everybody's codes would move; nothing is read while no
+    stage waits for its items.
+
+    Returns:
+        Rows added.
+    """
+    manifest, raw = workspace.catalogue / "manifest.json", workspace.catalogue / "raw.parquet"
+    if not config.catalogue.sources or not manifest.is_file() or not raw.is_file():
+        return 0
+    digests = [row["digest"] for row in read_json(workspace.stages / "manifest.json")["stages"]]
+    if read_json(manifest)["inputs"]["stages"] == digests:
+        return 0
+    known, stored = pl.read_parquet(workspace.catalogue / "items.parquet", columns=["item_id"]), pl.read_parquet(raw)
+    rows = read_items(config).join(pl.concat([known, stored.select("item_id")]), on="item_id", how="anti")
+    if rows.height:
+        write_parquet(pl.concat([stored, rows.select(stored.columns).sort("item_id", "timestamp")]), raw)
+    return rows.height

@@ -1,0 +1,151 @@
+"""Challenger against champion on the same queries: paired differences by slice, and how each answers one user."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from stages.cells import read_frame
+from stages.config import Config
+from stages.dataset import load_dataset
+from stages.evaluate import recommender, test_queries
+from stages.jobs import Evaluation, Job
+from stages.metrics import FloatArray, user_means
+from stages.ranking import HISTORY_ITEMS
+from stages.statistics import bootstrap_means, interval, paired_differences
+from stages.workspace import Workspace
+
+SLICES = ("all", "new_item", "new_user", "returning_user")
+SEED = 20_240
+"""Of the bootstrap and of the users probed: a repeated decision sees the same draws."""
+PROBED = 50
+"""Users asked one at a time."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Challenger minus champion on the users of one slice; None where the slice has no user.
+
+    Attributes:
+        value: mean over users.
+        low: lower end of its 95 % interval, paired bootstrap over users.
+        high: upper end.
+        users: how many users the slice has.
+        challenger: the challenger's own mean.
+        champion: the champion's own mean.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    users: int
+    challenger: float | None
+    champion: float | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How a model answers single users, as a service would ask it.
+
+    Attributes:
+        users: histories asked, one at a time; the first answer warms up and is not timed.
+        p50_ms: median milliseconds an answer.
+        p95_ms: their 95th percentile.
+        invalid_rate: share of the returned items that are not in the catalogue, an empty list counting as one.
+    """
+
+    users: int
+    p50_ms: float
+    p95_ms: float
+    invalid_rate: float
+
+
+def differences(
+    workspace: Workspace, challenger: Evaluation, champion: Evaluation, metric: str, draws: int
+) -> dict[str, Difference]:
+    """Slice by slice, what the challenger gains.
+
+    Both answered the same queries. Slices are the champion's: an item is new where the champion never trained on it.
+
+    Raises:
+        UserError: an evaluation file is missing or changed.
+        ValueError: the two were not asked the same.
+    """
+    mine, theirs = (_recommendations(workspace, evaluation, metric) for evaluation in (challenger, champion))
+    if not mine.select("user", "cut").equals(theirs.select("user", "cut")):
+        raise ValueError(f"{challenger.path} and {champion.path} hold different queries; delete both and run again")
+    names, user = np.unique(mine["user"].to_numpy(), return_inverse=True)
+    masks = _masks(theirs)
+    columns = [np.where(mask, frame[metric].to_numpy(), np.nan) for frame in (mine, theirs) for mask in masks]
+    means = user_means(user, np.stack(columns, axis=1), len(names))
+    return _summed_up(means, draws)
+
+
+def _summed_up(means: FloatArray, draws: int) -> dict[str, Difference]:
+    """(users, 2 · slices) means, challenger's first -> slice by slice."""
+    count = len(SLICES)
+    found: dict[str, Difference] = {name: Difference(None, None, None, 0, None, None) for name in SLICES}
+    if not len(means):
+        return found
+    drawn = bootstrap_means(means, draws, SEED)
+    low, high = interval(paired_differences(drawn[:, :count], drawn[:, count:]))
+    for place, name in enumerate(SLICES):
+        here = np.isfinite(means[:, place])
+        users = int(here.sum())
+        if not users:
+            continue
+        mine, theirs = (float(means[here, place + side].mean()) for side in (0, count))
+        found[name] = Difference(mine - theirs, float(low[place]), float(high[place]), users, mine, theirs)
+    return found
+
+
+def mean_scores(workspace: Workspace, evaluations: Sequence[Evaluation], metric: str) -> dict[str, float | None]:
+    """Mean over users of each evaluation, by method; None without a query."""
+    found: dict[str, float | None] = {}
+    for evaluation in evaluations:
+        by_user = _recommendations(workspace, evaluation, metric).group_by("user").agg(pl.col(metric).mean())
+        mean = by_user[metric].mean()
+        found[evaluation.job.method] = float(mean) if isinstance(mean, float) else None
+    return found
+
+
+def probe(config: Config, workspace: Workspace, job: Job, tested: int) -> Probe:
+    """Ask `job`'s model about a seeded sample of the test users of a stage, one at a time.
+
+    Raises:
+        UserError: the lineage is not trained or is damaged.
+    """
+    dataset = load_dataset(config, workspace)
+    queries = test_queries(config, dataset, job, tested, PROBED, "recommendation")
+    model, known = recommender(config, workspace, dataset, job), dataset.catalogue.known(job.stage)
+    limit = None if config.evaluation.exclude_history else HISTORY_ITEMS
+    histories = [
+        dataset.interactions.history(int(user), int(cut), limit)
+        for user, cut in zip(queries.user[:PROBED], queries.cut[:PROBED], strict=True)
+    ] or [np.empty(0, dtype=np.int64)]
+    model.recommend(histories[:1], config.evaluation.k)
+    seconds, returned, invalid = [], 0, 0
+    for history in histories:
+        started = time.perf_counter()
+        items = model.recommend([history], config.evaluation.k).items[0]
+        seconds.append(time.perf_counter() - started)
+        listed = items[items != -1]
+        returned += max(len(listed), 1)
+        invalid += int(((listed < 0) | (listed >= known)).sum()) if len(listed) else 1
+    p50, p95 = (float(value) for value in 1000 * np.quantile(seconds, (0.5, 0.95)))
+    return Probe(len(histories), p50, p95, invalid / returned)
+
+
+def _recommendations(workspace: Workspace, evaluation: Evaluation, metric: str) -> pl.DataFrame:
+    frame = read_frame(workspace, evaluation, ["cut", metric])
+    return frame.filter(pl.col("objective") == "recommendation")
+
+
+def _masks(frame: pl.DataFrame) -> list[np.ndarray]:
+    """One mask of the queries for each slice."""
+    new_user = frame["new_user"].to_numpy()
+    return [np.ones(len(frame), dtype=bool), frame["new_item"].to_numpy(), new_user, ~new_user]

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages import append
+from stages.append import Intake, finish_commit, grow_catalogue, take_new_rows
+from stages.closing import closings
+from stages.config import Config
+from stages.dataset import load_dataset
+from stages.errors import UserError
+from stages.items import build_semantic_ids
+from stages.retrain_config import CloseConfig
+from stages.split import TICK, load_stages
+from stages.waiting import load_waiting
+from stages.workspace import Workspace
+from tests import growing
+from tests.growing import NOW, START, listing, opened, seconds, week, write_rows
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Workspace]:
+    """A workspace of two stages; tests work on copies."""
+    return opened(tmp_path_factory.mktemp("shop") / "base")
+
+
+@pytest.fixture
+def shop(base: tuple[Config, Workspace], tmp_path: Path) -> tuple[Config, Workspace, Path]:
+    """Config, workspace and folder of log files of a shop of one's own."""
+    folder = tmp_path / "shop"
+    shutil.copytree(base[1].root.parent, folder)
+    return growing.load_config(folder / "shop.toml"), Workspace(folder / "workspace"), folder / "events"
+
+
+def with_rules(config: Config, **changes: Any) -> Config:
+    return config.model_copy(update={"retrain": config.retrain.model_validate({"method": "single"} | changes)})
+
+
+def take(config: Config, workspace: Workspace, **more: Any) -> Intake:
+    return take_new_rows(config, workspace, now=NOW, **more)
+
+
+def times(*days: float) -> pl.Series:
+    return pl.Series([START + timedelta(days=day) for day in days], dtype=pl.Datetime("us", "UTC"))
+
+
+def test_a_week_closes_once_an_event_of_a_later_week_is_there() -> None:
+    rule = CloseConfig(period="1w")
+    assert closings(times(0, 3, 6.9), rule) == []
+    assert closings(times(0, 3, 7), rule) == [START + timedelta(days=7)]
+    assert closings(times(0, 3, 22, 36), rule) == [START + timedelta(days=day) for day in (7, 28)]
+
+
+def test_a_stage_of_n_events_takes_the_ones_tied_with_its_last_and_waits_for_a_later_one() -> None:
+    rule = CloseConfig(events=2)
+    assert closings(times(0, 1), rule) == []
+    assert closings(times(0, 1, 1), rule) == []
+    assert closings(times(0, 1, 1, 2), rule) == [START + timedelta(days=1) + TICK]
+
+
+def test_closing_now_leaves_nothing_open_and_an_empty_stage_never_closes() -> None:
+    rule = CloseConfig(period="1w")
+    assert closings(times(0, 8), rule, close_now=True)[-1] == START + timedelta(days=8) + TICK
+    assert closings(times(), rule, close_now=True) == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    days=st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    split=st.integers(1, 29),
+    rule=st.sampled_from([CloseConfig(period="1w"), CloseConfig(period="3d"), CloseConfig(events=4)]),
+)
+def test_the_stages_are_the_same_whether_rows_come_at_once_or_in_two_looks(
+    days: list[int], split: int, rule: CloseConfig
+) -> None:
+    ordered = times(*sorted(days))
+    whole = closings(ordered, rule)
+    early = closings(ordered[:split], rule)
+    assert whole[: len(early)] == early
+    rest = ordered.filter(ordered >= early[-1]) if early else ordered
+    assert early + closings(rest, rule) == whole
+
+
+def test_the_same_files_twice_change_nothing(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    assert take(config, workspace).taken == 0
+    write_rows(events / "week2.csv", week(2))
+    first = take(config, workspace)
+    assert (first.taken, first.closed, first.open) == (160, (), 160)
+    before = listing(workspace.root)
+    second = take(config, workspace)
+    assert (second.taken, second.late, second.open) == (0, 0, 160)
+    assert listing(workspace.root) == before
+    write_rows(events / "copy.csv", week(2) + week(1))
+    assert take(config, workspace).taken == 0
+    assert listing(workspace.root) == before
+
+
+def test_a_closed_stage_begins_where_the_last_one_ended_and_moves_no_digest_and_no_code(
+    shop: tuple[Config, Workspace, Path],
+) -> None:
+    config, workspace, events = shop
+    before, old = load_stages(workspace), load_dataset(config, workspace)
+    write_rows(events / "weeks.csv", week(2) + week(3))
+    assert take(config, workspace).closed == (2,)
+    stages = load_stages(workspace)
+    assert stages[:2] == before
+    assert stages[2].start == stages[1].end
+    assert stages[2].end == (START + timedelta(days=21)).isoformat()
+    assert (stages[2].events, stages[2].users, stages[2].new_items) == (160, 40, 1)
+    grow_catalogue(config, workspace)
+    build_semantic_ids(config, workspace)
+    new = load_dataset(config, workspace)
+    assert [new.digest(stage) for stage in range(2)] == [old.digest(stage) for stage in range(2)]
+    known = len(old.catalogue.item_ids)
+    assert new.catalogue.item_ids[:known] == old.catalogue.item_ids
+    assert (new.catalogue.codes[:known] == old.catalogue.codes).all()
+    assert len(new.catalogue.item_ids) == known + 1
+
+
+def test_rows_survive_the_files_they_came_from(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    moved = write_rows(events / "week2.csv", week(2))
+    take(config, workspace)
+    moved.unlink()
+    assert take(config, workspace).open == 160
+
+
+def test_a_named_file_is_taken_and_the_sources_are_not_looked_at(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    write_rows(events / "week3.csv", week(3))
+    elsewhere = write_rows(events.parent / "elsewhere" / "week2.csv", week(2))
+    assert take(config, workspace, new=str(elsewhere)).taken == 160
+    assert take(config, workspace, new=str(elsewhere)).taken == 0
+
+
+LATE_ROW = ("u00", "i05", seconds(8.5))
+
+
+@pytest.mark.parametrize(("policy", "place"), [("hold", "held/held-*.parquet"), ("reject", "rejects/late-*.parquet")])
+def test_late_rows_are_counted_and_kept_where_the_policy_says(
+    shop: tuple[Config, Workspace, Path], policy: str, place: str
+) -> None:
+    config, workspace, events = shop
+    config = with_rules(config, late=policy)
+    before = load_stages(workspace)
+    write_rows(events / "late.csv", [LATE_ROW])
+    assert take(config, workspace).late == 1
+    again = take(config, workspace)
+    assert (again.late, again.taken, again.held) == (0, 0, int(policy == "hold"))
+    (file,) = workspace.root.glob(place)
+    assert pl.read_parquet(file)["reason"].to_list() == [append.LATE]
+    assert load_stages(workspace) == before
+
+
+def test_held_rows_come_into_the_next_stage_when_the_policy_changes_and_refused_ones_do_not(
+    shop: tuple[Config, Workspace, Path],
+) -> None:
+    config, workspace, events = shop
+    write_rows(events / "late.csv", [LATE_ROW])
+    take(with_rules(config, late="hold"), workspace)
+    found = take(with_rules(config, late="next_stage"), workspace, close_now=True)
+    assert (found.closed, found.held) == ((2,), 0)
+    stage = load_stages(workspace)[2]
+    assert (stage.events, stage.start) == (1, load_stages(workspace)[1].end)
+    assert take(with_rules(config, late="next_stage"), workspace).taken == 0
+    write_rows(events / "late.csv", [("u01", "i05", seconds(8.5))])
+    take(with_rules(config, late="reject"), workspace)
+    assert take(with_rules(config, late="next_stage"), workspace).taken == 0
+
+
+def test_rebuilding_puts_late_rows_where_they_belong(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    before = load_stages(workspace)
+    write_rows(events / "late.csv", [LATE_ROW])
+    found = take(with_rules(config, late="rebuild"), workspace)
+    after = load_stages(workspace)
+    assert (found.rebuilt, found.held, found.taken) == ((1,), 0, 0)
+    assert after[0] == before[0]
+    assert after[1].events == before[1].events + 1
+    assert after[1].digest != before[1].digest
+    assert take(with_rules(config, late="rebuild"), workspace).rebuilt == ()
+
+
+def test_a_row_tied_with_the_last_committed_event_is_known_by_its_content(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    last = max(week(1), key=lambda row: row[2])
+    write_rows(events / "tie.csv", [last, ("u99", "i01", last[2])])
+    found = take(config, workspace)
+    assert (found.taken, found.late) == (0, 1)
+
+
+def test_a_date_in_the_future_closes_no_stage_and_is_taken_when_its_time_has_come(
+    shop: tuple[Config, Workspace, Path],
+) -> None:
+    config, workspace, events = shop
+    write_rows(events / "week2.csv", [*week(2), ("u00", "i01", seconds(70))])
+    early = take_new_rows(config, workspace, now=START + timedelta(days=22))
+    assert (early.closed, early.held, early.open) == ((), 1, 160)
+    later = take_new_rows(config, workspace, now=START + timedelta(days=71))
+    assert (later.closed, later.held, later.open) == ((2,), 0, 1)
+
+
+def test_a_dry_run_changes_nothing_and_says_the_same(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    write_rows(events / "weeks.csv", [*week(2), *week(3), LATE_ROW])
+    before = listing(workspace.root)
+    told = take(config, workspace, dry_run=True)
+    assert listing(workspace.root) == before
+    assert take(config, workspace) == told
+
+
+@pytest.mark.parametrize("policy", ["hold", "rebuild"])
+def test_a_commit_killed_at_any_write_ends_as_if_it_had_not_been(
+    shop: tuple[Config, Workspace, Path], policy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, workspace, events = shop
+    config = with_rules(config, late=policy)
+    write_rows(events / "weeks.csv", [*week(2), *week(3), LATE_ROW])
+    shutil.copytree(workspace.root, tmp_path / "undisturbed")
+    undisturbed = Workspace(tmp_path / "undisturbed")
+    take(config, undisturbed)
+    real = {name: getattr(append, name) for name in ("write_stage", "write_json", "store_waiting", "_store_rejects")}
+    deaths = 0
+    for place in range(8):
+        copy = Workspace(tmp_path / f"killed{place}")
+        shutil.copytree(workspace.root, copy.root)
+        left = [place]
+
+        def dying(name: str, left: list[int] = left) -> Any:
+            def call(*arguments: Any) -> Any:
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                return real[name](*arguments)
+
+            return call
+
+        for name in real:
+            monkeypatch.setattr(append, name, dying(name))
+        try:
+            take(config, copy)
+        except KeyboardInterrupt:
+            deaths += 1
+        monkeypatch.undo()
+        take(config, copy)
+        assert listing(copy.root) == listing(undisturbed.root), place
+    assert deaths >= 4
+
+
+def test_a_decided_commit_is_finished_even_if_the_rows_are_gone(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    moved = write_rows(events / "weeks.csv", week(2) + week(3))
+    manifest = workspace.stages / "manifest.json"
+    old = manifest.read_bytes()
+    take(config, workspace)
+    new = manifest.read_text()
+    ready = workspace.stages / ".next" / "stage=02.parquet"
+    ready.parent.mkdir()
+    workspace.stage_file(2).rename(ready)
+    manifest.write_bytes(old)
+    (workspace.stages / "next.json").write_text(new)
+    moved.unlink()
+    finish_commit(workspace)
+    assert len(load_stages(workspace)) == 3
+    assert not (workspace.stages / "next.json").exists()
+
+
+def test_damaged_waiting_rows_are_refused_with_the_way_out(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    write_rows(events / "week2.csv", week(2))
+    take(config, workspace)
+    (file,) = (workspace.root / "open").glob("open-*.parquet")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"remove .*manifest\.json"):
+        load_waiting(workspace)
+    (workspace.root / "open" / "manifest.json").unlink()
+    assert take(config, workspace).open == 160
+
+
+def test_a_log_without_a_clock_cannot_be_retrained(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, _ = shop
+    log = config.log.model_validate({"kind": "sequences", "sequences": "x.txt"})
+    with pytest.raises(UserError, match="has no clock"):
+        take(config.model_copy(update={"log": log}), workspace)
+
+
+def test_a_period_that_is_none_is_named() -> None:
+    with pytest.raises(UserError, match=r"retrain\.close\.period = 'soon'"):
+        closings(times(0, 1), CloseConfig(period="soon"))
+
+
+def test_new_items_get_their_texts_and_known_ones_keep_theirs(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    table = events.parent / "items.csv"
+    table.write_text(table.read_text().replace("red chair number 0,", "renamed,") + "i99,brass lamp,lights\n")
+    write_rows(events / "weeks.csv", [*week(2), ("u00", "i99", seconds(15.5)), *week(3)])
+    take(config, workspace)
+    assert grow_catalogue(config, workspace) == 1
+    build_semantic_ids(config, workspace)
+    titles = dict(zip(*[(c := load_dataset(config, workspace).catalogue).item_ids, c.titles], strict=True))
+    assert titles["i99"] == "brass lamp"
+    assert titles["i00"] == "red chair number 0"
+    assert grow_catalogue(config, workspace) == 0

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import importlib
+import inspect
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from flows import champion, cli, crashed, experiment, registry
+from flows.history import read_history
+from stages import contest
+from stages.dataset import load_dataset
+from stages.errors import UserError
+from stages.jobs import Job
+from stages.split import load_stages
+from stages.workspace import Workspace, read_json
+from tests.growing import listing, seconds, week, write_rows, write_shop
+
+if TYPE_CHECKING:
+    from conftest import Trained
+
+OPEN_GATE = """
+[retrain.gate]
+minimum = -1
+worst_slice = 1
+users = 1
+latency_ms = 60000
+"""
+
+
+@pytest.fixture(scope="module")
+def shop(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Workspace, list[str]]:
+    """Config, workspace and what four nightly runs said: first, quiet, a stage let in, a stage turned away."""
+    from flows.retrain import retrain
+
+    folder = tmp_path_factory.mktemp("retrained")
+    config, place = write_shop(folder, OPEN_GATE), folder / "workspace"
+
+    def nightly() -> str:
+        return retrain(str(config), workspace=str(place))
+
+    said = [nightly(), nightly()]
+    write_rows(folder / "events" / "week2.csv", week(2) + week(3)[:1])
+    said.append(nightly())
+    config.write_text(config.read_text().replace("minimum = -1", "minimum = 1"))
+    write_rows(folder / "events" / "week3.csv", [*week(3), ("u00", "i01", seconds(28))])
+    said.append(nightly())
+    return config, Workspace(place), said
+
+
+def test_the_first_run_cuts_the_log_and_puts_a_first_model_into_service(
+    shop: tuple[Path, Workspace, list[str]],
+) -> None:
+    _, workspace, said = shop
+    first = read_history(workspace)[0][0]
+    assert (first["decision"], first["stage"]) == ("first", 1)
+    assert "there is no champion to compare with" in said[0]
+    assert set(first["scores"]) == {
+        f"{name} after stage 1" for name in ("single", "popularity", "recent_popularity", "item_graph")
+    }
+
+
+def test_a_night_without_a_closed_stage_decides_nothing(shop: tuple[Path, Workspace, list[str]]) -> None:
+    assert "0 new" in shop[2][1]
+    assert "nothing to decide" in shop[2][1]
+
+
+def test_an_open_gate_lets_the_challenger_in_and_a_shut_one_keeps_the_champion(
+    shop: tuple[Path, Workspace, list[str]],
+) -> None:
+    _, workspace, said = shop
+    lines = read_history(workspace)[0]
+    assert [(line["decision"], line["stage"]) for line in lines] == [("first", 1), ("promoted", 2), ("kept", 3)]
+    assert "goes into service: hit_at_10" in said[2]
+    assert "single after stage 2 stays in service, single after stage 3 does not replace it" in said[3]
+    assert champion.champion(workspace) == Job("single", 0, "same_stage", 2)
+    assert lines[2]["champion"] == read_json(workspace.root / "champion.json")
+    assert lines[1]["differences"]["all"]["users"] == 40
+    assert lines[1]["probe"]["invalid_rate"] == 0
+
+
+def test_nobody_is_tested_on_what_trained_it(shop: tuple[Path, Workspace, list[str]]) -> None:
+    from stages.config import load_config
+    from stages.queries import same_stage_tests, training_targets
+
+    config, workspace, _ = shop
+    events = load_dataset(load_config(config), workspace).interactions
+    trained = training_targets(events, range(3), "same_stage", 0)
+    tests = same_stage_tests(events, 2)
+    assert len(tests) == 40
+    assert not any(trained[cut:end].any() for cut, end in zip(tests.cut, tests.end, strict=True))
+
+
+def test_a_repeated_run_decides_nothing_twice(shop: tuple[Path, Workspace, list[str]]) -> None:
+    from flows.retrain import retrain
+
+    config, workspace, _ = shop
+    kept = ("stages", "open", "catalogue", "history.jsonl", "champion.json", "runs")
+    before = {name: digest for name, digest in listing(workspace.root).items() if name.startswith(kept)}
+    assert "nothing to decide" in retrain(str(config), workspace=str(workspace.root))
+    assert {name: digest for name, digest in listing(workspace.root).items() if name.startswith(kept)} == before
+
+
+def test_mlflow_and_prefect_show_every_decision(shop: tuple[Path, Workspace, list[str]]) -> None:
+    from mlflow import MlflowClient
+    from prefect.client.orchestration import get_client
+
+    _, workspace, _ = shop
+    client = MlflowClient(workspace.mlflow_uri)
+    place = client.get_experiment_by_name("growing")
+    assert place is not None
+    runs = client.search_runs([place.experiment_id], "tags.role = 'decision'", order_by=["tags.decided_at ASC"])
+    assert sorted(run.data.tags["decision"] for run in runs) == ["first", "kept", "promoted"]
+    promoted = next(run for run in runs if run.data.tags["decision"] == "promoted")
+    assert "goes into service" in promoted.data.tags["reason"]
+    assert promoted.data.metrics["probe/invalid_rate"] == 0
+    assert "gate/low" in promoted.data.metrics
+    version = client.get_model_version_by_alias(registry.model_name("growing"), registry.ALIAS)
+    assert version.tags["checkpoint"] == read_json(workspace.root / "champion.json")["key"]
+    registry.record_decision(workspace, "growing", read_history(workspace)[0][1])
+    assert len(client.search_runs([place.experiment_id], "tags.role = 'decision'")) == 3
+    with get_client(sync_client=True) as prefect:
+        shown = [str(artifact.data) for artifact in prefect.read_artifacts() if artifact.key == "decision"]
+    assert any("goes into service" in text for text in shown)
+
+
+def test_compare_uses_grown_stages_as_they_are(shop: tuple[Path, Workspace, list[str]]) -> None:
+    from flows import steps
+
+    config, workspace, _ = shop
+    before = load_stages(workspace)
+    plan = steps.draft_plan(config, workspace.root, ["single"], [0])
+    steps.read(plan)
+    assert steps.split(plan).count == 4
+    assert load_stages(workspace) == before
+    assert (experiment.read_json(workspace.root / "config.json").get("log_digest")) is not None
+
+
+@pytest.fixture
+def copy(shop: tuple[Path, Workspace, list[str]], tmp_path: Path) -> tuple[Path, Workspace]:
+    """Config and workspace of a copy of the shop, to be changed."""
+    config, workspace, _ = shop
+    shutil.copytree(config.parent, tmp_path / "shop")
+    return tmp_path / "shop" / config.name, Workspace(tmp_path / "shop" / workspace.root.name)
+
+
+def driftrec(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
+) -> tuple[int, str, str]:
+    """Run the command line in this process: exit code, output, error output."""
+    monkeypatch.setattr(sys, "argv", ["driftrec", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(end.value.code or 0), " ".join(captured.out.split()), captured.err
+
+
+def test_a_dry_run_changes_no_file_and_says_what_would_close(
+    copy: tuple[Path, Workspace], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, workspace = copy
+    write_rows(config.parent / "events" / "week4.csv", [*week(4), *week(5)[:1]])
+    before = listing(config.parent)
+    code, out, _ = driftrec(monkeypatch, capsys, "retrain", "-c", config, "-w", workspace.root, "--dry-run")
+    assert code == 0
+    assert "closed stage 4" in out
+    assert "single would be trained for stage 4" in out
+    assert listing(config.parent) == before
+
+
+def test_one_command_goes_back_and_the_history_tells(
+    copy: tuple[Path, Workspace], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    _, workspace = copy
+    code, out, _ = driftrec(monkeypatch, capsys, "rollback", "-w", workspace.root)
+    assert (code, out) == (0, "single after stage 1 is in service again, single after stage 2 is not")
+    assert champion.champion(workspace) == Job("single", 0, "same_stage", 1)
+    version = MlflowClient(workspace.mlflow_uri).get_model_version_by_alias("driftrec-growing", "champion")
+    assert version.tags["stage"] == "1"
+    code, out, _ = driftrec(monkeypatch, capsys, "history", "-w", workspace.root)
+    assert code == 0
+    for word in ("first", "promoted", "kept", "rolled_back", "in service: single after stage 1"):
+        assert word in out
+    code, _, err = driftrec(monkeypatch, capsys, "rollback", "-w", workspace.root)
+    assert code == 2
+    assert "no earlier champion" in err
+
+
+def test_a_run_killed_before_its_decision_goes_on_and_decides_the_same(
+    copy: tuple[Path, Workspace], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from flows.retrain import retrain
+
+    config, workspace = copy
+    write_rows(config.parent / "events" / "week4.csv", [*week(4), *week(5)[:1]])
+    shutil.copytree(config.parent, tmp_path / "undisturbed")
+    real = contest.probe
+
+    def die(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(contest, "probe", die)
+    with pytest.raises(RuntimeError, match="killed"):
+        retrain(str(config), workspace=str(workspace.root))
+    assert len(read_history(workspace)[0]) == 3
+    monkeypatch.setattr(contest, "probe", real)
+    retrain(str(config), workspace=str(workspace.root))
+    other = tmp_path / "undisturbed"
+    retrain(str(other / config.name), workspace=str(other / workspace.root.name))
+    mine, theirs = (read_history(Workspace(place))[0] for place in (workspace.root, other / workspace.root.name))
+    same = ("decision", "stage", "scores", "differences")
+    assert [[line[name] for name in same] for line in mine] == [[line[name] for name in same] for line in theirs]
+    assert mine[-1]["challenger"]["key"] == theirs[-1]["challenger"]["key"]
+    for name in ("adapter_model.safetensors", "token_rows.safetensors"):
+        first, second = (
+            (place / "runs" / "checkpoints" / mine[-1]["challenger"]["key"] / name).read_bytes()
+            for place in (workspace.root, other / workspace.root.name)
+        )
+        assert first == second
+
+
+def test_changed_settings_rebuild_the_champion_in_the_open(copy: tuple[Path, Workspace]) -> None:
+    from flows.retrain import retrain
+
+    config, workspace = copy
+    before = champion.in_service(workspace)
+    config.write_text(config.read_text().replace("[evaluation]", "learning_rate = 0.002\n[evaluation]"))
+    said = retrain(str(config), workspace=str(workspace.root))
+    after = champion.in_service(workspace)
+    assert before is not None
+    assert after is not None
+    assert (after.job, after.key == before.key) == (before.job, False)
+    assert "**rebuilt**: the data or settings of single after stage 2 changed" in said
+
+
+def test_a_workspace_that_a_comparison_made_begins_with_the_best_method_of_its_report(
+    trained: Trained, tmp_path: Path
+) -> None:
+    from flows import steps
+    from flows.retrain import retrain
+
+    shutil.copytree(trained.config.parent.parent, tmp_path / "compared")
+    config = tmp_path / "compared" / "source" / trained.config.name
+    with config.open("a") as handle:
+        handle.write('[retrain]\nmethod = "single"\n[retrain.gate]\nlatency_ms = 60000\n')
+    workspace = Workspace(tmp_path / "compared" / "workspace")
+    checkpoints = listing(workspace.checkpoints)
+    said = retrain(str(config), workspace=str(workspace.root))
+    job = champion.champion(workspace)
+    assert job is not None
+    best = next(line.method for line in steps.findings(trained.report).lines("same_stage") if not line.baseline)
+    assert (job.method in ("frozen", "single"), job.stage, job.protocol) == (True, 1, "same_stage")
+    assert best in ("frozen", "single")
+    assert "**first**" in said
+    assert listing(workspace.checkpoints) == checkpoints
+
+
+def test_runs_that_a_kill_left_running_are_closed_by_the_doctor(copy: tuple[Path, Workspace]) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.states import Running
+
+    from flows.doctor import repaired
+    from flows.retrain import retrain
+
+    config, workspace = copy
+    mine = {"config": str(config), "workspace": str(workspace.root)}
+    with get_client(sync_client=True) as client:
+        dead = client.create_flow_run(retrain, parameters=mine, state=Running())
+        other = client.create_flow_run(retrain, parameters=mine | {"workspace": "/elsewhere"}, state=Running())
+        found = [check.found for check in repaired(workspace.root)]
+        assert any(dead.name in text for text in found)
+        states = {run.id: client.read_flow_run(run.id).state_type for run in (dead, other)}
+        assert [str(states[run.id].value) for run in (dead, other)] == ["CRASHED", "RUNNING"]
+        assert "no flow run is left open" in [check.found for check in repaired(workspace.root)][-1]
+        crashed.mark_crashed(str(other.id))
+
+
+def test_the_doctor_leaves_a_workspace_alone_that_a_run_holds(copy: tuple[Path, Workspace]) -> None:
+    from flows.doctor import repaired
+
+    with experiment.exclusive(copy[1]):
+        (check,) = repaired(copy[1].root)
+    assert "in use by process" in check.found
+    with pytest.raises(UserError, match="--workspace"):
+        list(repaired(None))
+
+
+def test_the_deployment_file_names_what_exists() -> None:
+    found = yaml.safe_load((Path(__file__).parent.parent / "prefect.yaml").read_text())
+    (deployment,) = found["deployments"]
+    module, name = deployment["entrypoint"].rsplit(".", 1)
+    flow = getattr(importlib.import_module(module), name)
+    assert set(deployment["parameters"]) <= set(inspect.signature(flow.fn).parameters)
+    assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+    assert deployment["schedules"][0]["cron"] == "0 3 * * *"

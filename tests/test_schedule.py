@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows import schedule
+from flows.history import read_history
+from stages.errors import UserError
+from stages.workspace import Workspace
+from tests.growing import write_shop
+
+GATE = "[retrain.gate]\nlatency_ms = 60000\n"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def wait_for(found: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not found():
+        assert process.poll() is None, "the schedule ended by itself"
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.3)
+
+
+def test_a_scheduled_run_really_executes_and_lands_in_mlflow(tmp_path: Path) -> None:
+    """A real server and a real schedule: with SQLAlchemy 2.1 the UI looks healthy and nothing ever runs."""
+    from mlflow import MlflowClient
+
+    config, place = write_shop(tmp_path, GATE), Workspace(tmp_path / "workspace")
+    port = free_port()
+    words = ["serve-flows", "-c", config, "-w", place.root, "--every", "4", "--port", port]
+    with (tmp_path / "output.txt").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", *map(str, words)], env=alone(tmp_path), stdout=output, stderr=output
+        )
+        try:
+            address = f"http://127.0.0.1:{port}/api"
+            wait_for(lambda: schedule.answers(address) and "COMPLETED" in states(address), process, 240)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+    assert f"http://127.0.0.1:{port}" in (tmp_path / "output.txt").read_text()
+    assert not schedule.answers(address)
+    assert [line["decision"] for line in read_history(place)[0]] == ["first"]
+    client = MlflowClient(place.mlflow_uri)
+    found = client.get_experiment_by_name("growing")
+    assert found is not None
+    (run,) = client.search_runs([found.experiment_id], "tags.role = 'decision'")
+    assert run.data.tags["decision"] == "first"
+    assert run.data.tags["prefect.flow_run_id"]
+
+
+def states(address: str) -> set[str]:
+    """States of the flow runs that are not waiting for their time."""
+    wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "COMPLETED", "FAILED", "CRASHED"]}}}}
+    request = urllib.request.Request(
+        f"{address}/flow_runs/filter", json.dumps(wanted).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        found = {run["state_type"]: run["state"]["message"] for run in json.load(reply)}
+    assert not found.keys() & {"FAILED", "CRASHED"}, found
+    return set(found)
+
+
+@pytest.mark.slow
+def test_a_killed_retraining_ends_in_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
+    """SIGKILL while it trains: the lock is free, the next run goes on, and Prefect learns that the first one died."""
+    for name in ("killed", "whole"):
+        write_shop(tmp_path / name, GATE)
+    killed, whole = (Workspace(tmp_path / name / "workspace") for name in ("killed", "whole"))
+    process = retraining(tmp_path / "killed")
+    wait_for(lambda: any(killed.checkpoints.glob("*stage00*")), process, 240)
+    process.kill()
+    process.wait()
+    assert not read_history(killed)[0]
+    for name in ("killed", "whole"):
+        assert retraining(tmp_path / name).wait(300) == 0
+    assert files(killed.checkpoints) == files(whole.checkpoints)
+    assert [line["scores"] for line in read_history(killed)[0]] == [line["scores"] for line in read_history(whole)[0]]
+    repair = [sys.executable, "-m", "flows.cli", "doctor", "-w", str(killed.root), "--repair"]
+    done = subprocess.run(repair, env=alone(tmp_path / "killed"), capture_output=True, text=True, check=True)
+    assert "no flow run is left open" in done.stdout
+
+
+def alone(folder: Path) -> dict[str, str]:
+    """An environment in which Prefect has its own folder and no server."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
+    return kept | {"PREFECT_HOME": str(folder / "prefect"), "OMP_NUM_THREADS": "1"}
+
+
+def retraining(folder: Path) -> subprocess.Popen[bytes]:
+    words = ["retrain", "-c", folder / "shop.toml", "-w", folder / "workspace"]
+    command = [sys.executable, "-m", "flows.cli", *map(str, words)]
+    return subprocess.Popen(command, env=alone(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def files(checkpoints: Path) -> dict[str, bytes]:
+    """The tensors of every checkpoint; state.json holds wall times."""
+    return {
+        str(path.relative_to(checkpoints)): path.read_bytes() for path in sorted(checkpoints.rglob("*.safetensors"))
+    }
+
+
+def test_a_named_server_that_does_not_answer_is_an_error_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}/api")
+    with pytest.raises(UserError, match="no server answers there"), schedule.api(tmp_path, free_port()):
+        pass
+
+
+def test_an_address_that_is_none_answers_nothing() -> None:
+    assert not schedule.answers("file:///etc/passwd")
