@@ -134,7 +134,9 @@ def recommend(
     user: Annotated[str | None, typer.Option("--user", "-u", help="User id in the log.")] = None,
     history: Annotated[str | None, typer.Option(help="Item ids, oldest first, separated by commas.")] = None,
     k: Annotated[int, typer.Option("-k", help="Length of the list.")] = 10,
-    method: Annotated[str | None, typer.Option("--method", "-m", help="Absent: the best of the last report.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="Absent: the champion, or the best of the last report.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Training seed; absent: the lowest.")] = None,
 ) -> None:
     """Recommend items to a user of the log, or to anybody from a history."""
@@ -149,6 +151,30 @@ def recommend(
     console.print(f"after {tables.escaped(recent)}", style="dim")
     title = f"{job.method}, seed {job.seed}, after stage {job.stage}"
     console.print(tables.recommendations(found.rows, title))
+
+
+@app.command()
+def serve(
+    workspace: ThisFolder,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8000,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="Absent: the champion, as it changes.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Training seed; absent: the lowest.")] = None,
+    allowed_hosts: Annotated[
+        str | None, typer.Option(help="Beyond this machine: name:port,... that clients use; DRIFTREC_TOKEN too.")
+    ] = None,
+) -> None:
+    """Answer recommendations and searches over HTTP, with a page to try them."""
+    _start(workspace)
+    from flows import terminal
+    from flows.guarding import access
+
+    rule = access(host, allowed_hosts)
+    from flows.service import serve as run_service
+
+    with terminal.watching(lines=True):
+        console = terminal.stdout()
+        run_service(workspace, host, port, rule, method, seed, lambda line: console.print(line, soft_wrap=True))
 
 
 @app.command()

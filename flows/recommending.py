@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flows.champion import champion
 from flows.experiment import remembered_config, trained_jobs
 from stages.errors import UserError
 from stages.jobs import BASELINES, Job
@@ -16,6 +17,7 @@ from stages.settings import nearest
 if TYPE_CHECKING:
     from stages.dataset import Dataset
     from stages.interactions import Catalogue, IntArray
+    from stages.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def recommend(
         user: id in the log.
         history: item ids, oldest first; instead of the user's own.
         k: length of the list, at most the config's `evaluation.beam` for a trained model.
-        method: a trained method or a baseline; absent: the one that the newest report puts first.
+        method: a trained method or a baseline; absent: the champion, or what the newest report puts first.
         seed: absent: the lowest trained one.
 
     Raises:
@@ -58,7 +60,7 @@ def recommend(
     from stages.evaluate import recommender
 
     config, workspace = remembered_config(root)
-    job = choose(trained_jobs(workspace), method or _favourite(root), seed, root)
+    job = job_in_service(workspace, method, seed)
     if not 1 <= k <= config.evaluation.beam:
         raise UserError(f"-k {k}: give a number from 1 to evaluation.beam, which is {config.evaluation.beam} here")
     dataset = load_dataset(config, workspace)
@@ -71,6 +73,17 @@ def recommend(
         if item >= 0
     ]
     return Listing(job, [names.titles[item] for item in past.tolist()], rows)
+
+
+def job_in_service(workspace: Workspace, method: str | None = None, seed: int | None = None) -> Job:
+    """The model to answer with: the one asked for, else the champion, else the best of the newest report.
+
+    Raises:
+        UserError: nothing is trained, or not that.
+    """
+    crowned = champion(workspace) if method is None and seed is None else None
+    root = workspace.root
+    return crowned or choose(trained_jobs(workspace), method or _favourite(root), seed, root)
 
 
 def choose(trained: list[Job], method: str | None, seed: int | None, root: Path) -> Job:
