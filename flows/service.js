@@ -3,7 +3,7 @@
 const at = (id) => document.getElementById(id);
 const KINDS = {
   again: () => "in the history already",
-  taken_together: (why) => `often taken beside ${why.title}`,
+  taken_together: (why) => `taken beside ${why.title}`,
   similar: (why) => `${why.shared_levels} of ${why.levels} codes shared with ${why.title}`,
 };
 const SCORES = { popularity: "events", recent_popularity: "events", item_graph: "votes", title_words: "match" };
@@ -52,7 +52,7 @@ function whom() {
   return person.user === undefined ? { history: person.history.map((item) => item.item_id) } : { user: person.user };
 }
 
-function listItems(place, items, method, shown) {
+function listItems(place, items, method) {
   const unit = SCORES[method] || "log-probability";
   place.replaceChildren(...items.map((item) => {
     const line = element("li");
@@ -61,9 +61,9 @@ function listItems(place, items, method, shown) {
     if (item.title !== item.item_id) title.append(element("span", item.item_id, "id"));
     name.append(title);
     if (item.why) name.append(element("span", KINDS[item.why.kind](item.why), "why"));
-    const score = element("span", item.score.toFixed(2), "score");
+    const score = element("span", Number.isInteger(item.score) ? item.score.toLocaleString("en") : item.score.toFixed(2), "score");
     score.title = unit;
-    const add = button("add", `add ${item.title} to the history`, () => grow(item, shown));
+    const add = button("add", `add ${item.title} to the history`, () => grow(item));
     line.append(element("span", item.rank, "rank"), name, score, add);
     return line;
   }));
@@ -71,14 +71,13 @@ function listItems(place, items, method, shown) {
 
 function showHistory(items, length) {
   const edited = person !== null && person.history !== undefined;
-  const more = length > items.length ? `the newest ${items.length} of ${length}, ` : "";
-  const whose = edited ? "Put together here, " : "";
-  const count = `${length} ${length === 1 ? "item" : "items"}`;
-  at("history-note").textContent = items.length ? `${whose}${more || count + ", "}newest first.` : "Empty.";
+  const count = length > items.length ? `The newest ${items.length} of ${length}` : `${length} ${length === 1 ? "item" : "items"}`;
+  const note = `${count}, newest first${edited ? "; put together here" : ""}.`;
+  at("history-note").textContent = items.length ? note : "Empty.";
   at("history").replaceChildren(...items.map((item, place) => {
     const line = element("li");
     line.append(element("span", item.title));
-    line.append(button("remove", `remove ${item.title} from the history`, () => {
+    line.append(button("×", `remove ${item.title} from the history`, () => {
       keep(items.filter((_, other) => other !== place));
     }));
     return line;
@@ -111,8 +110,9 @@ async function recommend(turn) {
   known = person.history || reply.history;
   showHistory(known, person.history ? known.length : reply.history_length);
   listItems(at("next-items"), reply.items, reply.method);
-  const by = `by ${reply.method}; score: ${SCORES[reply.method] || "log-probability"}`;
-  at("next-note").textContent = reply.fallback ? `Fallback, ${by}. ${reply.reason}.` : `Ranked ${by}.`;
+  const by = `${reply.method}; score: ${SCORES[reply.method] || "log-probability"}`;
+  const reason = reply.reason && reply.reason[0].toUpperCase() + reply.reason.slice(1);
+  at("next-note").textContent = reply.fallback ? `${reason}. Fallback: ${by}.` : `Ranked by ${by}.`;
   at("scale").hidden = !reply.items.some((item) => item.why);
 }
 

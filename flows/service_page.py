@@ -65,7 +65,11 @@ def _fields(about: Mapping[str, Any]) -> Markup:
         TableRow(element("code", name), [(_kind(field), "left"), (_note(field, name in required), "left")])
         for name, field in about.get("properties", {}).items()
     ]
-    return join(element("p", about.get("description", "")), table(["field", "type", "rule"], rows, left=True))
+    return join(element("p", about.get("description", "")), _left(table(["field", "type", "rule"], rows, left=True)))
+
+
+def _left(made: Markup) -> Markup:
+    return Markup(f'<div class="words">{made.html}</div>')
 
 
 def _kind(field: Mapping[str, Any]) -> str:
@@ -79,7 +83,7 @@ def _kind(field: Mapping[str, Any]) -> str:
 
 
 def _note(field: Mapping[str, Any], required: bool) -> str:
-    bounds = {"minLength": "at least {} characters", "maxLength": "at most {} characters", "minimum": "at least {}"}
+    bounds = {"minLength": "at least {} character", "maxLength": "at most {} characters", "minimum": "at least {:g}"}
     bounds |= {"maxItems": "at most {} entries", "default": "default {}"}
     said = [
         text.format(one[key]) for one in _variants(field) for key, text in bounds.items() if one.get(key) is not None

@@ -14,7 +14,7 @@ LONGEST_HISTORY = 1000
 """Item ids of a history; models read the newest `history_length` of them."""
 
 Id = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
-Count = Annotated[int, Field(ge=1, strict=True, description="Length of the list; at most the model's `limit`.")]
+Count = Annotated[int, Field(ge=1, strict=True, description="length of the list, at most the model's limit")]
 
 
 class _Strict(BaseModel):
