@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import logs
-from flows.environment import set_defaults
+from flows import logs, offering
+from flows.environment import RUNNING_IN, set_defaults
 from stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_running_in: list[Path] = []
-"""The workspace of the command under way, for the crash file."""
+app.add_typer(offering.app)
+_running_in = RUNNING_IN
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="TOML file of the experiment.")]
 Folder = Annotated[Path | None, typer.Option("--workspace", "-w", help="Folder for everything the run writes.")]
@@ -151,30 +151,6 @@ def recommend(
     console.print(f"after {tables.escaped(recent)}", style="dim")
     title = f"{job.method}, seed {job.seed}, after stage {job.stage}"
     console.print(tables.recommendations(found.rows, title))
-
-
-@app.command()
-def serve(
-    workspace: ThisFolder,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8000,
-    method: Annotated[str | None, typer.Option("--method", "-m", help="Absent: the champion, as it changes.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Training seed; absent: the lowest.")] = None,
-    allowed_hosts: Annotated[
-        str | None, typer.Option(help="Beyond this machine: name:port,... that clients use; DRIFTREC_TOKEN too.")
-    ] = None,
-) -> None:
-    """Answer recommendations and searches over HTTP, with a page to try them."""
-    _start(workspace)
-    from flows import terminal
-    from flows.guarding import access
-
-    rule = access(host, allowed_hosts)
-    from flows.service import serve as run_service
-
-    with terminal.watching(lines=True):
-        console = terminal.stdout()
-        run_service(workspace, host, port, rule, method, seed, lambda line: console.print(line, soft_wrap=True))
 
 
 @app.command()

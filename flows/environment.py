@@ -49,3 +49,14 @@ def set_defaults(root: Path | None = None) -> None:
         os.environ.setdefault(name, value)
     if root is not None:
         os.environ.setdefault("PREFECT_HOME", str(root.resolve() / "prefect"))
+
+
+RUNNING_IN: list[Path] = []
+"""The workspace of the command under way, for the crash file."""
+
+
+def started_in(root: Path) -> Path:
+    """`set_defaults` for a command that works in `root`, which is remembered for a crash file."""
+    set_defaults(root)
+    RUNNING_IN.append(root)
+    return root

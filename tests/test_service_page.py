@@ -22,7 +22,7 @@ from flows.guarding import Access
 from flows.recommending import recommend
 from flows.service import build_app
 from flows.serving import InService
-from stages.workspace import Workspace
+from stages.workspace import Workspace, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
     from conftest import Trained
@@ -127,6 +127,8 @@ def shop(trained: Trained, tmp_path: Path) -> Path:
     items = pl.read_parquet(file).with_row_index("row")
     hostile = pl.when(pl.col("row") % 3 == 0).then(pl.lit(HOSTILE)).otherwise(pl.col("title"))
     items.with_columns(title=hostile).drop("row").write_parquet(file)
+    manifest = file.with_name("manifest.json")
+    write_json(manifest, {**read_json(manifest), "digest": sha256_file(file)})
     return root
 
 
