@@ -17,6 +17,7 @@ from stages.errors import UserError
 from stages.jobs import Checkpoint, Job
 from stages.workspace import Workspace, read_json, sha256_file, write_json
 
+FILE = "champion.json"
 RISES = ("first", "promoted", "rebuilt")
 """Decisions that put a model into service; `rolled_back` takes the last one off again, `kept` changes nothing."""
 
@@ -44,7 +45,7 @@ class Champion:
 
 def champion_file(workspace: Workspace) -> Path:
     """Where the champion is named; a service may watch it, it is replaced in one step."""
-    return workspace.root / "champion.json"
+    return workspace.root / FILE
 
 
 def champion(workspace: Workspace) -> Job | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import logs, upkeep
+from flows import logs, offering, upkeep
 from flows.environment import RUNNING_IN, set_defaults
 from stages.errors import UserError
 
@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(upkeep.app)
+app.add_typer(offering.app)
 _running_in = RUNNING_IN
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="TOML file of the experiment.")]
@@ -137,7 +138,9 @@ def compare(
 AsUser = Annotated[str | None, typer.Option("--user", "-u", help="User id in the log.")]
 History = Annotated[str | None, typer.Option(help="Item ids, oldest first, separated by commas.")]
 Length = Annotated[int, typer.Option("-k", help="Length of the list.")]
-ByMethod = Annotated[str | None, typer.Option("--method", "-m", help="Absent: the best of the last report.")]
+ByMethod = Annotated[
+    str | None, typer.Option("--method", "-m", help="Absent: the champion, or the best of the last report.")
+]
 OneSeed = Annotated[int | None, typer.Option("--seed", help="Training seed; absent: the lowest.")]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flows.champion import champion
 from flows.experiment import remembered_config, trained_jobs
 from stages.errors import UserError
 from stages.jobs import BASELINES, Job
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from stages.config import Config
     from stages.dataset import Dataset
     from stages.interactions import Catalogue, IntArray
+    from stages.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def recommend(
         user: id in the log.
         history: item ids, oldest first; instead of the user's own.
         k: length of the list, at most the config's `evaluation.beam` for a trained model.
-        method: a trained method or a baseline; absent: the one that the newest report puts first.
+        method: a trained method or a baseline; absent: the champion, or what the newest report puts first.
         seed: absent: the lowest trained one.
         query: what to search for; absent: a recommendation.
 
@@ -62,7 +64,7 @@ def recommend(
 
     config, workspace = remembered_config(root)
     objective = "recommendation" if query is None else "search"
-    job = choose(trained_jobs(workspace), method or favourite(root, objective), seed, root)
+    job = job_in_service(workspace, method, seed, objective)
     if not 1 <= k <= config.evaluation.beam:
         raise UserError(f"-k {k}: give a number from 1 to evaluation.beam, which is {config.evaluation.beam} here")
     dataset = load_dataset(config, workspace)
@@ -75,6 +77,19 @@ def recommend(
         if item >= 0
     ]
     return Listing(job, [names.titles[item] for item in past.tolist()], rows)
+
+
+def job_in_service(
+    workspace: Workspace, method: str | None = None, seed: int | None = None, objective: str = "recommendation"
+) -> Job:
+    """The model to answer with: the one asked for, else the champion, else the best of the newest report.
+
+    Raises:
+        UserError: nothing is trained, or not that.
+    """
+    crowned = champion(workspace) if method is None and seed is None else None
+    root = workspace.root
+    return crowned or choose(trained_jobs(workspace), method or favourite(root, objective), seed, root)
 
 
 def choose(trained: list[Job], method: str | None, seed: int | None, root: Path) -> Job:

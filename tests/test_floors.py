@@ -17,7 +17,12 @@ FLOORS = {
     "models": {"models"},
     "regularizers": {"regularizers"},
 }
-RESERVED = {"prefect": "flows/", "mlflow": "flows/tracking.py", "fastapi": "flows/service.py"}
+RESERVED = {
+    "prefect": ("flows/",),
+    # MLflow runs a copy of flows/pyfunc.py to load a model: it stands alone, apart from what records runs.
+    "mlflow": ("flows/tracking.py", "flows/pyfunc.py"),
+    "fastapi": ("flows/service.py",),
+}
 NOWHERE = {"pickle", "cloudpickle", "joblib", "dill"}
 
 

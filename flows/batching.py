@@ -1,0 +1,117 @@
+"""Requests that arrive together are ranked together: one worker thread behind a bounded queue.
+
+The worker never waits for company. While it ranks one batch the next requests queue up, and it takes them all at once:
+a single client pays nothing for it, many clients share the cost of each pass through the model.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+Ranking = list[tuple[int, float]]
+"""Item numbers with their scores, best first."""
+Rank = Callable[[Sequence[Any], int], list[Ranking]]
+"""Answers a batch of questions (histories, or queries with histories) with as many lists of at most that length."""
+Observe = Callable[[int, float], None]
+
+
+class BusyError(Exception):
+    """So many requests are waiting that another would wait too long."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    rank: Rank
+    question: Any
+    k: int
+    answer: Future[Ranking] = field(default_factory=Future)
+
+
+class Batcher:
+    """Answers questions in batches of at most `largest`, at most `waiting` of them in line.
+
+    Args:
+        largest: questions a batch holds at most.
+        waiting: requests in line at most; a further one is refused.
+        observe: told (questions, seconds) after each batch.
+    """
+
+    def __init__(self, largest: int = 32, waiting: int = 256, observe: Observe | None = None) -> None:
+        self.largest, self.observe = largest, observe
+        self._line: queue.Queue[_Asked | None] = queue.Queue(waiting)
+        self._worker = threading.Thread(target=self._run, name="driftrec-ranking", daemon=True)
+        self._worker.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests in line now."""
+        return self._line.qsize()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the worker still takes requests."""
+        return self._worker.is_alive()
+
+    def submit(self, rank: Rank, question: Any, k: int) -> Future[Ranking]:
+        """Line up one question; the future holds its `k` best items.
+
+        Requests with the same `rank` may share a batch, so a model's answer must not depend on its neighbours.
+
+        Raises:
+            BusyError: the line is full.
+        """
+        asked = _Asked(rank, question, k)
+        try:
+            self._line.put_nowait(asked)
+        except queue.Full:
+            raise BusyError(f"{self._line.maxsize} requests are waiting; try again in a second") from None
+        return asked.answer
+
+    def close(self) -> None:
+        """Answer what is in line, then stop."""
+        self._line.put(None)
+        self._worker.join()
+
+    def _run(self) -> None:
+        while (first := self._line.get()) is not None:
+            batch, ended = self._together(first)
+            # A request keeps the model it came in under: after a swap a batch may hold both.
+            for rank in dict.fromkeys(asked.rank for asked in batch):
+                self._answer(rank, [asked for asked in batch if asked.rank == rank])
+            if ended:
+                return
+
+    def _together(self, first: _Asked) -> tuple[list[_Asked], bool]:
+        """Everything in line behind `first`, up to the largest batch; and whether the end was in it."""
+        batch = [first]
+        while len(batch) < self.largest:
+            try:
+                asked = self._line.get_nowait()
+            except queue.Empty:
+                break
+            if asked is None:
+                return batch, True
+            batch.append(asked)
+        return batch, False
+
+    def _answer(self, rank: Rank, batch: list[_Asked]) -> None:
+        batch = [asked for asked in batch if asked.answer.set_running_or_notify_cancel()]
+        if not batch:
+            return
+        started = time.perf_counter()
+        try:
+            found = rank([asked.question for asked in batch], max(asked.k for asked in batch))
+        except Exception as error:
+            for asked in batch:
+                asked.answer.set_exception(error)
+            return
+        for asked, ranking in zip(batch, found, strict=True):
+            asked.answer.set_result(ranking[: asked.k])
+        if self.observe is not None:
+            self.observe(len(batch), time.perf_counter() - started)

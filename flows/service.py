@@ -1,0 +1,289 @@
+"""The HTTP service: recommendations and search by the champion, on this machine unless told otherwise.
+
+The only module that imports fastapi. It parses and answers; `flows.serving` holds the model, `flows.batching` ranks
+what arrives together, `flows.guarding` keeps strangers out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException as PlainHTTPException
+
+from flows import service_page
+from flows.answers import item_reply, model_reply, recommend_reply, search_reply
+from flows.batching import Batcher, BusyError, Rank, Ranking
+from flows.guarding import SHUT, Access, Guard, Scope
+from flows.service_metrics import CONTENT_TYPE, ServiceMetrics
+from flows.service_schema import (
+    LONGEST_ID,
+    Error,
+    ItemReply,
+    ModelReply,
+    RecommendReply,
+    RecommendRequest,
+    SearchReply,
+    SearchRequest,
+    State,
+)
+from flows.serving import InService, Past, Served
+from stages.errors import UserError
+
+LOOK = 1.0
+"""Seconds between two looks for a new champion."""
+PATIENCE = 30.0
+"""Seconds after which a request is given up."""
+UNROUTED = {
+    404: "nothing is at this address; /docs lists what is",
+    405: "not by this verb; /docs lists what is asked how",
+}
+STANDARD = {status.phrase for status in HTTPStatus}
+log = logging.getLogger("flows")
+
+
+class Desk:
+    """Answers requests with the model that is in service when they arrive.
+
+    Args:
+        place: holds that model.
+        metrics: what is counted.
+    """
+
+    def __init__(self, place: InService, metrics: ServiceMetrics) -> None:
+        self.place, self.metrics = place, metrics
+        self.batcher = Batcher(observe=metrics.batch)
+
+    async def recommend(self, asked: RecommendRequest) -> Response:
+        """The items most likely next for a user of the log, or for anybody with a history.
+
+        For an unknown user, or a history without a known item, the fallback answers and says so.
+        """
+        served = self.place.current
+        _check_length(asked.k, served)
+        past = served.past(asked.user, asked.history)
+        if past.reason is None:
+            ranking = await self._ranked(served.rank, past.items, asked.k)
+        else:
+            ranking = served.fallback(asked.k)
+            self.metrics.fallbacks.inc()
+        return _json(recommend_reply(served, past, ranking))
+
+    async def search(self, asked: SearchRequest) -> Response:
+        """The items that fit a query; the reply's `method` says who found them."""
+        served = self.place.current
+        _check_length(asked.k, served)
+        nobody = asked.user is None and asked.history is None
+        past = served.past(asked.user, asked.history or ([] if asked.user is None else None))
+        past = Past(past.items, past.unknown, None) if nobody else past
+        ranking = await self._ranked(served.searcher.search, (asked.query, past.items), asked.k)
+        return _json(search_reply(served, past, ranking))
+
+    async def item(self, item_id: str) -> Response:
+        """An item of the catalogue, with those most often taken beside it."""
+        served = self.place.current
+        number = served.numbers.get(item_id) if len(item_id) <= LONGEST_ID else None
+        if number is None:
+            raise HTTPException(HTTPStatus.NOT_FOUND, f"item {_short(item_id)} is not in the catalogue")
+        return _json(item_reply(served, number))
+
+    async def model(self) -> Response:
+        """The model in service, its limits, and some users to try it with."""
+        return _json(model_reply(self.place.current))
+
+    async def health(self) -> Response:
+        """Whether the process answers at all."""
+        return _json(State(ok=True))
+
+    async def ready(self) -> Response:
+        """Whether recommendations can be asked for; `fault` says why a newer champion could not be loaded."""
+        alive = self.batcher.alive
+        return _json(State(ok=alive, fault=self.place.fault if alive else "the ranking thread has ended"), alive)
+
+    async def counted(self) -> Response:
+        """Counters and times in Prometheus' text format."""
+        return Response(self.metrics.text(self.place, self.batcher), media_type=CONTENT_TYPE)
+
+    async def watch(self) -> None:
+        """Look for a new champion every second, loading it beside the old one."""
+        while True:
+            await asyncio.sleep(LOOK)
+            try:
+                await asyncio.to_thread(self.place.look)
+            except Exception:
+                # Whatever is wrong with the new model, the old one goes on answering.
+                log.exception("the look-out for a new champion failed")
+                self.place.fault = "the look-out for a new champion failed; see the service's log"
+
+    async def _ranked(self, rank: Rank, question: Any, k: int) -> Ranking:
+        async with asyncio.timeout(PATIENCE):
+            return await asyncio.wrap_future(self.batcher.submit(rank, question, k))
+
+
+def build_app(place: InService, rule: Access) -> Guard:
+    """The whole service as an ASGI application.
+
+    Args:
+        place: the model in service.
+        rule: who may ask.
+    """
+    metrics = ServiceMetrics()
+    desk = Desk(place, metrics)
+
+    @asynccontextmanager
+    async def running(_: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(desk.watch())
+        yield
+        watching.cancel()
+        await asyncio.to_thread(desk.batcher.close)
+
+    # FastAPI's own pages of documentation load scripts from elsewhere; /docs here is a page of ours.
+    app = FastAPI(title="driftrec", docs_url=None, redoc_url=None, lifespan=running)
+    _add_routes(app, desk)
+    _add_pages(app)
+    _add_handlers(app)
+
+    def note(scope: Scope, status: int, seconds: float) -> None:
+        metrics.request(getattr(scope.get("route"), "path_format", "other"), status, seconds)
+
+    return Guard(app, rule, note)
+
+
+def serve(
+    root: Path,
+    host: str,
+    port: int,
+    rule: Access,
+    method: str | None = None,
+    seed: int | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve a workspace's champion until interrupted.
+
+    Args:
+        root: workspace.
+        host: address to listen on.
+        port: where; 0 takes a free one.
+        rule: from `flows.guarding.access`.
+        method: always this method's newest model; absent: the champion.
+        seed: of the method.
+        say: told the address once the model is loaded.
+
+    Raises:
+        UserError: there is no model to serve, or the address cannot be used.
+    """
+    with _listening(host, port) as listener:
+        place = InService(root, method, seed)
+        job, number = place.current.job, listener.getsockname()[1]
+        name = f"[{host}]" if ":" in host else host
+        say(f"serving {job.method}, seed {job.seed}, after stage {job.stage}: http://{name}:{number}")
+        settings = uvicorn.Config(
+            build_app(place, rule), log_level="warning", server_header=False, timeout_graceful_shutdown=30
+        )
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A bound socket; asked for before the model is loaded, so that a mistake is told at once."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise UserError(f"--host {host} --port {port}: {error.strerror or error}; choose another") from None
+    return listener
+
+
+def _add_routes(app: FastAPI, desk: Desk) -> None:
+    routes: list[tuple[str, str, Callable[..., Any], type[BaseModel] | None]] = [
+        ("POST", "/recommend", desk.recommend, RecommendReply),
+        ("POST", "/search", desk.search, SearchReply),
+        ("GET", "/items/{item_id:path}", desk.item, ItemReply),
+        ("GET", "/model", desk.model, ModelReply),
+        ("GET", "/health", desk.health, State),
+        ("GET", "/ready", desk.ready, State),
+        ("GET", "/metrics", desk.counted, None),
+    ]
+    for verb, path, answer, reply in routes:
+        responses: dict[int | str, dict[str, Any]] = {"4XX": {"model": Error}, "5XX": {"model": Error}}
+        if reply is not None:
+            responses[200] = {"model": reply}
+        app.add_api_route(path, answer, methods=[verb], response_model=None, responses=responses)
+
+
+def _add_pages(app: FastAPI) -> None:
+    page, policy = service_page.try_page()
+
+    async def try_it() -> Response:
+        """A page to try the service in a browser."""
+        return Response(page, media_type="text/html", headers={SHUT[0].decode(): policy})
+
+    async def documentation() -> Response:
+        """What can be asked, from the OpenAPI description; it loads nothing from elsewhere."""
+        text, rule = service_page.docs_page(app.openapi())
+        return Response(text, media_type="text/html", headers={SHUT[0].decode(): rule})
+
+    app.add_api_route("/", try_it, include_in_schema=False)
+    app.add_api_route("/docs", documentation, include_in_schema=False)
+
+
+def _add_handlers(app: FastAPI) -> None:
+    """Every error is JSON with one sentence."""
+
+    async def told(_: Request, error: Exception) -> Response:
+        if isinstance(error, PlainHTTPException):
+            sentence = UNROUTED.get(error.status_code) if error.detail in STANDARD else None
+            return _error(error.status_code, sentence or str(error.detail), error.headers)
+        if isinstance(error, RequestValidationError):
+            return _error(HTTPStatus.UNPROCESSABLE_ENTITY, _first_fault(error))
+        if isinstance(error, BusyError):
+            return _error(HTTPStatus.SERVICE_UNAVAILABLE, str(error), {"retry-after": "1"})
+        if isinstance(error, TimeoutError):
+            return _error(HTTPStatus.SERVICE_UNAVAILABLE, f"no answer within {PATIENCE:.0f} seconds; try again later")
+        return _error(HTTPStatus.INTERNAL_SERVER_ERROR, "a fault inside the service; its log says more")
+
+    for kind in (PlainHTTPException, RequestValidationError, BusyError, TimeoutError, Exception):
+        app.add_exception_handler(kind, told)
+
+
+def _first_fault(error: RequestValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(_plain(part) for part in first["loc"] if part != "body") or "body"
+    return f"{place}: {_plain(first['msg'].removeprefix('Value error, '))}"
+
+
+def _check_length(k: int, served: Served) -> None:
+    if k > served.limit:
+        sentence = f"k is {k if k < 10**9 else 'too large'}; this model gives at most {served.limit} items"
+        raise HTTPException(HTTPStatus.UNPROCESSABLE_ENTITY, sentence)
+
+
+def _json(reply: BaseModel, good: bool = True) -> Response:
+    status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
+    return Response(reply.model_dump_json(), status_code=status, media_type="application/json")
+
+
+def _error(status: int, sentence: str, headers: Any = None) -> Response:
+    body = Error(error=sentence).model_dump_json()
+    return Response(body, status_code=status, media_type="application/json", headers=headers)
+
+
+def _plain(part: object) -> str:
+    """A client's text, short and in ASCII: lone surrogates and control characters cannot be sent back as they came."""
+    text = str(part)
+    return "".join(letter if letter.isprintable() and letter.isascii() else "?" for letter in text[:120])
+
+
+def _short(text: str) -> str:
+    return repr(_plain(text))

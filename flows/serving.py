@@ -1,0 +1,209 @@
+"""One model in memory, ready to answer, and the look-out for its successor. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flows.batching import Ranking
+from flows.champion import FILE
+from flows.experiment import remembered_config
+from flows.reasons import Reasons
+from flows.recommending import job_in_service
+from flows.searching import Searcher, TitleWords
+from models.baselines.item_graph import ItemGraph
+from models.recommender import IntArray, Recommender
+from stages.baselines import fit_baseline
+from stages.config import Config
+from stages.dataset import Dataset, load_dataset
+from stages.errors import UserError
+from stages.evaluate import recommender
+from stages.jobs import Job
+from stages.workspace import Workspace
+
+FALLBACK = "recent_popularity"
+"""Who answers where nothing is known of a person."""
+Mark = tuple[tuple[int, int, int] | None, ...]
+log = logging.getLogger("flows")
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is known of the person a request is about.
+
+    Attributes:
+        items: item numbers, oldest first.
+        unknown: item ids asked with that the catalogue does not have.
+        reason: why the model cannot answer; None where it can.
+    """
+
+    items: IntArray
+    unknown: list[str]
+    reason: str | None
+
+
+class Served:
+    """A model, the log's people and items, and the fallback.
+
+    Args:
+        config: the workspace's.
+        dataset: its prepared log.
+        job: what `model` is.
+        model: ranks the catalogue known at `job.stage`.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset, job: Job, model: Recommender) -> None:
+        catalogue, events = dataset.catalogue, dataset.interactions
+        self.config, self.dataset, self.job, self.model = config, dataset, job, model
+        self.limit = config.evaluation.beam
+        self.numbers = {item: number for number, item in enumerate(catalogue.item_ids)}
+        self.users = {user: number for number, user in enumerate(events.user_ids)}
+        self.popular = self._baseline(FALLBACK)
+        graph = self._baseline("item_graph")
+        if not isinstance(graph, ItemGraph):
+            raise TypeError(f"the baseline item_graph is a {type(graph).__name__}")
+        self.reasons = Reasons(catalogue.codes, graph.links, graph.known)
+        # The seam for a model that was trained to search: it takes the place of the titles' words.
+        self.searcher: Searcher = TitleWords(catalogue.titles[: catalogue.known(job.stage)])
+
+    def _baseline(self, name: str) -> Recommender:
+        known, own = self.dataset.catalogue.known(self.job.stage), self.config.evaluation.exclude_history
+        job = self.job
+        return fit_baseline(name, self.dataset.interactions, known, job.stage, job.protocol, job.seed, own)
+
+    def rank(self, histories: Sequence[IntArray], k: int) -> list[Ranking]:
+        """The model's `k` best items for each history."""
+        return listed(self.model, histories, k)
+
+    def fallback(self, k: int) -> Ranking:
+        """The `k` most taken items of the newest stages."""
+        return listed(self.popular, [np.empty(0, dtype=np.int64)], k)[0]
+
+    def past(self, user: str | None, history: Sequence[str] | None) -> Past:
+        """What is known of `user`, or of whoever took the items in `history`."""
+        if history is None:
+            row = self.users.get(user or "")
+            if row is None:
+                return Past(np.empty(0, dtype=np.int64), [], f"user {user!r} is not in the log")
+            events = self.dataset.interactions
+            return Past(events.history(row, int(events.offsets[row + 1])), [], None)
+        unknown = [item for item in history if item not in self.numbers]
+        items = np.array([self.numbers[item] for item in history if item in self.numbers], dtype=np.int64)
+        if len(items):
+            return Past(items, unknown, None)
+        return Past(items, unknown, "no item of the history is in the catalogue" if history else "the history is empty")
+
+    def examples(self, count: int = 4) -> list[str]:
+        """Users to try the service with: spread over the log, each with a history to look at."""
+        lengths = np.diff(self.dataset.interactions.offsets)
+        fitting = np.flatnonzero(lengths >= min(5, int(lengths.max(initial=0))))
+        chosen = fitting[np.linspace(0, len(fitting) - 1, min(count, len(fitting))).astype(int)] if len(fitting) else []
+        return [self.dataset.interactions.user_ids[row] for row in chosen]
+
+
+def listed(model: Recommender, histories: Sequence[IntArray], k: int) -> list[Ranking]:
+    """A recommender's lists without the empty places."""
+    found = model.recommend(histories, k)
+    return [
+        [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
+        for items, scores in zip(found.items.tolist(), found.scores.tolist(), strict=True)
+    ]
+
+
+def load_served(root: Path, method: str | None = None, seed: int | None = None) -> Served:
+    """The model a workspace answers with: the one asked for, else the champion, else the best of the newest report.
+
+    Raises:
+        UserError: nothing is trained there, or what is there is damaged or being written.
+    """
+    config, workspace = remembered_config(root)
+    job = job_in_service(workspace, method, seed)
+    dataset = load_dataset(config, workspace)
+    events, items = dataset.interactions.items, len(dataset.catalogue.item_ids)
+    if len(events) and not 0 <= int(events.min()) <= int(events.max()) < items:
+        raise UserError(f"{root}: stages name items that the catalogue lacks; run the command that writes them again")
+    if job.stage >= dataset.stages:
+        raise UserError(
+            f"{root}: the champion has seen stage {job.stage}, the last stage there is {dataset.stages - 1}"
+        )
+    return Served(config, dataset, job, recommender(config, workspace, dataset, job))
+
+
+class InService:
+    """The model that answers now; `look` puts its successor in its place once that is loaded whole.
+
+    Args:
+        root: workspace.
+        method: always this method's newest model; absent: the champion.
+        seed: of the method.
+        load: how a model is loaded.
+
+    Raises:
+        UserError: there is no model to begin with.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        method: str | None = None,
+        seed: int | None = None,
+        load: Callable[[Path, str | None, int | None], Served] = load_served,
+    ) -> None:
+        self.root, self.method, self.seed, self.load = root, method, seed, load
+        self.mark = mark(Workspace(root))
+        self.current = load(root, method, seed)
+        self.swaps = self.failures = 0
+        self._looking = threading.Lock()
+        self.fault: str | None = None
+        """Why the newest model could not be loaded; None once one was."""
+
+    def look(self) -> bool:
+        """Load what is to be served now if the workspace says otherwise than before; True after a swap.
+
+        One assignment replaces the model, so a request sees the old one or the new one, whole. A model that cannot be
+        loaded leaves the old one in service and is tried again when the files change.
+        """
+        with self._looking:
+            return self._look()
+
+    def _look(self) -> bool:
+        found = mark(Workspace(self.root))
+        if found == self.mark:
+            return False
+        try:
+            served = self.load(self.root, self.method, self.seed)
+        except (UserError, OSError, ValueError) as error:
+            self.mark, self.fault = found, str(error)
+            self.failures += 1
+            log.warning("still serving %s: %s", self.current.job, error)
+            return False
+        if mark(Workspace(self.root)) != found:
+            return False  # written meanwhile: the next look loads it anew
+        self.mark, self.current, self.fault = found, served, None
+        self.swaps += 1
+        log.info("serving %s", served.job)
+        return True
+
+
+def mark(workspace: Workspace) -> Mark:
+    """Changes whenever another model, other histories or other items may have to be served."""
+    files = (
+        workspace.root / FILE,
+        workspace.reports / "latest.json",
+        workspace.stages / "manifest.json",
+        workspace.catalogue / "manifest.json",
+    )
+    return tuple(_stamp(path) for path in files)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
