@@ -109,10 +109,18 @@ def train(
     stages: Stages = None,
     users: Users = None,
     workspace: Folder = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Also write where each stage's time goes.")] = False,
 ) -> None:
     """Train and test one method over all stages."""
-    arguments = {"method": method, "seeds": _numbers(seeds), "stages": stages, "users": users}
-    _show(_flow("continual", config, _start(_place(config, workspace)), arguments))
+    arguments = {"method": method, "seeds": _numbers(seeds), "stages": stages, "users": users, "profile": profile}
+    folder = _flow("continual", config, _start(_place(config, workspace)), arguments)
+    _show(folder)
+    if profile:
+        from flows import terminal
+
+        pages = folder.parents[1] / "profiles"
+        found = str(pages) if pages.exists() else "none: every stage was committed before, or had too few steps"
+        terminal.stdout().print(f"profiles: {found}", soft_wrap=True)
 
 
 @app.command()

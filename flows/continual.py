@@ -21,13 +21,18 @@ def continual(
     stages: int | None = None,
     users: int | None = None,
     workspace: Path | None = None,
+    profile: bool = False,
 ) -> str:
     """Train and test one method stage by stage; a stage that is committed already is not trained again.
+
+    With `profile`, runs/profiles says where the time of each stage trained now went.
 
     Returns:
         The report's folder.
     """
-    plan = prepared(make_plan(config, workspace, [method], seeds, stages, users, comparison=False), "continual")
+    plan = prepared(
+        make_plan(config, workspace, [method], seeds, stages, users, comparison=False, profile=profile), "continual"
+    )
     trained, tests = follow_all(plan)
     folder = tasks.summarise(plan, tests, trained)
     artifacts.publish(folder, tasks.record(plan.workspace, folder))

@@ -38,6 +38,7 @@ class Plan:
         comparison: baselines and R[i][j] belong to it; the last stage's next-stage model does not, nobody tests it.
         count: stages there are to work on; 0 until the log is split.
         command: what was asked for and which code answered, as the report repeats it.
+        profile: also write where the time of every stage's training goes; changes no result.
     """
 
     config: Config
@@ -48,6 +49,7 @@ class Plan:
     comparison: bool = True
     count: int = 0
     command: dict[str, Any] = field(default_factory=dict)
+    profile: bool = False
 
     def with_stages(self, available: int) -> Plan:
         """This plan for a log of `available` stages.

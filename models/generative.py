@@ -13,6 +13,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from models.backbone import Backbone
 
@@ -89,9 +90,10 @@ class GenerativeModel(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) token numbers -> (B, T, d)."""
-        first = self.own_embedding[self.bos_row : self.bos_row + 1]
-        vectors = F.embedding(tokens, torch.cat([self.input_rows, first]))
-        return F.dropout(vectors, self.dropout, self.training)
+        with record_function("driftrec/embedding"):
+            first = self.own_embedding[self.bos_row : self.bos_row + 1]
+            vectors = F.embedding(tokens, torch.cat([self.input_rows, first]))
+            return F.dropout(vectors, self.dropout, self.training)
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Causal hidden states (B, T, d); right padding needs no mask, since nothing attends forward.
@@ -111,8 +113,10 @@ class GenerativeModel(nn.Module):
     def loss(self, batch: TokenBatch, temperature: float = 1.0, smoothing: float = 0.0) -> Tensor:
         """Summed cross-entropy (nats) over the M targets of a batch; logits are formed at targets only."""
         states = self.hidden(batch.tokens).flatten(0, 1)[batch.positions]  # (M, d)
-        logits = self.logits(states).float() / temperature
-        return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
+        with record_function("driftrec/head"):
+            logits = self.logits(states).float()
+            logits = logits if temperature == 1 else logits / temperature  # dividing by 1 costs two passes over them
+            return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
 
 
 def band_mask(length: int, levels: int, items: int) -> Tensor:
