@@ -17,6 +17,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from models.backbone import Backbone
 
@@ -113,15 +114,19 @@ class GenerativeModel(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) token numbers -> (B, T, d)."""
+        with record_function("driftrec/embedding"):
+            return F.dropout(self._rows_of(tokens), self.dropout, self.training)
+
+    def _rows_of(self, tokens: Tensor) -> Tensor:
         first = self.own_embedding[self.bos_row : self.bos_row + 1]
         own = [self.input_rows, first] if self.marker_rows is None else [self.input_rows, first, self.marker_rows]
         table = torch.cat(own)
         text = tokens - len(table)
         if self.marker_rows is None or not (text >= 0).any():
-            return F.dropout(F.embedding(tokens, table), self.dropout, self.training)
+            return F.embedding(tokens, table)
         vectors = F.embedding(tokens.clamp(max=len(table) - 1), table)
         words = F.embedding(text.clamp(min=0), self.own_embedding)
-        return F.dropout(torch.where((text >= 0)[..., None], words, vectors), self.dropout, self.training)
+        return torch.where((text >= 0)[..., None], words, vectors)
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """Causal hidden states (B, T, d); right padding needs no mask, since nothing attends forward.
@@ -144,8 +149,10 @@ class GenerativeModel(nn.Module):
         """Summed cross-entropy (nats) over the M targets of a batch; logits are formed at targets only."""
         mask = None if batch.visible is None else batch.visible[:, None]
         states = self.hidden(batch.tokens, mask, batch.places).flatten(0, 1)[batch.positions]  # (M, d)
-        logits = self.logits(states).float() / temperature
-        return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
+        with record_function("driftrec/head"):
+            logits = self.logits(states).float()
+            logits = logits if temperature == 1 else logits / temperature  # dividing by 1 costs two passes over them
+            return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
 
 
 def band_mask(length: int, levels: int, items: int) -> Tensor:
