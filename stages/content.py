@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,11 @@ def write_parquet(frame: pl.DataFrame, path: Path) -> str:
     with replacing(path) as temporary:
         frame.write_parquet(temporary, compression="zstd", compression_level=1, statistics=True)
     return sha256_file(path)
+
+
+def digest_and_write(frame: pl.DataFrame, path: Path) -> tuple[str, str]:
+    """`content_digest` and `write_parquet` of one frame, side by side."""
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(content_digest, frame)
+        sha256 = write_parquet(frame, path)
+        return digest.result(), sha256

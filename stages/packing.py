@@ -71,14 +71,23 @@ def encoded(column: pl.Series) -> Encoded:
     words = column.to_arrow(compat_level=pl.CompatLevel.oldest()).dictionary_encode()
     values = pl.Series(pl.from_arrow(words.dictionary)).cast(pl.String)
     order = values.arg_sort().to_numpy()
-    nulls = int(column.null_count() > 0)
-    place = np.empty(len(values) + 1, dtype=np.uint32)
-    place[order] = np.arange(nulls, nulls + len(values), dtype=np.uint32)
-    place[-1] = 0  # of null, whose index is -1
-    codes = place[words.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    first = int(column.null_count() > 0)  # code 0 is null's, where there is one
+    place = np.empty(len(values), dtype=np.uint32)
+    place[order] = np.arange(first, first + len(values), dtype=np.uint32)
+    indices = np.frombuffer(words.indices.buffers()[1], dtype=np.int32)[words.indices.offset :][: len(column)]
     listed = values.gather(order)
-    listed = pl.concat([pl.Series([None], dtype=pl.String), listed]) if nulls else listed
+    if not first:
+        return Encoded(place[indices], len(listed), listed, 0, 1, column.dtype)
+    null = column.is_null().to_numpy()
+    codes = np.where(null, np.uint32(0), place[np.where(null, 0, indices)])
+    listed = pl.concat([pl.Series([None], dtype=pl.String), listed])
     return Encoded(codes, len(listed), listed, 0, 1, column.dtype)
+
+
+def encoded_all(columns: Sequence[pl.Series]) -> list[Encoded]:
+    """`encoded` of several columns, two at a time: hashing text in Arrow leaves Python free."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(encoded, columns))
 
 
 def _ticks(column: pl.Series) -> Encoded:
@@ -100,8 +109,7 @@ def sorted_distinct(frame: pl.DataFrame, order: Sequence[str]) -> Sorted | None:
     Returns:
         None where a row's fields do not fit 64 bits.
     """
-    with ThreadPoolExecutor(2) as pool:  # hashing text in Arrow leaves Python free
-        columns = list(pool.map(encoded, frame.select(order).iter_columns()))
+    columns = encoded_all([frame[name] for name in order])
     widths = [(column.size - 1).bit_length() for column in columns]
     if sum(widths) > BITS:
         return None

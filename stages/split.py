@@ -19,10 +19,10 @@ import polars as pl
 
 from stages.clock import instant
 from stages.config import Config, StageConfig
-from stages.content import content_digest, write_parquet
+from stages.content import digest_and_write
 from stages.errors import UserError
 from stages.log import load_log
-from stages.packing import Encoded, by_code, encoded
+from stages.packing import Encoded, by_code, encoded_all
 from stages.workspace import SCHEMA, Workspace, digest_of, need_space, read_json, sha256_file, write_json
 
 DEFAULT_FRACTIONS = (0.6, 0.1, 0.1, 0.1, 0.1)
@@ -88,7 +88,7 @@ def split_stages(config: Config, workspace: Workspace) -> list[Stage]:
     need_space(workspace.root, workspace.log.stat().st_size)
     (workspace.stages / "manifest.json").unlink(missing_ok=True)
     spans = _spans(log["timestamp"], edges) if clock else [(None, None)] * count
-    users, items = (encoded(log[name]) for name in ("user_id", "item_id"))
+    users, items = encoded_all([log["user_id"], log["item_id"]])
     digests = [_write(workspace, log[low:high], users.codes[low:high], index) for index, (low, high) in _runs(starts)]
     stages = _described(starts, users, items, digests, spans)
     _sweep(workspace, count)
@@ -228,7 +228,7 @@ def _write(workspace: Workspace, rows: pl.DataFrame, users: npt.NDArray[Any], in
     # The log is stored in time order (without a clock: each user's events in the file's order), so that a row's place
     # says the rest: by user, then by time, item, event and query.
     ordered = by_code(rows.select(COLUMNS), users)
-    return content_digest(ordered), write_parquet(ordered, workspace.stage_file(index))
+    return digest_and_write(ordered, workspace.stage_file(index))
 
 
 def _described(
