@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from stages.config import Config
 from stages.content import content_digest, write_parquet
 from stages.errors import UserError
 from stages.log import read_events, read_items
+from stages.packing import encoded, encoded_all
 from stages.split import COLUMNS, Stage, described, digest_of_stages, load_stages, write_stage
 from stages.waiting import Waiting, in_order, load_waiting, store_waiting, with_reason, without
 from stages.workspace import Workspace, need_space, read_json, sync_folder, write_json
@@ -222,7 +224,7 @@ def _commit(
         changed[len(stages) + place] = in_order(rows)
     digests = [(stage.digest, stage.sha256) for stage in stages] + [("", "")] * len(edges)
     for index, rows in changed.items():
-        digests[index] = write_stage(_ready(workspace, index), rows)
+        digests[index] = write_stage(_ready(workspace, index), rows, encoded(rows["user_id"]).codes)
     spans = [(stage.start, stage.end) for stage in stages]
     spans += [(start.isoformat(), end.isoformat()) for start, end in zip(starts, edges, strict=False)]
     manifest = read_json(workspace.stages / "manifest.json")
@@ -232,7 +234,8 @@ def _commit(
         *({"index": index, "late": _older(rows, spans[index][0])} for index, rows in late.items()),
     ]
     manifest["close"] = config.retrain.close.model_dump(exclude_none=True)
-    found = described(_staged(workspace, len(digests), changed), digests, spans)
+    starts, staged = _staged(workspace, len(digests), changed)
+    found = described(starts, *encoded_all([staged["user_id"], staged["item_id"]]), digests, spans)
     manifest |= {"digest": digest_of_stages(found), "stages": [asdict(stage) for stage in found]}
     # From here on the commit is decided: `finish_commit` ends it after a kill.
     write_json(workspace.stages / "next.json", manifest)
@@ -247,15 +250,16 @@ def _stage_rows(workspace: Workspace, index: int) -> pl.DataFrame:
     return pl.read_parquet(workspace.stage_file(index)).select(COLUMNS)
 
 
-def _staged(workspace: Workspace, count: int, changed: dict[int, pl.DataFrame]) -> pl.DataFrame:
-    """user_id, item_id and stage of every row of every stage."""
-    frames = (
-        changed[index] if index in changed else pl.read_parquet(workspace.stage_file(index), columns=list(COLUMNS[:2]))
+def _staged(workspace: Workspace, count: int, changed: dict[int, pl.DataFrame]) -> tuple[list[int], pl.DataFrame]:
+    """First row of each stage and the number of rows; user_id and item_id of every row, stage by stage."""
+    columns = list(COLUMNS[:2])
+    frames = [
+        changed[index].select(columns)
+        if index in changed
+        else pl.read_parquet(workspace.stage_file(index), columns=columns)
         for index in range(count)
-    )
-    return pl.concat(
-        frame.select("user_id", "item_id", stage=pl.lit(index, pl.Int32)) for index, frame in enumerate(frames)
-    )
+    ]
+    return [0, *accumulate(frame.height for frame in frames)], pl.concat(frames)
 
 
 def _ready(workspace: Workspace, index: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,20 @@ def _add(digest: hashlib._Hash, column: pl.Series) -> None:
         _add(digest, column.explode())
     elif column.dtype == pl.String:
         digest.update(column.str.len_bytes().fill_null(int(NULL_LENGTH)).to_numpy().tobytes())
-        digest.update(str(column.fill_null("").str.join("").item()).encode())
+        digest.update(_bytes(column.drop_nulls()))
     else:
         digest.update(column.is_null().to_numpy().tobytes())
         digest.update(column.to_physical().cast(pl.Int64).fill_null(0).to_numpy().tobytes())
+
+
+def _bytes(column: pl.Series) -> memoryview:
+    """The values of a text column without nulls, one after the other."""
+    array = column.to_arrow(compat_level=pl.CompatLevel.oldest())
+    _, offsets, text = array.buffers()
+    if text is None or not len(array):
+        return memoryview(b"")
+    ends = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
+    return memoryview(text)[int(ends[0]) : int(ends[-1])]
 
 
 def write_parquet(frame: pl.DataFrame, path: Path) -> str:
@@ -44,3 +55,11 @@ def write_parquet(frame: pl.DataFrame, path: Path) -> str:
     with replacing(path) as temporary:
         frame.write_parquet(temporary, compression="zstd", compression_level=1, statistics=True)
     return sha256_file(path)
+
+
+def digest_and_write(frame: pl.DataFrame, path: Path) -> tuple[str, str]:
+    """`content_digest` and `write_parquet` of one frame, side by side."""
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(content_digest, frame)
+        sha256 = write_parquet(frame, path)
+        return digest.result(), sha256

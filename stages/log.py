@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from stages.clock import Window, window
@@ -13,12 +14,14 @@ from stages.config import Config, Source
 from stages.content import content_digest, write_parquet
 from stages.errors import UserError
 from stages.files import File, shown, source_files
+from stages.packing import Sorted, encoded, sorted_distinct
 from stages.published import read_blocks, read_sequences
 from stages.rows import EVENT_FIELDS, INSTANT, ITEM_FIELDS, Sifted, sift_events, sift_items
 from stages.scan import KEY, raw_rows
 from stages.workspace import SCHEMA, Workspace, read_json, sha256_file, write_json
 
 ORDER = ("timestamp", "user_id", "item_id", "event", "query")
+FEWEST_EVENTS = 3
 REJECT_COLUMNS = ("file", "row", "reason")
 LOG_SCHEMA = {
     "user_id": pl.String(),
@@ -89,6 +92,15 @@ class _Table:
     units: dict[str, str | None]
 
 
+@dataclass(frozen=True)
+class _Met:
+    """How many users and items the log has, and how many of the users are short (see `LogReport`)."""
+
+    users: int
+    items: int
+    short: int
+
+
 def _silent(message: str) -> None:
     """Progress for callers that want none."""
 
@@ -117,7 +129,7 @@ def read_log(
     workspace.claim(config.name)
     plausible = window(config.log.earliest, config.log.latest)
     readers = {"events": _events, "blocks": _blocks, "sequences": _sequences}
-    table, log, short = readers[config.log.kind](config, plausible, progress)
+    table, log, met = readers[config.log.kind](config, plausible, progress)
     if log.is_empty():
         reasons = _reasons(table) or "its files hold no rows"
         raise UserError(f"the log has no acceptable row: {reasons}; check log.sources")
@@ -131,7 +143,7 @@ def read_log(
     _write_rejects(table.rejects, workspace.rejects / "log.parquet")
     _write_rejects(items.rejects, workspace.rejects / "catalogue.parquet")
     write_parquet(items.accepted, workspace.catalogue / "raw.parquet")
-    report = _report(config, table, log, items, short, digest)
+    report = _report(config, table, log, items, met, digest)
     manifest = {"schema": SCHEMA, "sha256": write_parquet(log, workspace.log), **asdict(report)}
     write_json(workspace.log.with_name("manifest.json"), manifest, seal=True)
     progress(_summary(report))
@@ -175,7 +187,7 @@ def load_log(workspace: Workspace) -> tuple[pl.DataFrame, LogReport]:
     return pl.read_parquet(workspace.log), report
 
 
-def _events(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[_Table, pl.DataFrame, int]:
+def _events(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[_Table, pl.DataFrame, _Met]:
     required = ("user_id", "item_id", "timestamp")
 
     def sift(source: Source, file: File) -> tuple[Sifted, int]:
@@ -183,19 +195,26 @@ def _events(config: Config, plausible: Window, progress: Callable[[str], None]) 
         return sift_events(raw, source.event, source.time_unit, plausible, str(file.path)), raw.filtered
 
     table = _collected(config.log.sources, sift, EVENT_FIELDS, progress)
-    log = without_duplicates(table.accepted).with_columns(block=pl.lit(None, pl.Int32)).select(*LOG_SCHEMA)
-    return table, log, int((log["user_id"].value_counts()["count"] < 3).sum())
+    rows = without_duplicates(table.accepted)
+    log = rows.frame.with_columns(block=pl.lit(None, pl.Int32)).select(*LOG_SCHEMA)
+    visits, demand = (np.bincount(rows.codes[name]) for name in ("user_id", "item_id"))
+    short = (visits > 0) & (visits < FEWEST_EVENTS)
+    return table, log, _Met(*(int(np.count_nonzero(each)) for each in (visits, demand, short)))
 
 
-def without_duplicates(frame: pl.DataFrame) -> pl.DataFrame:
+def without_duplicates(frame: pl.DataFrame) -> Sorted:
     """Rows in canonical order, each once: the earliest of a `__key` where a source gives one, else by all fields."""
     keyed = KEY in frame.columns and frame[KEY].null_count() < frame.height
+    packed = None if keyed else sorted_distinct(frame.select(ORDER), ORDER)
+    if packed is not None:
+        return packed
     ordered = frame.sort(*ORDER, *([KEY] if keyed else []), nulls_last=False)
     fresh = ~pl.all_horizontal(pl.col(name).eq_missing(pl.col(name).shift(1)) for name in ordered.columns)
     # Shifting makes the first row's predecessor null, and no accepted row is null throughout.
     if keyed:
         fresh = pl.when(pl.col(KEY).is_null()).then(fresh).otherwise(pl.col(KEY).is_first_distinct())
-    return ordered.filter(fresh).drop(KEY, strict=False)
+    kept = ordered.filter(fresh).drop(KEY, strict=False)
+    return Sorted(kept, {name: encoded(kept[name]).codes for name in ("user_id", "item_id")})
 
 
 def _collected(
@@ -231,17 +250,17 @@ def _file_line(name: str, sifted: Sifted, filtered: int) -> str:
     return f"{name}: {sifted.accepted.height:,} rows{unit}, {filtered:,} filtered, {sifted.rejects.height:,} rejected"
 
 
-def _blocks(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[_Table, pl.DataFrame, int]:
+def _blocks(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[_Table, pl.DataFrame, _Met]:
     return _published(read_blocks(str(config.log.blocks), config.log.index), progress)
 
 
-def _sequences(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[_Table, pl.DataFrame, int]:
+def _sequences(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[_Table, pl.DataFrame, _Met]:
     return _published(read_sequences(str(config.log.sequences)), progress)
 
 
 def _published(
     read: tuple[pl.DataFrame, list[Path], int], progress: Callable[[str], None]
-) -> tuple[_Table, pl.DataFrame, int]:
+) -> tuple[_Table, pl.DataFrame, _Met]:
     frame, paths, short = read
     names = shown(paths)
     log = frame.with_columns(
@@ -249,7 +268,8 @@ def _published(
     ).select(*LOG_SCHEMA)
     progress(f"{len(paths)} file(s): {log.height:,} events, no clock, {short:,} visits of fewer than three items")
     rejects = pl.DataFrame(schema=dict.fromkeys(REJECT_COLUMNS, pl.String))
-    return _Table(log, rejects, log.height, 0, dict.fromkeys(names.values())), log, short
+    met = _Met(log["user_id"].n_unique(), log["item_id"].n_unique(), short)
+    return _Table(log, rejects, log.height, 0, dict.fromkeys(names.values())), log, met
 
 
 def _catalogue(config: Config, plausible: Window, progress: Callable[[str], None]) -> _Table:
@@ -270,7 +290,7 @@ def _catalogue(config: Config, plausible: Window, progress: Callable[[str], None
     return _Table(ordered, table.rejects, table.rows, table.filtered, table.units)
 
 
-def _report(config: Config, table: _Table, log: pl.DataFrame, items: _Table, short: int, digest: str) -> LogReport:
+def _report(config: Config, table: _Table, log: pl.DataFrame, items: _Table, met: _Met, digest: str) -> LogReport:
     span = log.select(first=pl.col("timestamp").min(), last=pl.col("timestamp").max()).row(0)
     first, last = (None if edge is None else edge.isoformat() for edge in span)
     return LogReport(
@@ -280,9 +300,9 @@ def _report(config: Config, table: _Table, log: pl.DataFrame, items: _Table, sho
         rejected=_counted(table.rejects),
         duplicates=table.accepted.height - log.height,
         accepted=log.height,
-        users=log["user_id"].n_unique(),
-        items=log["item_id"].n_unique(),
-        short_users=short,
+        users=met.users,
+        items=met.items,
+        short_users=met.short,
         units=table.units,
         first=first,
         last=last,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 
 from stages.clock import MISSING, Times, Unit, Window, read_times
@@ -16,6 +17,7 @@ INSTANT = pl.Datetime("us", "UTC")
 LONGEST_ID = 1000
 REPLACED = "\N{REPLACEMENT CHARACTER}"
 NUL = "\0"
+PLACE = "__place"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def sift_events(raw: RawRows, event: str | None, unit: Unit | None, plausible: W
         _rule(~pl.col("event").is_in(["recommendation", "search"]), "event is neither recommendation nor search"),
         _rule((pl.col("event") == "search") & blank, "search without a query"),
     ]
-    return _sifted(frame, raw.frame, rules, EVENT_FIELDS, times.unit)
+    return _sifted(frame, raw.frame, rules, EVENT_FIELDS, times.unit, _doubtful_event(raw.lossy))
 
 
 def sift_items(raw: RawRows, separator: str, unit: Unit | None, plausible: Window, place: str) -> Sifted:
@@ -94,19 +96,41 @@ def _item_times(frame: pl.DataFrame, unit: Unit | None, plausible: Window, place
 
 
 def _sifted(
-    frame: pl.DataFrame, raw: pl.DataFrame, rules: list[pl.Expr], fields: tuple[str, ...], unit: str | None
+    frame: pl.DataFrame,
+    raw: pl.DataFrame,
+    rules: list[pl.Expr],
+    fields: tuple[str, ...],
+    unit: str | None,
+    doubtful: pl.Expr | None = None,
 ) -> Sifted:
-    frame = frame.with_columns(__reason=pl.coalesce(rules))
-    good = frame["__reason"].is_null()
-    whole = bool(good.all())
+    """Part the rows by the first rule they break; only `doubtful` rows are put to the rules, where that is given."""
+    asked = frame.with_row_index(PLACE)
+    asked = asked if doubtful is None else asked.filter(doubtful)
+    broken = asked.select(PLACE, reason=pl.coalesce(rules)).drop_nulls("reason")
     keys = [KEY] if KEY in frame.columns else []
-    accepted = (frame if whole else frame.filter(good)).with_columns(timestamp=pl.col("__time")).select(*fields, *keys)
+    good = frame
+    if len(broken):
+        kept = np.ones(len(frame), dtype=bool)
+        kept[broken[PLACE].to_numpy()] = False
+        good = frame.filter(kept)
+    accepted = good.with_columns(timestamp=pl.col("__time")).select(*fields, *keys)
     there = [field for field in fields if field in raw.columns]
-    refused = raw.clear() if whole else raw.filter(~good)
+    refused = raw[broken[PLACE]]
     rejects = refused.select(pl.col(ROW).alias("row"), *(_shown(raw, field) for field in there))
-    rejects = rejects.with_columns(reason=frame["__reason"].filter(~good))
+    rejects = rejects.with_columns(reason=broken["reason"])
     absent = [pl.lit(None, pl.String).alias(field) for field in fields if field not in there]
     return Sifted(accepted, rejects.with_columns(absent).select("row", "reason", *fields), unit)
+
+
+def _doubtful_event(lossy: bool) -> pl.Expr:
+    """Whether an event may break a rule: true for every one that does, false for all of an ordinary log, and cheap."""
+    doubts = [pl.col(RAGGED), pl.col("__time_reason").is_not_null(), pl.col("event") != "recommendation"]
+    for field in ("user_id", "item_id"):
+        value = pl.col(field)
+        # Text between "!" and the last ASCII sign begins with a visible character, so it is not blank.
+        doubts += [value.is_null(), value < "!", value > "~", value.str.len_bytes() > LONGEST_ID]
+    doubts += [pl.col(field).str.contains(NUL, literal=True) for field in ("user_id", "item_id", "query")]
+    return pl.any_horizontal(doubts) if not lossy else pl.lit(True)
 
 
 def _shown(raw: pl.DataFrame, field: str) -> pl.Expr:

@@ -12,14 +12,18 @@ from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from stages.clock import instant
 from stages.config import Config, StageConfig
-from stages.content import content_digest, write_parquet
+from stages.content import digest_and_write
 from stages.errors import UserError
 from stages.log import load_log
+from stages.packing import Encoded, by_code, encoded_all
 from stages.workspace import SCHEMA, Workspace, digest_of, need_space, read_json, sha256_file, write_json
 
 DEFAULT_FRACTIONS = (0.6, 0.1, 0.1, 0.1, 0.1)
@@ -83,16 +87,17 @@ def split_stages(config: Config, workspace: Workspace) -> list[Stage]:
         return committed
     clock = report.kind == "events"
     edges = boundaries(log["timestamp"], config.stages) if clock else []
-    staged = log.with_columns(stage=_stage_of(edges) if clock else pl.col("block").fill_null(0))
-    count = len(edges) + 1 if clock else int(staged.select(pl.col("stage").max()).item()) + 1
+    starts = _starts(log, edges if clock else None)
+    count = len(starts) - 1
     need_space(workspace.root, workspace.log.stat().st_size)
     (workspace.stages / "manifest.json").unlink(missing_ok=True)
-    # Stages are runs of the stored order: looked up, not searched for.
-    starts = [int(staged["stage"].search_sorted(index)) for index in range(count + 1)]
+    spans = _spans(log["timestamp"], edges) if clock else [(None, None)] * count
+    users, items = encoded_all([log["user_id"], log["item_id"]])
     digests = [
-        write_stage(workspace.stage_file(index), staged[low:high]) for index, (low, high) in enumerate(pairwise(starts))
+        write_stage(workspace.stage_file(index), log[low:high], users.codes[low:high])
+        for index, (low, high) in _runs(starts)
     ]
-    stages = described(staged, digests, _spans(log["timestamp"], edges) if clock else [(None, None)] * count)
+    stages = described(starts, users, items, digests, spans)
     _sweep(workspace, count)
     manifest = {
         "schema": SCHEMA,
@@ -220,10 +225,18 @@ def later_boundary(time: datetime, period: str, key: str = "stages.period") -> d
     return later
 
 
-def _stage_of(edges: list[datetime]) -> pl.Expr:
-    if not edges:
-        return pl.lit(0, pl.Int32)
-    return pl.sum_horizontal((pl.col("timestamp") >= edge).cast(pl.Int32) for edge in edges)
+def _starts(log: pl.DataFrame, edges: list[datetime] | None) -> list[int]:
+    """First row of every stage, and the number of rows; stages are runs of the stored order."""
+    if edges is not None:
+        times = log["timestamp"]
+        return [0, *(int(times.search_sorted(edge)) for edge in edges), log.height]
+    blocks = log["block"].fill_null(0)
+    count = int(blocks[-1]) + 1 if len(blocks) else 0
+    return [int(blocks.search_sorted(index)) for index in range(count + 1)]
+
+
+def _runs(starts: list[int]) -> list[tuple[int, tuple[int, int]]]:
+    return list(enumerate(pairwise(starts)))
 
 
 def _spans(times: pl.Series, edges: list[datetime]) -> list[tuple[str | None, str | None]]:
@@ -234,51 +247,63 @@ def _spans(times: pl.Series, edges: list[datetime]) -> list[tuple[str | None, st
     return list(pairwise(stops))
 
 
-def write_stage(path: Path, rows: pl.DataFrame) -> tuple[str, str]:
-    """Write one stage's rows, given in the log's order; returns their content digest and the file's SHA-256."""
+def write_stage(path: Path, rows: pl.DataFrame, users: npt.NDArray[Any]) -> tuple[str, str]:
+    """Write one stage's rows, given in the log's order; returns their content digest and the file's SHA-256.
+
+    Args:
+        path: of the stage's file.
+        rows: N events.
+        users: (N,) the users as numbers in the order of their ids.
+    """
     # The log is stored in time order (without a clock: each user's events in the file's order), so that a row's place
     # says the rest: by user, then by time, item, event and query.
-    ordered = rows.select(COLUMNS).with_row_index("place").sort("user_id", "place").drop("place")
-    return content_digest(ordered), write_parquet(ordered, path)
+    return digest_and_write(by_code(rows.select(COLUMNS), users), path)
 
 
 def described(
-    staged: pl.DataFrame, digests: list[tuple[str, str]], spans: list[tuple[str | None, str | None]]
+    starts: list[int],
+    users: Encoded,
+    items: Encoded,
+    digests: list[tuple[str, str]],
+    spans: list[tuple[str | None, str | None]],
 ) -> list[Stage]:
-    """The stages of a table.
+    """The stages of a table whose rows stand stage by stage.
 
     Args:
-        staged: every row's user_id, item_id and stage number.
+        starts: first row of each stage, and the number of rows.
+        users: every row's user; items: every row's item.
         digests: content digest and SHA-256 of each stage's file.
         spans: [start, end) of each stage, ISO.
     """
-    events = dict(staged["stage"].value_counts().iter_rows())
-    users, new_users = _met(staged, "user_id")
-    items, new_items = _met(staged, "item_id")
+    met, found = _met(users, starts), _met(items, starts)
     return [
         Stage(
             index=index,
-            start=start,
-            end=end,
-            events=events.get(index, 0),
-            users=users.get(index, 0),
-            new_users=new_users.get(index, 0),
-            returning_users=users.get(index, 0) - new_users.get(index, 0),
-            items=items.get(index, 0),
-            new_items=new_items.get(index, 0),
+            start=span[0],
+            end=span[1],
+            events=high - low,
+            users=met[index][0],
+            new_users=met[index][1],
+            returning_users=met[index][0] - met[index][1],
+            items=found[index][0],
+            new_items=found[index][1],
             digest=digest,
             sha256=sha256,
             path=f"stages/stage={index:02d}/events.parquet",
         )
-        for index, ((start, end), (digest, sha256)) in enumerate(zip(spans, digests, strict=True))
+        for (index, (low, high)), (digest, sha256), span in zip(_runs(starts), digests, spans, strict=True)
     ]
 
 
-def _met(staged: pl.DataFrame, column: str) -> tuple[dict[int, int], dict[int, int]]:
-    """By stage: how many distinct values of `column` it has, and how many of them no earlier stage has."""
-    pairs = staged.select("stage", column).unique()
-    first = pairs.group_by(column).agg(pl.col("stage").min())
-    return dict(pairs["stage"].value_counts().iter_rows()), dict(first["stage"].value_counts().iter_rows())
+def _met(column: Encoded, starts: list[int]) -> list[tuple[int, int]]:
+    """By stage: how many distinct values it has, and how many of them no earlier stage has."""
+    seen, counts = np.zeros(column.size, dtype=bool), []
+    for low, high in pairwise(starts):
+        here = np.zeros(column.size, dtype=bool)
+        here[column.codes[low:high]] = True
+        counts.append((int(here.sum()), int((here & ~seen).sum())))
+        seen |= here
+    return counts
 
 
 def _committed(workspace: Workspace, log_digest: str, rule: str) -> list[Stage] | None:

@@ -27,6 +27,7 @@ RECENT = 10
 # equal scores are equal bit for bit and ties are broken by item number, not by rounding.
 _LINK_UNIT = 12
 _VOTE_UNIT = 2520
+_WEIGHT_BITS, _SIGNED_BITS = 4, 63
 
 
 class ItemGraph:
@@ -102,24 +103,41 @@ class ItemGraph:
 
 def _links(users: IntArray, items: IntArray, targets: npt.NDArray[np.bool_], known: int) -> sparse.csr_array:
     """(known, known) summed integer weights: row = item in the history, column = item to recommend."""
-    sources, ends, weights = [], [], []
+    pairs = []
     for lag in range(1, REACH + 1):
         row = lag + np.flatnonzero(targets[lag:] & (users[lag:] == users[:-lag]))
         before, after = items[row - lag], items[row]
-        sources += [before, after]
-        ends += [after, before]
-        weights += [np.full(len(row), _LINK_UNIT // lag), np.full(len(row), _LINK_UNIT // (2 * lag))]
-    pairs = (np.concatenate(sources), np.concatenate(ends))
-    return sparse.coo_array((np.concatenate(weights).astype(np.float64), pairs), shape=(known, known)).tocsr()
+        # A link and its weight as one number, so that one sort brings equal links together.
+        pairs.append((before * known + after) << _WEIGHT_BITS | _LINK_UNIT // lag)
+        pairs.append((after * known + before) << _WEIGHT_BITS | _LINK_UNIT // (2 * lag))
+    keys = np.concatenate(pairs).astype(np.int64)
+    keys.sort()
+    link, weight = keys >> _WEIGHT_BITS, keys & (2**_WEIGHT_BITS - 1)
+    first = np.flatnonzero(np.diff(link, prepend=-1))
+    sums = np.add.reduceat(weight, first) if len(first) else weight
+    return _sparse(link[first] // max(known, 1), link[first] % max(known, 1), sums.astype(np.float64), known)
 
 
 def _strongest(links: sparse.csr_array, count: int) -> sparse.csr_array:
     """The `count` heaviest links of each row; equal weights by item number."""
     rows, columns, weights = _entries(links)
-    order = np.lexsort((columns, -weights, rows))
-    rows, columns, weights = rows[order], columns[order], weights[order]
-    kept = np.arange(len(rows)) - np.searchsorted(rows, rows) < count
-    return sparse.csr_array((weights[kept], (rows[kept], columns[kept])), shape=links.shape)
+    long = np.flatnonzero(np.diff(links.indptr)[rows] > count)  # entries of rows from which some must go
+    row, column, lightness = rows[long], columns[long], (weights.max(initial=0) - weights[long]).astype(np.int64)
+    widths = [int(part.max(initial=0)).bit_length() for part in (lightness, column)]
+    if int(row.max(initial=0)).bit_length() + sum(widths) < _SIGNED_BITS:
+        order = np.argsort(((row << widths[0] | lightness) << widths[1]) | column)
+    else:
+        order = np.lexsort((column, lightness, row))
+    place = np.arange(len(order)) - np.searchsorted(row, row)  # `row` rises, before the sort and after it
+    kept = np.ones(len(rows), dtype=bool)
+    kept[long[order[place >= count]]] = False
+    return _sparse(rows[kept], columns[kept], weights[kept], links.shape[0])
+
+
+def _sparse(rows: IntArray, columns: IntArray, weights: npt.NDArray[np.float64], size: int) -> sparse.csr_array:
+    """(size, size) of entries that stand in order, row by row."""
+    starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=size))])
+    return sparse.csr_array((weights, columns, starts), shape=(size, size))
 
 
 def _votes(histories: Sequence[IntArray], known: int) -> sparse.csr_array:
