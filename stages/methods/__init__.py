@@ -8,6 +8,7 @@ from stages.method_config import (
     FrozenConfig,
     FullFinetuneConfig,
     FullRetrainConfig,
+    GemsConfig,
     MethodConfig,
     PesoConfig,
     SingleConfig,
@@ -17,6 +18,7 @@ from stages.methods.cumulative import Cumulative
 from stages.methods.frozen import Frozen
 from stages.methods.full_finetune import FullFinetune
 from stages.methods.full_retrain import FullRetrain
+from stages.methods.gems import Gems
 from stages.methods.peso import Peso
 from stages.methods.single import Single
 
@@ -45,5 +47,7 @@ def build_method(settings: MethodConfig, adapter: AdapterConfig, evolve_rows: bo
             return FullRetrain(adapter, evolve_rows)
         case FullFinetuneConfig():
             return FullFinetune(adapter, evolve_rows)
+        case GemsConfig():
+            return Gems(settings, adapter, evolve_rows)
         case _:
             raise ValueError(f"no method for settings of class {type(settings).__name__}; add it to this table")

@@ -66,6 +66,15 @@ def let_train(model: GenerativeModel, rows: bool) -> list[nn.Parameter]:
     return chosen
 
 
+def let_backbone_train(model: GenerativeModel, rows: bool) -> list[nn.Parameter]:
+    """Make every weight of the decoder stack train, and the token rows if `rows`; not a pretrained vocabulary."""
+    model.stack.requires_grad_(True)
+    model.stack.get_input_embeddings().requires_grad_(not model.pretrained)
+    for parameter in model.rows().values():
+        parameter.requires_grad_(rows)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def adamw_step(parameters: Sequence[nn.Parameter], schedule: Schedule, penalty: Penalty | None = None) -> Step:
     """AdamW (Loshchilov & Hutter, 2019) with linear warm-up and cosine decay, over accumulated micro-batches.
 
