@@ -16,7 +16,9 @@ def phi(seed: int = 0) -> Tensor:
 
 
 def test_features_are_shares_of_losses_against_their_usual_size() -> None:
-    z = features(torch.tensor([6.0, 1.0]), torch.tensor([3.0, 2.0]), torch.tensor([1.0, 3.0]), torch.tensor([10.0, 30.0]))
+    z = features(
+        torch.tensor([6.0, 1.0]), torch.tensor([3.0, 2.0]), torch.tensor([1.0, 3.0]), torch.tensor([10.0, 30.0])
+    )
     torch.testing.assert_close(z, torch.tensor([[0.8, 0.2], [0.25, 0.75], [0.25, 0.75]]))
     torch.testing.assert_close(gates.shares(torch.zeros(2)), torch.tensor([0.5, 0.5]))
 
@@ -30,7 +32,9 @@ def test_weights_are_positive_and_sum_to_one(kind: str) -> None:
 
 def test_the_rule_holds_the_loud_objective_back_and_the_released_one_pushes_it() -> None:
     assert torch.equal(weights("constant", phi(), LOUD, 1.0), torch.tensor([0.5, 0.5]))
-    torch.testing.assert_close(weights("released", phi(), LOUD, 1.0)[0], torch.tensor(0.4 * 0.8 + 0.4 * 0.6 + 0.2 * 0.5))
+    torch.testing.assert_close(
+        weights("released", phi(), LOUD, 1.0)[0], torch.tensor(0.4 * 0.8 + 0.4 * 0.6 + 0.2 * 0.5)
+    )
     expected = torch.tensor([-1.4, -0.6]).softmax(dim=0)
     torch.testing.assert_close(weights("rule", phi(), LOUD, 1.0), expected)
     assert float(weights("rule", phi(), LOUD, 10.0)[0]) > float(expected[0])  # a high temperature evens out

@@ -36,7 +36,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def decaying(rows: int, cols: int, seed: int = 0) -> Tensor:
-    u, v = orthonormal(normal(rows, min(rows, cols), seed=seed)), orthonormal(normal(cols, min(rows, cols), seed=seed + 1))
+    u, v = (
+        orthonormal(normal(rows, min(rows, cols), seed=seed)),
+        orthonormal(normal(cols, min(rows, cols), seed=seed + 1)),
+    )
     return u * (0.8 ** torch.arange(min(rows, cols)).float()) @ v.T
 
 

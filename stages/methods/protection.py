@@ -1,4 +1,4 @@
-"""What GEMS must not change: the inputs a corpus feeds to each linear map, found once, kept under what they depend on."""
+"""What GEMS must not change: the inputs a corpus feeds to each linear map, found once, kept by what they hang on."""
 
 from __future__ import annotations
 
