@@ -121,7 +121,7 @@ def _one_pass(
 
     def add(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].float()[mask]  # (N, n)
+            rows = inputs[0].float()[mask.to(inputs[0].device)]  # (N, n)
             sums[name].addmm_(rows.T, rows)
 
         return hook

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.generative import GenerativeModel
 from models.input_moments import linear_maps
+from regularizers.null_space import protect
 from stages.checkpoint import KEPT, read_tensors
 from stages.commit import checkpoint_folder, commit_key, lineage_jobs, method_of
 from stages.config import Config
@@ -252,3 +258,57 @@ def test_two_objectives_made_of_two_halves_of_a_batch_train_a_real_model(board: 
     assert logs[-1]["ce"] == pytest.approx(sum(logs[-1][f"ce/{name}"] for name in halves))
     assert {"hypergradient/search", "alpha_entropy", "overlap/shared_search", "cosine_in_shared"} <= logs[-1].keys()
     assert json.loads(json.dumps(step.report()))["gems"]["objectives"] == ["search", "recommendation"]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained backbone with a tokenizer of fifty words."""
+    folder = tmp_path_factory.mktemp("backbone") / "reader"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=50, bos_token_id=1, **sizes)).save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"w{n}": n for n in range(50)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_backbone_protects_the_inputs_of_a_text(reader: Path, board: Workspace, tmp_path: Path) -> None:
+    text = tmp_path / "glosses.txt"
+    numbers = torch.randint(0, 50, (600, 4), generator=torch.Generator().manual_seed(0))
+    text.write_text("\n\n".join(" ".join(f"w{n}" for n in row) for row in numbers.tolist()))
+    config = tiny.config(backbone={"path": str(reader)}, **QUICK)
+    model = bare_model(config, load_dataset(config, board), 0)
+    past = Past(tokens=lambda: iter(()), folder=tmp_path / "kept")
+    seen: list[int] = []
+    settings = GemsConfig(corpus=str(text), corpus_tokens=2048, k_rule="fixed", k_value=8)
+    kept = protections(model, settings, past, seen.append)
+    assert seen == [2048]  # the ninth row of 256 is not read any more
+    assert len({id(one.basis) for one in kept.values()}) == 4
+    caught: list[Tensor] = []
+    handle = linear_maps(model.stack)["layers.0.self_attn.q_proj"].register_forward_pre_hook(
+        lambda _, own: caught.append(own[0])
+    )
+    with torch.no_grad():
+        model.stack(input_ids=numbers.flatten()[:2048].view(8, 256))
+    handle.remove()
+    rows = caught[0].flatten(0, 1)
+    expected = protect(rows.T @ rows, 2048, "fixed", 8).basis
+    found = kept["layers.0.self_attn.k_proj"].basis
+    torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-3, rtol=0)
+
+
+def test_a_missing_text_and_a_backbone_without_words_are_said(reader: Path, board: Workspace, tmp_path: Path) -> None:
+    config = tiny.config(backbone={"path": str(reader)}, **QUICK)
+    past = Past(tokens=lambda: iter(()), folder=tmp_path / "kept")
+    model = bare_model(config, load_dataset(config, board), 0)
+    with pytest.raises(ValueError, match=r"corpus = '.*nowhere.txt' is no file; name a text file"):
+        protections(model, GemsConfig(corpus=str(tmp_path / "nowhere.txt")), past)
+    (tmp_path / "words.txt").write_text("w1 w2")
+    with pytest.raises(ValueError, match="the corpus holds no tokens"):
+        protections(model, GemsConfig(corpus=str(tmp_path / "words.txt")), past)
+    silent = tmp_path / "silent"
+    shutil.copytree(reader, silent, ignore=shutil.ignore_patterns("tokenizer*"))
+    model = bare_model(tiny.config(backbone={"path": str(silent)}, **QUICK), load_dataset(config, board), 0)
+    with pytest.raises(ValueError, match="has no tokenizer to read"):
+        protections(model, GemsConfig(corpus=str(tmp_path / "words.txt")), past)

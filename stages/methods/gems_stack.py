@@ -62,6 +62,7 @@ class Stack:
         self.names = list(maps)
         self.weights = [module.weight for module in maps.values()]
         self.right = side == "right"
+        self.device = self.weights[0].device
         self.protected = [protected.get(name) for name in self.names]
         self.ranks, self.settings = ranks, settings
         shape = self.weights[0].shape
@@ -71,8 +72,8 @@ class Stack:
             [w.detach().clone() for w in self.weights] if settings.weight_decay == "to_start_projected" else []
         )
         self.widths: tuple[int, ...] = ()
-        self.basis = torch.empty(len(self.names), self.cols, 0)
-        self.first = self.second = torch.empty(len(self.names), self.rows, 0)
+        self.basis = torch.empty(len(self.names), self.cols, 0, device=self.device)
+        self.first = self.second = torch.empty(len(self.names), self.rows, 0, device=self.device)
         self.steps = torch.zeros(0, dtype=torch.int64)
         self.age = torch.zeros(len(self.names), 0, dtype=torch.int64)
         self.moved: Tensor | None = None
@@ -85,8 +86,8 @@ class Stack:
         extra, count = sum(widths) - sum(self.widths), len(widths) - len(self.widths)
         layers = len(self.names)
         fresh = torch.cat([torch.eye(self.cols, width) for width in widths[len(self.widths) :]], dim=1)
-        self.basis = torch.cat([self.basis, fresh.expand(layers, -1, -1)], dim=2)
-        blank = torch.zeros(layers, self.rows, extra)
+        self.basis = torch.cat([self.basis, fresh.to(self.device).expand(layers, -1, -1)], dim=2)
+        blank = torch.zeros(layers, self.rows, extra, device=self.device)
         self.first, self.second = torch.cat([self.first, blank], dim=2), torch.cat([self.second, blank], dim=2)
         self.steps = torch.cat([self.steps, torch.zeros(count, dtype=torch.int64)])
         self.age = torch.cat([self.age, torch.full((layers, count), -1)], dim=1)
@@ -95,7 +96,7 @@ class Stack:
             frames = image.split(max(1, sum(widths) - extra), dim=2)
             self.images[name] = torch.cat([part for frame in frames for part in (frame, blank)], dim=2)
         self.moved = None
-        self.gram = self.gram_reach = torch.empty(layers, sum(widths), sum(widths))
+        self.gram = self.gram_reach = torch.empty(layers, sum(widths), sum(widths), device=self.device)
         self.reach = self.basis if not (self.right and self.guards) else torch.empty_like(self.basis)
         if self.reach is not self.basis:
             self.gram_reach = torch.empty_like(self.gram)
@@ -133,7 +134,7 @@ class Stack:
     def collect(self, objective: str, keep: Sequence[bool]) -> None:
         """Take the gradients one backward left in `.grad`: project each at once, keep whole those that `keep` names."""
         if objective not in self.images:
-            self.images[objective] = torch.zeros(len(self.names), self.rows, self.frame(0).shape[1])
+            self.images[objective] = self.first.new_zeros(len(self.names), self.rows, self.frame(0).shape[1])
             self.full[objective] = {}
         whole = self.full[objective]
         for i, weight in enumerate(self.weights):
@@ -218,7 +219,7 @@ class Stack:
         self.age += (self.age >= 0).long()
         steps = raw if self.right or not self.guards else self._guarded(raw)
         self.moved = steps if self.settings.gate == "hypergradient" else None
-        columns = torch.repeat_interleave(torch.tensor(factors), torch.tensor(self.widths))
+        columns = torch.repeat_interleave(torch.tensor(factors), torch.tensor(self.widths)).to(self.device)
         fused = steps * columns
         sizes = self._sizes(fused, raw if steps is raw else raw * columns, same=steps is raw)
         if self.settings.fuse_norm == "shared":
@@ -284,7 +285,7 @@ class Stack:
                 )
         for name in ("basis", "first", "second", "steps", "age"):
             getattr(self, name).copy_(held[name])
-        self.moved = held["moved"].clone() if "moved" in held else None
+        self.moved = held["moved"].to(self.device, copy=True) if "moved" in held else None
         self.derive(range(len(self.names)))
 
 
@@ -316,7 +317,8 @@ def make_stacks(
             f"rank {rank} needs {4 * floats:,} bytes of bases and moments, more than Adam's {8 * weights:,} on the "
             "same weights; lower the rank or set allow_large_state"
         )
-    keep = {name: one.basis for name, one in protections.items()}
+    moved = {id(one.basis): one.basis.to(next(iter(maps.values())).weight.device) for one in protections.values()}
+    keep = {name: moved[id(one.basis)] for name, one in protections.items()}  # maps of one input still share it
     return [
         Stack(group, side_of(shape, settings.side), keep, _ranks(shape, settings, rank), settings)
         for shape, group in groups.items()

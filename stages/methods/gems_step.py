@@ -177,19 +177,18 @@ class GemsStep:
         ):
             return {}
         factors = self._shared_factors(present, batch)
-        slope = torch.zeros(2)
+        slope = [0.0, 0.0]
         for stack in self.stacks:
             later = sum(
                 (stack.through(stack.images[name]) * factors[name] for name in present), torch.zeros_like(stack.first)
             )
             for j in (1, 2):
                 part, moved = stack.part(j), cast(Tensor, stack.moved)
-                slope[j - 1] += gates.hypergradient(
-                    later[..., part], moved[..., part] * self.settings.scale, float(self.last_rate)
-                )
+                contribution = moved[..., part] * self.settings.scale
+                slope[j - 1] += float(gates.hypergradient(later[..., part], contribution, float(self.last_rate)))
         own = self.settings
-        self.gate = gates.learned(self.gate, self.z, slope, own.gate_temperature, own.gate_learning_rate)
-        return {f"hypergradient/{name}": float(h) for name, h in zip(self.objectives, slope, strict=True)}
+        self.gate = gates.learned(self.gate, self.z, torch.tensor(slope), own.gate_temperature, own.gate_learning_rate)
+        return {f"hypergradient/{name}": h for name, h in zip(self.objectives, slope, strict=True)}
 
     def _warmup(self) -> int:
         own = self.settings
@@ -213,7 +212,9 @@ class GemsStep:
                 if not wholes:
                     continue
                 if due[i] or int(stack.age[i, 0]) < 0:
-                    joint = sum((wholes[name] * factors[name] for name in wholes), torch.zeros(stack.rows, stack.cols))
+                    joint = sum(
+                        (wholes[name] * factors[name] for name in wholes), stack.first.new_zeros(stack.rows, stack.cols)
+                    )
                     stack.refresh(0, i, joint, generator)
                     turned.add(i)
                 for name, whole in wholes.items():
@@ -249,7 +250,7 @@ class GemsStep:
             inner = torch.zeros(3)
             for stack in self.stacks:
                 a, b = (stack.images[name][..., stack.part(0)] for name in present)
-                inner += torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()])
+                inner += torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).cpu()
             logs["cosine_in_shared"] = float(inner[0] / (inner[1] * inner[2]).sqrt().clamp_min(1e-30))
         self.last_norms = torch.tensor([logs.get(f"captured_norm/{name}", 0.0) for name in self.objectives])
         return logs
@@ -278,7 +279,7 @@ class GemsStep:
         for stack in self.stacks:
             shared = sum(
                 (stack.images[name][..., stack.part(0)] * factors[name] for name in present),
-                torch.zeros(len(stack.names), stack.rows, stack.widths[0]),
+                stack.first.new_zeros(len(stack.names), stack.rows, stack.widths[0]),
             )
             gradients: list[Tensor | None] = [shared]
             for name in self.objectives if len(stack.widths) > 1 else ():
@@ -310,7 +311,7 @@ class GemsStep:
             logs |= {f"alpha/{name}": float(a) for name, a in zip(self.objectives, alpha, strict=True)}
             logs["alpha_entropy"] = float(-(alpha * p.log()).sum())
             if len(self.stacks[0].widths) > 1:
-                pairs = torch.stack([stack.overlaps() for stack in self.stacks]).mean(dim=0)
+                pairs = torch.stack([stack.overlaps() for stack in self.stacks]).mean(dim=0).cpu()
                 first, second = self.objectives
                 names = (f"shared_{first}", f"shared_{second}", f"{first}_{second}")
                 logs |= {f"overlap/{name}": float(value) for name, value in zip(names, pairs, strict=True)}
@@ -384,6 +385,7 @@ class GemsStep:
         for n, parameter in enumerate(self.others):
             own = f"adamw{n}."
             state = {name.removeprefix(own): v.clone() for name, v in held.items() if name.startswith(own)}
+            state = {name: v if name == "step" else v.to(parameter.device) for name, v in state.items()}
             if state and self.adamw is not None:
                 self.adamw.state[parameter] = state
 

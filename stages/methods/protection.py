@@ -51,7 +51,7 @@ def protections(
         raise ValueError("GEMS protects inputs from stage 1 on; stage 0 has no model to preserve")
     text = settings.corpus != "previous_stage"
     stream = text_stream(model, settings) if text else _limited(past.tokens, settings.corpus_tokens)
-    forward = _reads_text(model) if text else model.hidden
+    forward = _reads_text(model) if text else lambda tokens: model.hidden(tokens.to(model.device))
     key = digest_of(
         {
             "weights": weights_digest(model),
@@ -93,7 +93,7 @@ def _found(
 
 def _store(file: Path, key: str, found: dict[tuple[str, ...], Protection]) -> None:
     with replacing(file) as temporary:
-        save_file({names[0]: one.basis for names, one in found.items()}, temporary)
+        save_file({names[0]: one.basis.cpu() for names, one in found.items()}, temporary)
     rows = [
         {
             "maps": list(names),
@@ -125,7 +125,7 @@ def weights_digest(model: nn.Module) -> str:
     whole = hashlib.sha256()
     for name, value in model.named_parameters():
         whole.update(name.encode())
-        whole.update(value.detach().contiguous().numpy().data)
+        whole.update(value.detach().cpu().contiguous().numpy().data)
     return whole.hexdigest()
 
 
@@ -143,7 +143,7 @@ def _limited(stream: TokenStream, tokens: int) -> TokenStream:
 
 def _reads_text(model: GenerativeModel) -> Callable[[Tensor], object]:
     def forward(tokens: Tensor) -> object:
-        return model.stack(inputs_embeds=model.own_embedding[tokens], use_cache=False)
+        return model.stack(inputs_embeds=model.own_embedding[tokens.to(model.device)], use_cache=False)
 
     return forward
 
@@ -162,7 +162,12 @@ def text_stream(model: GenerativeModel, settings: GemsConfig) -> TokenStream:
         )
     if not path.is_file():
         raise ValueError(f'corpus = {settings.corpus!r} is no file; name a text file, "previous_stage" or "off"')
-    tokenizer = AutoTokenizer.from_pretrained(model.stack.name_or_path, trust_remote_code=False)
+    place = model.stack.name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"backbone.path = {place!r} has no tokenizer to read {path.name} with: {reason}") from None
 
     def numbers() -> Iterator[int]:
         with path.open(encoding="utf-8", errors="replace") as lines:
