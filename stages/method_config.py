@@ -128,8 +128,21 @@ class GemsConfig(MethodConfig):
         return self
 
 
+class SurgeryConfig(MethodConfig):
+    """`single` whose search and recommendation gradients are reconciled: PCGrad, or Ortho-LoRA matrix by matrix."""
+
+    method: Literal["pcgrad", "ortho_lora"]
+
+
 AnyMethod = Annotated[
-    FrozenConfig | SingleConfig | PesoConfig | CumulativeConfig | FullRetrainConfig | FullFinetuneConfig | GemsConfig,
+    FrozenConfig
+    | SingleConfig
+    | PesoConfig
+    | CumulativeConfig
+    | FullRetrainConfig
+    | FullFinetuneConfig
+    | GemsConfig
+    | SurgeryConfig,
     Field(discriminator="method"),
 ]
 
@@ -161,5 +174,7 @@ BUILT_IN: dict[str, MethodConfig] = {
     "gems_normalised": GemsConfig(shared_grad="normalised"),
     "gems_separate": GemsConfig(separate=True),
     "gems_carry": GemsConfig(carry_state=True),
+    "pcgrad": SurgeryConfig(method="pcgrad"),
+    "ortho_lora": SurgeryConfig(method="ortho_lora"),
     "galore": GemsConfig(subspaces="one", null_space="off", on_refresh="keep", refresh="svd", stagger=False),
 }

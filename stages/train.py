@@ -211,7 +211,9 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         tensors = replace(tensors, adapter=lora.snapshot(model.stack))
     report: dict[str, Any] = {}
     if isinstance(step, Stateful):
-        report, tensors = step.report(), replace(tensors, kept=step.kept())
+        start = {name.removeprefix("stack."): value for name, value in before.items()}
+        tensors = replace(tensors, backbone=step.stored(start, tensors.backbone), kept=step.kept())
+        report = step.report()
     state = {
         "schema": 1,
         "job": asdict(job),

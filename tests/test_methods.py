@@ -44,6 +44,7 @@ METHODS = (
     "gems_no_null_space",
     "gems_carry",
     "galore",
+    "pcgrad",
 )
 WHOLE = ("full_finetune", "gems", "gems_no_null_space", "gems_carry", "galore")
 """Methods whose checkpoint is the backbone, not an adapter."""

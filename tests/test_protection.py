@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
+from torch.nn import Parameter, ParameterDict
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.generative import GenerativeModel
@@ -22,6 +23,7 @@ from stages.checkpoint import KEPT, read_tensors
 from stages.commit import checkpoint_folder, commit_key, lineage_jobs, method_of
 from stages.config import Config
 from stages.dataset import load_dataset
+from stages.deltas import in_words, put, smallest
 from stages.errors import UserError
 from stages.jobs import Job
 from stages.method_config import GemsConfig
@@ -29,7 +31,7 @@ from stages.methods.contract import Past, Schedule, SharedLosses
 from stages.methods.gems_step import GemsStep, split_parameters
 from stages.methods.protection import protections
 from stages.past import past_of
-from stages.train import bare_model, train_stage, training_log
+from stages.train import bare_model, restore_model, train_stage, training_log
 from stages.workspace import Workspace, read_json, write_json
 from tests import tiny
 
@@ -60,13 +62,19 @@ def at_start(config: Config, workspace: Workspace, own: Job) -> tuple[Generative
     return model, past_of(config, workspace, dataset, own)
 
 
+def at_end(config: Config, workspace: Workspace, own: Job) -> dict[str, Tensor]:
+    """The stack's weights as the stage left them."""
+    model = restore_model(config, workspace, load_dataset(config, workspace), own)
+    return {name: value.detach() for name, value in model.stack.named_parameters()}
+
+
 def test_a_stage_protects_the_inputs_of_the_stage_before_and_keeps_them_out_of_its_update(board: Workspace) -> None:
     config = tiny.config(**QUICK)
     model, past = at_start(config, board, job(2))
     before = {name: module.weight.detach().clone() for name, module in linear_maps(model.stack).items()}
     kept = protections(model, GemsConfig(), past)
     assert kept.keys() == before.keys()
-    trained = read_tensors(folder(config, board, job(2))).backbone
+    trained = at_end(config, board, job(2))
     for name, start in before.items():
         moved = trained[f"{name}.weight"] - start
         assert float(moved.norm()) > 1e-3
@@ -80,6 +88,10 @@ def test_the_state_says_ranks_bytes_and_what_is_protected(board: Workspace) -> N
     assert said["rank"] == 8
     assert said["single_objective"]
     assert said["objectives"] == ["recommendation"]
+    stored = read_tensors(folder(config, board, job(2))).backbone
+    assert said["checkpoint"]["as_delta"] == 14  # one basis all stage long
+    assert said["checkpoint"]["whole"] == len(stored) - 2 * 14
+    assert said["checkpoint"]["numbers"] < 0.8 * 2 * (4 * 32 * 32 + 3 * 64 * 32)
     one = said["protected"]["layers.0.self_attn.q_proj"]
     assert one["energy"] >= 0.95
     assert one["k_over_n"] == one["k"] / 32
@@ -196,7 +208,7 @@ def test_protected_outputs_drift_less_at_equal_weight_change_and_the_loss_still_
     for method in own:
         train_stage(config, workspace, job(1, method))
         start, past = at_start(config, workspace, job(1, method))
-        drift[method] = output_change(start, past, read_tensors(folder(config, workspace, job(1, method))).backbone)
+        drift[method] = output_change(start, past, at_end(config, workspace, job(1, method)))
         losses = [
             row["validation_loss"]
             for row in training_log(config, workspace, load_dataset(config, workspace), job(1, method))["epochs"]
@@ -312,3 +324,28 @@ def test_a_missing_text_and_a_backbone_without_words_are_said(reader: Path, boar
     model = bare_model(tiny.config(backbone={"path": str(silent)}, **QUICK), load_dataset(config, board), 0)
     with pytest.raises(ValueError, match="has no tokenizer to read"):
         protections(model, GemsConfig(corpus=str(tmp_path / "words.txt")), past)
+
+
+def test_a_move_is_stored_whole_or_as_factors_whichever_is_smaller() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = {name: torch.randn(20, 12, generator=generator) for name in ("thin", "full", "still")}
+    thin = torch.randn(20, 3, generator=generator) @ torch.randn(3, 12, generator=generator) / 100
+    after = {"thin": before["thin"] + thin, "full": torch.randn(20, 12, generator=generator), "still": before["still"]}
+    after |= {"norm": torch.ones(4), "turned": (before["thin"] + thin).T}
+    before |= {"turned": before["thin"].T}
+    stored = smallest(before, after)
+    assert {name: tuple(value.shape) for name, value in stored.items()} == {
+        "thin.left": (20, 3),
+        "thin.right": (3, 12),
+        "full": (20, 12),
+        "still.left": (20, 1),
+        "still.right": (1, 12),
+        "norm": (4,),
+        "turned.left": (12, 3),
+        "turned.right": (3, 20),
+    }
+    module = ParameterDict({name: Parameter(before.get(name, torch.zeros(4)).clone()) for name in after})
+    put(module, stored)
+    for name, value in after.items():
+        torch.testing.assert_close(module[name].detach(), value, rtol=0, atol=1e-6)
+    assert in_words(stored) == {"whole": 2, "as_delta": 3, "numbers": 240 + 4 + 96 + 96 + 32}

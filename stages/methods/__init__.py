@@ -12,6 +12,7 @@ from stages.method_config import (
     MethodConfig,
     PesoConfig,
     SingleConfig,
+    SurgeryConfig,
 )
 from stages.methods.contract import Method
 from stages.methods.cumulative import Cumulative
@@ -21,6 +22,7 @@ from stages.methods.full_retrain import FullRetrain
 from stages.methods.gems import Gems
 from stages.methods.peso import Peso
 from stages.methods.single import Single
+from stages.methods.surgery import Surgery
 
 
 def build_method(settings: MethodConfig, adapter: AdapterConfig, evolve_rows: bool) -> Method:
@@ -49,5 +51,7 @@ def build_method(settings: MethodConfig, adapter: AdapterConfig, evolve_rows: bo
             return FullFinetune(adapter, evolve_rows)
         case GemsConfig():
             return Gems(settings, adapter, evolve_rows)
+        case SurgeryConfig():
+            return Surgery(settings, adapter, evolve_rows)
         case _:
             raise ValueError(f"no method for settings of class {type(settings).__name__}; add it to this table")

@@ -40,6 +40,10 @@ class Stateful(Protocol):
         """What belongs into `state.json`."""
         ...
 
+    def stored(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The stack's weights in the form this method's `restore` reads, from those at the stage's start and end."""
+        ...
+
     def kept(self) -> dict[str, Tensor]:
         """Tensors the next stage needs; empty if it needs none."""
         ...

@@ -16,13 +16,14 @@ from typing import Literal
 from safetensors.torch import load_file
 
 from models.generative import GenerativeModel
-from stages.checkpoint import KEPT
+from stages.checkpoint import KEPT, read_tensors
 from stages.config import AdapterConfig
+from stages.deltas import put
 from stages.method_config import GemsConfig
 from stages.methods.contract import Schedule, Step
 from stages.methods.full_finetune import FullFinetune
 from stages.methods.gems_step import GemsStep, split_parameters
-from stages.methods.parts import let_backbone_train
+from stages.methods.parts import let_backbone_train, load_rows
 from stages.methods.protection import protections
 
 
@@ -37,8 +38,11 @@ class Gems:
     every_weight: bool = True
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
-        """As `full_finetune`: no adapter, the newest whole backbone."""
-        FullFinetune(self.adapter, self.evolve_rows).restore(model, lineage)
+        """Stage 0's model with its adapter folded in, then every stage's weights: whole, or what it added."""
+        FullFinetune(self.adapter, self.evolve_rows).restore(model, lineage[:1])
+        load_rows(model, lineage)
+        for folder in lineage[1:]:
+            put(model.stack, read_tensors(folder).backbone)
 
     def begin(self, model: GenerativeModel, lineage: Sequence[Path], schedule: Schedule) -> Step:
         """Everything goes on from the previous stage; what its corpus needs is found first.

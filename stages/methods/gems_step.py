@@ -20,10 +20,11 @@ from models.input_moments import linear_maps
 from regularizers import gate as gates
 from regularizers.null_space import Protection
 from regularizers.subspace import caps, shared_weights
+from stages.deltas import in_words, smallest
 from stages.method_config import GemsConfig
 from stages.methods.contract import Losses, Schedule
 from stages.methods.gems_stack import Fusion, make_stacks
-from stages.methods.parts import rate_at
+from stages.methods.parts import objective_backward, rate_at
 
 NORM_DECAY = 0.9
 """Of the running gradient norms and losses."""
@@ -77,6 +78,7 @@ class GemsStep:
             else None
         )
         self.objectives: list[str] = []
+        self.saved: dict[str, int] = {}
         self.step = torch.zeros((), dtype=torch.int64)
         self.norms, self.usual = torch.zeros(2), torch.zeros(2)
         self.z = torch.zeros(3, 2)
@@ -108,14 +110,10 @@ class GemsStep:
         losses, shares = dict[str, float](), dict[str, float]()
         for parameter in self.others:
             parameter.grad = None
-        for micro in micro_batches:
-            own = getattr(micro, "shares", None) or dict.fromkeys(micro, 1 / len(micro))
-            for place, (name, loss) in enumerate(micro.items()):
-                self._meet(name)
-                loss.backward(retain_graph=place + 1 < len(micro))
-                self._collect(name)
-                losses[name] = losses.get(name, 0.0) + float(loss.detach())
-                shares[name] = shares.get(name, 0.0) + own[name]
+        for name, loss, share in objective_backward(micro_batches):
+            self._collect(name)
+            losses[name] = losses.get(name, 0.0) + loss
+            shares[name] = shares.get(name, 0.0) + share
         total = sum(shares.values())
         shares = {name: share / total for name, share in shares.items()}
         for stack in self.stacks:  # from the loop's shares to token means
@@ -140,6 +138,7 @@ class GemsStep:
 
     @torch.no_grad()
     def _collect(self, objective: str) -> None:
+        self._meet(objective)
         number = self._number(objective)
         for stack, due in zip(self.stacks, self._due(), strict=True):
             unborn = not stack.born(0) or (len(stack.widths) > 1 and not stack.born(number))
@@ -336,8 +335,15 @@ class GemsStep:
                 "state_bytes": self.state_bytes(),
                 "protected_bytes": sum({id(one.basis): one.basis.nbytes for one in self.protections.values()}.values()),
                 "protected": spread,
+                "checkpoint": self.saved,
             }
         }
+
+    def stored(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Each weight whole or as the move of this stage, whichever is smaller; `report` then says which."""
+        found = smallest(before, after)
+        self.saved = in_words(found)
+        return found
 
     def kept(self) -> dict[str, Tensor]:
         """`tensors`, where the next stage carries them over."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from models import adapter as lora
 from models.generative import GenerativeModel
 from stages.checkpoint import BACKBONE, Tensors, read_tensors
 from stages.config import AdapterConfig
-from stages.methods.contract import Losses, Schedule, Step
+from stages.methods.contract import Losses, Schedule, SharedLosses, Step
 
 Penalty = Callable[[], dict[str, float]]
 """Adds a term's gradient to `.grad` after the losses' own, and returns numbers to log."""
@@ -22,6 +22,12 @@ Penalty = Callable[[], dict[str, float]]
 def load_base(model: GenerativeModel, lineage: Sequence[Path]) -> None:
     """Stage 0's backbone where stage 0 trained one, and the newest token rows of the lineage; nothing trains."""
     load_backbone(model, read_tensors(lineage[0]))
+    load_rows(model, lineage)
+    model.requires_grad_(False)
+
+
+def load_rows(model: GenerativeModel, lineage: Sequence[Path]) -> None:
+    """The newest token rows of the lineage."""
     for folder in reversed(lineage):
         rows = read_tensors(folder).rows
         if rows:
@@ -29,7 +35,6 @@ def load_base(model: GenerativeModel, lineage: Sequence[Path]) -> None:
                 for name, value in model.rows().items():
                     value.copy_(rows[name])
             break
-    model.requires_grad_(False)
 
 
 def load_backbone(model: GenerativeModel, tensors: Tensors) -> None:
@@ -103,6 +108,19 @@ def adamw_step(parameters: Sequence[nn.Parameter], schedule: Schedule, penalty: 
         return logs
 
     return step
+
+
+def objective_backward(micro_batches: Iterable[Losses]) -> Iterator[tuple[str, float, float]]:
+    """One backward an objective and micro-batch; the consumer takes what it left in `.grad` before the next.
+
+    Yields:
+        Objective, loss, and the share of the batch's targets it stands for (alike for all where the loop does not say).
+    """
+    for losses in micro_batches:
+        shares = losses.shares if isinstance(losses, SharedLosses) else dict.fromkeys(losses, 1 / len(losses))
+        for place, (objective, loss) in enumerate(losses.items()):
+            loss.backward(retain_graph=place + 1 < len(losses))  # two losses may share a forward pass
+            yield objective, float(loss.detach()), shares[objective]
 
 
 def rate_at(step: int, schedule: Schedule) -> float:
