@@ -29,6 +29,7 @@ from stages.workspace import digest_of, need_space, read_json, sha256_file, sync
 log = logging.getLogger("stages.checkpoint")
 MANIFEST = "manifest.json"
 ADAPTER, ROWS, BACKBONE = "adapter_model.safetensors", "token_rows.safetensors", "backbone.safetensors"
+KEPT = "kept.safetensors"
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,13 @@ class Tensors:
         adapter: LoRA matrices by `<module>.lora_A.weight`; empty without an adapter.
         rows: `input_rows` and `output_rows` (C, d); empty if they did not train.
         backbone: every trained weight of the stack; empty if none trained.
+        kept: what the method's next stage needs besides weights; usually empty.
     """
 
     adapter: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     backbone: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def trained_tensors(model: GenerativeModel) -> Tensors:
@@ -100,14 +103,14 @@ def write_checkpoint(
         UserError: not enough free space.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    parts = (tensors.adapter, tensors.rows, tensors.backbone)
+    parts = (tensors.adapter, tensors.rows, tensors.backbone, tensors.kept)
     need_space(folder.parent, sum(t.numel() * t.element_size() for part in parts for t in part.values()))
     with _publishing(folder) as temporary:
         if tensors.adapter:
             save_file(lora.peft_names(tensors.adapter, prefix), temporary / ADAPTER)
             settings = lora.peft_config(adapter.rank, adapter.alpha, adapter.targets)
             (temporary / "adapter_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        for name, part in ((ROWS, tensors.rows), (BACKBONE, tensors.backbone)):
+        for name, part in ((ROWS, tensors.rows), (BACKBONE, tensors.backbone), (KEPT, tensors.kept)):
             if part:
                 save_file({key: value.contiguous() for key, value in part.items()}, temporary / name)
         text = json.dumps(state, indent=2, allow_nan=False)

@@ -14,6 +14,7 @@ from typing import Any
 from stages.config import Config
 from stages.dataset import Dataset
 from stages.jobs import Job
+from stages.method_config import MethodConfig
 from stages.methods import build_method
 from stages.methods.contract import Method
 from stages.methods.first import FirstStage
@@ -72,7 +73,7 @@ def commit_inputs(config: Config, dataset: Dataset, job: Job) -> list[dict[str, 
     weights = _weights_digest(config.backbone.path)
     searching = {} if dataset.interactions.query is None else {"search": config.search.model_dump(exclude={"repeats"})}
     for part in lineage_jobs(config, job):
-        settings = None if part.method == FIRST else config.method(part.method).model_dump()
+        settings = None if part.method == FIRST else _method_settings(config.method(part.method))
         inputs = {
             **searching,
             "code": CODE_VERSION,
@@ -114,6 +115,15 @@ def checkpoint_folders(config: Config, workspace: Workspace, dataset: Dataset, j
     ]
     keys = commit_keys(config, dataset, job)
     return [workspace.checkpoints / f"{name}-{key[:16]}" for name, key in zip(names, keys, strict=True)]
+
+
+def _method_settings(settings: MethodConfig) -> dict[str, Any]:
+    """The settings as they are, with a text corpus named by its contents and not by where it lies."""
+    values = settings.model_dump()
+    path = Path(str(values.get("corpus", "")))
+    if path.is_file():
+        values["corpus"] = _file_digest(path, path.stat().st_mtime_ns, path.stat().st_size)
+    return values
 
 
 def _weights_digest(path: str | None) -> str | None:

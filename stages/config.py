@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from stages.errors import UserError
 from stages.log_config import CatalogueConfig, LogConfig, Source
-from stages.method_config import BUILT_IN, AnyMethod, MethodConfig
+from stages.method_config import BUILT_IN, AnyMethod, GemsConfig, MethodConfig
 from stages.retrain_config import RetrainConfig
 from stages.search_config import SearchConfig
 from stages.settings import Settings, nearest
@@ -357,7 +357,14 @@ def _anchor_paths(config: Config, folder: Path) -> Config:
     catalogue = config.catalogue.model_copy(update={"sources": sources(config.catalogue.sources)})
     backbone = config.backbone.model_copy(update={"path": _model_place(config.backbone.path, folder)})
     items = config.items.model_copy(update={"encoder": _model_place(config.items.encoder, folder)})
-    return config.model_copy(update={"log": log, "catalogue": catalogue, "backbone": backbone, "items": items})
+    methods = {
+        name: method.model_copy(update={"corpus": anchored(method.corpus)})
+        if isinstance(method, GemsConfig) and method.corpus not in ("previous_stage", "off")
+        else method
+        for name, method in config.methods.items()
+    }
+    tables = {"log": log, "catalogue": catalogue, "backbone": backbone, "items": items, "methods": methods}
+    return config.model_copy(update=tables)
 
 
 def _model_place(path: str | None, folder: Path) -> str | None:

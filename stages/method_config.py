@@ -69,8 +69,80 @@ class FullFinetuneConfig(MethodConfig):
     method: Literal["full_finetune"] = "full_finetune"
 
 
+class GemsConfig(MethodConfig):
+    """GEMS (Zhao et al., 2026): every linear map moves inside gradient subspaces, off the inputs to be preserved."""
+
+    method: Literal["gems"] = "gems"
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """r of the shared subspace; each objective's has r // 2. Absent: 64, at most a quarter of the model's width."""
+    subspaces: Literal["three", "one"] = "three"
+    """`one`: a shared subspace of rank 2r, the same state in bytes (an ablation)."""
+    side: Literal["short", "left", "right"] = "short"
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """a: multiplies the update; with the rate it is one number, so tune this one."""
+    shared_grad: Literal["sum", "pooled", "normalised"] = "sum"
+    refresh: Literal["power", "rsvd", "svd"] = "power"
+    refresh_every: Annotated[int, Field(ge=1)] = 200
+    """T, optimiser steps between two refreshes of a basis."""
+    stagger: bool = True
+    """Spread the refreshes of the maps over the T steps."""
+    basis_from: Literal["gradient", "gradient_in_null"] = "gradient_in_null"
+    on_refresh: Literal["rotate", "keep", "reset"] = "rotate"
+    separate: bool = False
+    """Take the shared span out of the specific bases."""
+    fuse_norm: Literal["none", "shared"] = "none"
+    """`shared`: the fused update is as long as its shared part."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    gate: Literal["constant", "released", "rule", "frozen_mlp", "hypergradient"] = "hypergradient"
+    gate_temperature: Annotated[float, Field(gt=0)] = 1.0
+    gate_hidden: Annotated[int, Field(ge=1)] = 16
+    gate_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    gate_warmup: Annotated[int, Field(ge=0)] | None = None
+    """Steps with alpha = 1/2 before the gate learns; absent: `refresh_every`."""
+    null_space: Literal["orthogonal", "off", "paper_literal"] = "orthogonal"
+    corpus: str = "previous_stage"
+    """Whose inputs are protected: `previous_stage`, `off`, or the path of a text file (a pretrained backbone only)."""
+    corpus_tokens: Annotated[int, Field(ge=1)] = 200_000
+    """Tokens of the corpus that are read."""
+    k_rule: Literal["energy", "relative", "absolute", "fixed"] = "energy"
+    k_value: Annotated[float, Field(gt=0)] = 0.95
+    weight_decay: Literal["none", "to_start_projected", "to_zero"] = "none"
+    """Of the linear maps, with training.weight_decay as its strength."""
+    carry_state: bool = False
+    """Take bases, moments and gate over from the previous stage."""
+    allow_large_state: bool = False
+    """Allow bases and moments that hold more than Adam's moments of the same weights would."""
+
+    @model_validator(mode="after")
+    def _decay_stays_in_the_null_space(self) -> Self:
+        if self.weight_decay == "to_zero" and self.null_space != "off":
+            raise ValueError(
+                'weight_decay = "to_zero" pulls the weights out of the null space at every step; '
+                'use "none" or "to_start_projected", or null_space = "off"'
+            )
+        if self.corpus == "off" and self.null_space != "off":
+            raise ValueError(
+                f'null_space = "{self.null_space}" needs a corpus; name a text file or "previous_stage", '
+                'or set null_space = "off"'
+            )
+        return self
+
+
+class SurgeryConfig(MethodConfig):
+    """`single` whose search and recommendation gradients are reconciled: PCGrad, or Ortho-LoRA matrix by matrix."""
+
+    method: Literal["pcgrad", "ortho_lora"]
+
+
 AnyMethod = Annotated[
-    FrozenConfig | SingleConfig | PesoConfig | CumulativeConfig | FullRetrainConfig | FullFinetuneConfig,
+    FrozenConfig
+    | SingleConfig
+    | PesoConfig
+    | CumulativeConfig
+    | FullRetrainConfig
+    | FullFinetuneConfig
+    | GemsConfig
+    | SurgeryConfig,
     Field(discriminator="method"),
 ]
 
@@ -88,4 +160,21 @@ BUILT_IN: dict[str, MethodConfig] = {
     "cumulative_normalised_latest_inherit": CumulativeConfig(method="cumulative_normalised", latest=True, inherit=True),
     "full_retrain": FullRetrainConfig(),
     "full_finetune": FullFinetuneConfig(),
+    "gems": GemsConfig(),
+    "gems_one_subspace": GemsConfig(subspaces="one"),
+    "gems_no_null_space": GemsConfig(null_space="off"),
+    "gems_paper_literal": GemsConfig(null_space="paper_literal"),
+    "gems_constant_gate": GemsConfig(gate="constant"),
+    "gems_rule_gate": GemsConfig(gate="rule"),
+    "gems_released_gate": GemsConfig(gate="released"),
+    "gems_frozen_gate": GemsConfig(gate="frozen_mlp"),
+    "gems_keep": GemsConfig(on_refresh="keep"),
+    "gems_reset": GemsConfig(on_refresh="reset"),
+    "gems_pooled": GemsConfig(shared_grad="pooled"),
+    "gems_normalised": GemsConfig(shared_grad="normalised"),
+    "gems_separate": GemsConfig(separate=True),
+    "gems_carry": GemsConfig(carry_state=True),
+    "pcgrad": SurgeryConfig(method="pcgrad"),
+    "ortho_lora": SurgeryConfig(method="ortho_lora"),
+    "galore": GemsConfig(subspaces="one", null_space="off", on_refresh="keep", refresh="svd", stagger=False),
 }

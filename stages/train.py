@@ -47,7 +47,8 @@ from stages.errors import UserError
 from stages.examples import Windows
 from stages.jobs import Checkpoint, Job
 from stages.locks import held
-from stages.methods.contract import Losses, Schedule, Step
+from stages.methods.contract import Losses, Schedule, Stateful, Step
+from stages.past import past_of
 from stages.search_examples import SearchWindows, query_vocabulary
 from stages.stage_examples import Examples, micro_batches, stage_examples, validation_batches
 from stages.workspace import Workspace, digest_of, read_json, sha256_file
@@ -195,6 +196,8 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
     folders = lineage_folders(config, workspace, dataset, replace(job, stage=job.stage - 1)) if job.stage else []
     parents = {folder.name: tensors_digest(folder) for folder in folders}
     schedule = _schedule(config, job, method.every_weight, examples.windows, stage_seed)
+    if job.stage:
+        schedule = replace(schedule, past=past_of(config, workspace, dataset, job))
     try:
         step = method.begin(model, folders, schedule)
     except ValueError as error:
@@ -208,6 +211,11 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
     if job.method == FIRST and not tensors.adapter:
         lora.attach(model.stack, config.adapter.rank, config.adapter.alpha, config.adapter.targets, stage_seed)
         tensors = replace(tensors, adapter=lora.snapshot(model.stack))
+    report: dict[str, Any] = {}
+    if isinstance(step, Stateful):
+        start = {name.removeprefix("stack."): value for name, value in before.items()}
+        tensors = replace(tensors, backbone=step.stored(start, tensors.backbone), kept=step.kept())
+        report = step.report()
     state = {
         "schema": 1,
         "job": asdict(job),
@@ -225,6 +233,7 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "parents": parents,
         **drift,
+        **report,
         **training,
     }
     if dataset.interactions.query is not None:

@@ -23,7 +23,7 @@ from stages.train import restore_model, train_stage
 from stages.workspace import Workspace
 from tests import tiny
 
-METHODS = ("frozen", "single", "peso", "cumulative_sum", "full_retrain", "full_finetune")
+METHODS = ("frozen", "single", "peso", "cumulative_sum", "full_retrain", "full_finetune", "gems")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_every_method_trains_and_recommends_on_a_pretrained_backbone(
     first = checkpoint_folder(config, workspace, load_dataset(config, workspace), Job("first", 0, "same_stage", 0))
     assert {path.name for path in first.glob("*.safetensors")} == {ADAPTER, ROWS}  # never a copy of the backbone
     last = checkpoint_folder(config, workspace, load_dataset(config, workspace), job)
-    assert (last / BACKBONE).exists() is (method == "full_finetune")
+    assert (last / BACKBONE).exists() is (method in ("full_finetune", "gems"))
     assert evaluate_stage(config, workspace, job, tested=2).queries == 24
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from models import adapter as lora
 from models.generative import GenerativeModel
 from regularizers.proximal import softmax_kl
-from stages.checkpoint import ADAPTER, BACKBONE, ROWS, fault_of, read_tensors
+from stages.checkpoint import ADAPTER, BACKBONE, KEPT, ROWS, fault_of, read_tensors
 from stages.commit import checkpoint_folder, lineage_jobs, method_of
 from stages.config import PROTOCOLS, Config, Protocol
 from stages.dataset import load_dataset
@@ -40,7 +40,14 @@ METHODS = (
     "cumulative_normalised_latest_inherit",
     "full_retrain",
     "full_finetune",
+    "gems",
+    "gems_no_null_space",
+    "gems_carry",
+    "galore",
+    "pcgrad",
 )
+WHOLE = ("full_finetune", "gems", "gems_no_null_space", "gems_carry", "galore")
+"""Methods whose checkpoint is the backbone, not an adapter."""
 QUICK = {"training": {"first_epochs": 2, "epochs": 2}}
 
 
@@ -96,8 +103,9 @@ def test_only_what_the_method_trains_is_saved_and_the_rest_is_untouched(method: 
     config = tiny.config(**QUICK)
     train_stage(config, board, job(method, 2))
     stored = {path.name for path in folder(config, board, job(method, 2)).glob("*.safetensors")}
-    whole = method == "full_finetune"
-    assert stored == ({BACKBONE, ROWS} if whole else {ADAPTER, ROWS})
+    whole = method in WHOLE
+    kept = {KEPT} if method == "gems_carry" else set()
+    assert stored == ({BACKBONE, ROWS} | kept if whole else {ADAPTER, ROWS})
     if not whole:
         base = read_tensors(folder(config, board, job("first", 0))).backbone
         dataset = load_dataset(config, board)

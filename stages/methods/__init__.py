@@ -8,17 +8,21 @@ from stages.method_config import (
     FrozenConfig,
     FullFinetuneConfig,
     FullRetrainConfig,
+    GemsConfig,
     MethodConfig,
     PesoConfig,
     SingleConfig,
+    SurgeryConfig,
 )
 from stages.methods.contract import Method
 from stages.methods.cumulative import Cumulative
 from stages.methods.frozen import Frozen
 from stages.methods.full_finetune import FullFinetune
 from stages.methods.full_retrain import FullRetrain
+from stages.methods.gems import Gems
 from stages.methods.peso import Peso
 from stages.methods.single import Single
+from stages.methods.surgery import Surgery
 
 
 def build_method(settings: MethodConfig, adapter: AdapterConfig, evolve_rows: bool) -> Method:
@@ -45,5 +49,9 @@ def build_method(settings: MethodConfig, adapter: AdapterConfig, evolve_rows: bo
             return FullRetrain(adapter, evolve_rows)
         case FullFinetuneConfig():
             return FullFinetune(adapter, evolve_rows)
+        case GemsConfig():
+            return Gems(settings, adapter, evolve_rows)
+        case SurgeryConfig():
+            return Surgery(settings, adapter, evolve_rows)
         case _:
             raise ValueError(f"no method for settings of class {type(settings).__name__}; add it to this table")

@@ -5,17 +5,61 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
 from models.generative import GenerativeModel
+from models.input_moments import TokenStream
 
 Losses: TypeAlias = Mapping[str, Tensor]
 """Loss of one micro-batch by objective, each already divided by the targets of the whole batch."""
 
 Step: TypeAlias = Callable[[Iterable[Losses]], dict[str, float]]
 """One optimiser step: draws the micro-batches' losses one by one, moves the weights, returns numbers to log."""
+
+
+class SharedLosses(dict[str, Tensor]):
+    """`Losses` that also say how large a share of the whole batch's targets each objective has in this micro-batch.
+
+    Args:
+        losses: by objective.
+        shares: by objective; over all micro-batches and objectives of a batch they sum to 1.
+    """
+
+    def __init__(self, losses: Mapping[str, Tensor], shares: Mapping[str, float]) -> None:
+        super().__init__(losses)
+        self.shares = dict(shares)
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A step with something to tell or to keep beside the weights."""
+
+    def report(self) -> dict[str, Any]:
+        """What belongs into `state.json`."""
+        ...
+
+    def stored(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The stack's weights in the form this method's `restore` reads, from those at the stage's start and end."""
+        ...
+
+    def kept(self) -> dict[str, Tensor]:
+        """Tensors the next stage needs; empty if it needs none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a stage may look back on besides checkpoints.
+
+    Attributes:
+        tokens: the previous stage's training windows as token numbers, in a seeded order.
+        folder: where something computed from them may be stored.
+    """
+
+    tokens: TokenStream
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -29,6 +73,7 @@ class Schedule:
         weight_decay: AdamW's, decoupled.
         clip_norm: bound on the norm of all gradients together.
         seed: of anything a method draws (a fresh adapter).
+        past: what the stage may look back on; None at stage 0.
     """
 
     steps: int
@@ -37,6 +82,7 @@ class Schedule:
     weight_decay: float
     clip_norm: float
     seed: int
+    past: Past | None = None
 
 
 class Method(Protocol):

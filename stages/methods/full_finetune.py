@@ -13,7 +13,7 @@ from stages.checkpoint import read_tensors
 from stages.config import AdapterConfig
 from stages.methods.contract import Schedule, Step
 from stages.methods.first import FirstStage
-from stages.methods.parts import adamw_step, load_backbone, load_base
+from stages.methods.parts import adamw_step, let_backbone_train, load_backbone, load_base
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,4 @@ class FullFinetune:
     def begin(self, model: GenerativeModel, lineage: Sequence[Path], schedule: Schedule) -> Step:
         """Everything goes on from the previous stage."""
         self.restore(model, lineage)
-        model.stack.requires_grad_(True)
-        model.stack.get_input_embeddings().requires_grad_(not model.pretrained)
-        for rows in model.rows().values():
-            rows.requires_grad_(self.evolve_rows)
-        return adamw_step([p for p in model.parameters() if p.requires_grad], schedule)
+        return adamw_step(let_backbone_train(model, self.evolve_rows), schedule)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from models import adapter as lora
 from models.generative import GenerativeModel
 from stages.checkpoint import BACKBONE, Tensors, read_tensors
 from stages.config import AdapterConfig
-from stages.methods.contract import Losses, Schedule, Step
+from stages.methods.contract import Losses, Schedule, SharedLosses, Step
 
 Penalty = Callable[[], dict[str, float]]
 """Adds a term's gradient to `.grad` after the losses' own, and returns numbers to log."""
@@ -23,6 +23,12 @@ Penalty = Callable[[], dict[str, float]]
 def load_base(model: GenerativeModel, lineage: Sequence[Path]) -> None:
     """Stage 0's backbone where stage 0 trained one, and the newest token rows of the lineage; nothing trains."""
     load_backbone(model, read_tensors(lineage[0]))
+    load_rows(model, lineage)
+    model.requires_grad_(False)
+
+
+def load_rows(model: GenerativeModel, lineage: Sequence[Path]) -> None:
+    """The newest token rows of the lineage."""
     for folder in reversed(lineage):
         rows = read_tensors(folder).rows
         if rows:
@@ -30,7 +36,6 @@ def load_base(model: GenerativeModel, lineage: Sequence[Path]) -> None:
                 for name, value in model.rows().items():
                     value.copy_(rows[name])
             break
-    model.requires_grad_(False)
 
 
 def load_backbone(model: GenerativeModel, tensors: Tensors) -> None:
@@ -67,6 +72,15 @@ def let_train(model: GenerativeModel, rows: bool) -> list[nn.Parameter]:
     return chosen
 
 
+def let_backbone_train(model: GenerativeModel, rows: bool) -> list[nn.Parameter]:
+    """Make every weight of the decoder stack train, and the token rows if `rows`; not a pretrained vocabulary."""
+    model.stack.requires_grad_(True)
+    model.stack.get_input_embeddings().requires_grad_(not model.pretrained)
+    for parameter in model.rows().values():
+        parameter.requires_grad_(rows)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def adamw_step(parameters: Sequence[nn.Parameter], schedule: Schedule, penalty: Penalty | None = None) -> Step:
     """AdamW (Loshchilov & Hutter, 2019) with linear warm-up and cosine decay, over accumulated micro-batches.
 
@@ -97,6 +111,19 @@ def adamw_step(parameters: Sequence[nn.Parameter], schedule: Schedule, penalty: 
         return logs
 
     return step
+
+
+def objective_backward(micro_batches: Iterable[Losses]) -> Iterator[tuple[str, float, float]]:
+    """One backward an objective and micro-batch; the consumer takes what it left in `.grad` before the next.
+
+    Yields:
+        Objective, loss, and the share of the batch's targets it stands for (alike for all where the loop does not say).
+    """
+    for losses in micro_batches:
+        shares = losses.shares if isinstance(losses, SharedLosses) else dict.fromkeys(losses, 1 / len(losses))
+        for place, (objective, loss) in enumerate(losses.items()):
+            loss.backward(retain_graph=place + 1 < len(losses))  # two losses may share a forward pass
+            yield objective, float(loss.detach()), shares[objective]
 
 
 def rate_at(step: int, schedule: Schedule) -> float:

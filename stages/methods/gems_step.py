@@ -1,0 +1,403 @@
+"""One optimiser step of GEMS (Zhao et al., 2026): from losses by objective to moved weights.
+
+Order: each objective's backward, projected at once → the gate learns from the step before → due bases are refreshed →
+Adam in each subspace → fused by the gate → off the null space → one minus, one rate. Everything that is no matrix of a
+linear map (token rows, norms, biases) goes through plain AdamW on the pooled gradient, as in the other methods.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from models.input_moments import linear_maps
+from regularizers import gate as gates
+from regularizers.null_space import Protection
+from regularizers.subspace import caps, shared_weights
+from stages.deltas import in_words, smallest
+from stages.method_config import GemsConfig
+from stages.methods.contract import Losses, Schedule
+from stages.methods.gems_stack import Fusion, make_stacks
+from stages.methods.parts import objective_backward, rate_at
+
+NORM_DECAY = 0.9
+"""Of the running gradient norms and losses."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sums over one batch's micro-batches, by objective.
+
+    Attributes:
+        losses: as the loop gives them: Σ cross-entropy / targets of the whole batch.
+        shares: targets of the objective / targets of the whole batch.
+    """
+
+    losses: dict[str, float]
+    shares: dict[str, float]
+
+
+class GemsStep:
+    """The method's step; its tensors can be stored and put back between two steps.
+
+    Args:
+        maps: linear maps whose matrices move in subspaces, by name.
+        others: what plain AdamW moves.
+        settings: of the method.
+        rank: r.
+        protections: protected inputs by map; empty without a null space.
+        schedule: rates, decay and seed.
+
+    Raises:
+        ValueError: no linear maps, a matrix that is not float32, or a state larger than Adam's.
+    """
+
+    def __init__(
+        self,
+        maps: Mapping[str, nn.Linear],
+        others: Sequence[nn.Parameter],
+        settings: GemsConfig,
+        rank: int,
+        protections: Mapping[str, Protection],
+        schedule: Schedule,
+    ) -> None:
+        self.settings, self.schedule, self.others = settings, schedule, list(others)
+        self.protections = protections
+        self.stacks = make_stacks(maps, settings, rank, protections)
+        self.rank = rank
+        self.capped = caps([(m.out_features, m.in_features) for m in maps.values()], rank)
+        self.adamw = (
+            torch.optim.AdamW(self.others, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
+            if self.others
+            else None
+        )
+        self.objectives: list[str] = []
+        self.saved: dict[str, int] = {}
+        self.step = torch.zeros((), dtype=torch.int64)
+        self.norms, self.usual = torch.zeros(2), torch.zeros(2)
+        self.z = torch.zeros(3, 2)
+        self.last_rate = torch.zeros(())
+        self.gate = gates.fresh_gate(settings.gate_hidden, torch.Generator().manual_seed(schedule.seed))
+
+    def __call__(self, micro_batches: Iterable[Losses]) -> dict[str, float]:
+        """Draw the micro-batches, move the weights, return numbers to log."""
+        batch = self._gather(micro_batches)
+        logs = {f"ce/{name}": loss for name, loss in batch.losses.items()} | {"ce": sum(batch.losses.values())}
+        if not math.isfinite(logs["ce"]):  # the loop says what to do about it
+            self._forget()
+            return logs
+        with torch.no_grad():
+            self._check(batch)
+            present = [name for name in self.objectives if name in batch.losses]
+            rate = self.schedule.learning_rate * rate_at(int(self.step), self.schedule)
+            logs |= self._learn(present, batch)
+            logs["refresh_seconds"] = self._refresh(present, batch)
+            logs |= self._measure(present)
+            alpha = self._alpha(present, batch)
+            logs |= self._move(present, batch, alpha, rate) | self._move_others(rate)
+        self.step += 1
+        self.last_rate.fill_(rate)
+        self._forget()
+        return logs | self._account(alpha)
+
+    def _gather(self, micro_batches: Iterable[Losses]) -> Batch:
+        losses, shares = dict[str, float](), dict[str, float]()
+        for parameter in self.others:
+            parameter.grad = None
+        for name, loss, share in objective_backward(micro_batches):
+            self._collect(name)
+            losses[name] = losses.get(name, 0.0) + loss
+            shares[name] = shares.get(name, 0.0) + share
+        total = sum(shares.values())
+        shares = {name: share / total for name, share in shares.items()}
+        for stack in self.stacks:  # from the loop's shares to token means
+            for name, share in shares.items():
+                stack.images[name] /= share
+                stack.full[name] = {i: whole / share for i, whole in stack.full[name].items()}
+        return Batch(losses, shares)
+
+    def _meet(self, objective: str) -> None:
+        """A second objective opens the specific subspaces; until then the shared one works alone."""
+        if objective in self.objectives:
+            return
+        if len(self.objectives) == 2:
+            raise ValueError(f"a third objective, {objective!r}: GEMS fuses two, {' and '.join(self.objectives)}")
+        self.objectives = sorted([*self.objectives, objective], reverse=True)  # search, then recommendation
+        if len(self.objectives) == 2:
+            self.norms, self.usual = self.norms.flip(0), self.usual.flip(0)
+            if self.settings.subspaces == "three":
+                for stack in self.stacks:
+                    if len(stack.widths) == 1:
+                        stack.grow((stack.ranks[0], stack.ranks[1], stack.ranks[1]))
+
+    @torch.no_grad()
+    def _collect(self, objective: str) -> None:
+        self._meet(objective)
+        number = self._number(objective)
+        for stack, due in zip(self.stacks, self._due(), strict=True):
+            unborn = not stack.born(0) or (len(stack.widths) > 1 and not stack.born(number))
+            stack.collect(objective, [unborn or one for one in due])
+
+    def _number(self, objective: str) -> int:
+        """The objective's subspace: 1 or 2."""
+        return 1 + self.objectives.index(objective)
+
+    def _due(self) -> list[list[bool]]:
+        """Which maps of each stack refresh at this step."""
+        step, every = int(self.step), self.settings.refresh_every
+        count, place, due = sum(len(stack.names) for stack in self.stacks), 0, []
+        for stack in self.stacks:
+            own = [(place + i) * every // count if self.settings.stagger else 0 for i in range(len(stack.names))]
+            due.append([step == 0 or (step + offset) % every == 0 for offset in own])
+            place += len(stack.names)
+        return due
+
+    def _check(self, batch: Batch) -> None:
+        for name in batch.losses:
+            parts = [stack.images[name].sum() for stack in self.stacks]
+            parts += [whole.sum() for stack in self.stacks for whole in stack.full[name].values()]
+            if not bool(torch.stack(parts).sum().isfinite()):
+                for stack in self.stacks:
+                    stack.check_finite(name, int(self.step))
+
+    def _learn(self, present: Sequence[str], batch: Batch) -> dict[str, float]:
+        """One step of the gate against the hypergradient of the step before (nothing before its warm-up is over)."""
+        if (
+            self.settings.gate != "hypergradient"
+            or len(present) < 2
+            or any(stack.moved is None or len(stack.widths) < 3 for stack in self.stacks)
+            or int(self.step) <= self._warmup()
+        ):
+            return {}
+        factors = self._shared_factors(present, batch)
+        slope = [0.0, 0.0]
+        for stack in self.stacks:
+            later = sum(
+                (stack.through(stack.images[name]) * factors[name] for name in present), torch.zeros_like(stack.first)
+            )
+            for j in (1, 2):
+                part, moved = stack.part(j), cast(Tensor, stack.moved)
+                contribution = moved[..., part] * self.settings.scale
+                slope[j - 1] += float(gates.hypergradient(later[..., part], contribution, float(self.last_rate)))
+        own = self.settings
+        self.gate = gates.learned(self.gate, self.z, torch.tensor(slope), own.gate_temperature, own.gate_learning_rate)
+        return {f"hypergradient/{name}": h for name, h in zip(self.objectives, slope, strict=True)}
+
+    def _warmup(self) -> int:
+        own = self.settings
+        return own.refresh_every if own.gate_warmup is None else own.gate_warmup
+
+    def _shared_factors(self, present: Sequence[str], batch: Batch) -> dict[str, float]:
+        norms = [float(self.norms[self.objectives.index(name)]) for name in present]
+        factors = shared_weights(self.settings.shared_grad, [batch.shares[name] for name in present], norms)
+        return dict(zip(present, factors, strict=True))
+
+    def _refresh(self, present: Sequence[str], batch: Batch) -> float:
+        """Refresh what is due; seconds it took."""
+        started = time.perf_counter()
+        self._first_norms(present)
+        factors = self._shared_factors(present, batch)
+        generator = torch.Generator().manual_seed((self.schedule.seed + int(self.step)) % 2**63)
+        for stack, due in zip(self.stacks, self._due(), strict=True):
+            turned = set[int]()
+            for i in range(len(stack.names)):
+                wholes = {name: stack.full[name][i] for name in present if i in stack.full[name]}
+                if not wholes:
+                    continue
+                if due[i] or int(stack.age[i, 0]) < 0:
+                    joint = sum(
+                        (wholes[name] * factors[name] for name in wholes), stack.first.new_zeros(stack.rows, stack.cols)
+                    )
+                    stack.refresh(0, i, joint, generator)
+                    turned.add(i)
+                for name, whole in wholes.items():
+                    number = self._number(name)
+                    if number < len(stack.widths) and (due[i] or int(stack.age[i, number]) < 0):
+                        stack.refresh(number, i, whole, generator)
+                        turned.add(i)
+            if turned:
+                stack.project_again(sorted(turned))
+        return time.perf_counter() - started
+
+    def _first_norms(self, present: Sequence[str]) -> None:
+        """An objective's running norm starts at that of its first whole gradient."""
+        for name in present:
+            place = self.objectives.index(name)
+            wholes = [whole for stack in self.stacks for whole in stack.full[name].values()]
+            if float(self.norms[place]) == 0 and wholes:
+                self.norms[place] = torch.stack([whole.norm() for whole in wholes]).norm()
+
+    def _measure(self, present: Sequence[str]) -> dict[str, float]:
+        """Norm of each objective's gradient inside its own subspace, and their cosine inside the shared one."""
+        logs = {}
+        for name in present:
+            number = self._number(name)
+            images = [
+                stack.images[name][..., stack.part(number if len(stack.widths) > 1 else 0)] for stack in self.stacks
+            ]
+            norm = torch.stack([image.norm() for image in images]).norm()
+            place = self.objectives.index(name)
+            self.norms[place] = NORM_DECAY * self.norms[place] + (1 - NORM_DECAY) * norm
+            logs[f"captured_norm/{name}"] = float(norm)
+        if len(present) == 2:
+            inner = torch.zeros(3)
+            for stack in self.stacks:
+                a, b = (stack.images[name][..., stack.part(0)] for name in present)
+                inner += torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]).cpu()
+            logs["cosine_in_shared"] = float(inner[0] / (inner[1] * inner[2]).sqrt().clamp_min(1e-30))
+        self.last_norms = torch.tensor([logs.get(f"captured_norm/{name}", 0.0) for name in self.objectives])
+        return logs
+
+    def _alpha(self, present: Sequence[str], batch: Batch) -> Tensor:
+        """α (2,) in the order of `objectives`; zero for an objective the batch does not hold."""
+        if len(self.objectives) < 2:
+            return torch.zeros(2)
+        here = torch.tensor([float(name in present) for name in self.objectives])
+        if len(present) < 2:
+            return 0.5 * here
+        losses = torch.tensor([batch.losses[name] / batch.shares[name] for name in self.objectives])
+        own, step = self.settings, int(self.step)
+        if step <= self._warmup() or not bool(self.usual.any()):
+            self.usual = torch.where(self.usual > 0, NORM_DECAY * self.usual + (1 - NORM_DECAY) * losses, losses)
+        samples = torch.tensor([batch.shares[name] for name in self.objectives])
+        self.z = gates.features(losses, self.usual, self.last_norms, samples)
+        if own.gate == "hypergradient" and step < self._warmup():
+            return torch.full((2,), 0.5)
+        return gates.weights(own.gate, self.gate.phi, self.z, own.gate_temperature)
+
+    def _move(self, present: Sequence[str], batch: Batch, alpha: Tensor, rate: float) -> dict[str, float]:
+        factors, scale = self._shared_factors(present, batch), self.settings.scale
+        decay = self.schedule.weight_decay if self.settings.weight_decay != "none" else 0.0
+        sizes: list[Fusion] = []
+        for stack in self.stacks:
+            shared = sum(
+                (stack.images[name][..., stack.part(0)] * factors[name] for name in present),
+                stack.first.new_zeros(len(stack.names), stack.rows, stack.widths[0]),
+            )
+            gradients: list[Tensor | None] = [shared]
+            for name in self.objectives if len(stack.widths) > 1 else ():
+                number = self._number(name)
+                ready = name in present and stack.born(number)
+                gradients.append(stack.images[name][..., stack.part(number)] if ready else None)
+            weights = [scale, *(scale * float(a) for a in alpha)][: len(stack.widths)]
+            sizes.append(stack.move(gradients, weights, rate, decay))
+        whole, shared = sum(one.whole for one in sizes), sum(one.shared for one in sizes)
+        return {
+            "update_over_shared": math.sqrt(max(0.0, whole) / max(shared, 1e-30)),
+            "removed_share": 1 - whole / max(sum(one.raw for one in sizes), 1e-30),
+            "update_norm": rate * math.sqrt(max(0.0, sum(one.applied for one in sizes))),
+            "rate": rate,
+        }
+
+    def _move_others(self, rate: float) -> dict[str, float]:
+        if self.adamw is None:
+            return {}
+        self.adamw.param_groups[0]["lr"] = rate
+        norm = nn.utils.clip_grad_norm_(self.others, self.schedule.clip_norm)
+        self.adamw.step()
+        return {"gradient_norm": float(norm)}
+
+    def _account(self, alpha: Tensor) -> dict[str, float]:
+        logs = {"single_objective": float(len(self.objectives) < 2), "state_bytes": float(self.state_bytes())}
+        if len(self.objectives) == 2:
+            p = alpha.clamp_min(1e-30)
+            logs |= {f"alpha/{name}": float(a) for name, a in zip(self.objectives, alpha, strict=True)}
+            logs["alpha_entropy"] = float(-(alpha * p.log()).sum())
+            if len(self.stacks[0].widths) > 1:
+                pairs = torch.stack([stack.overlaps() for stack in self.stacks]).mean(dim=0).cpu()
+                first, second = self.objectives
+                names = (f"shared_{first}", f"shared_{second}", f"{first}_{second}")
+                logs |= {f"overlap/{name}": float(value) for name, value in zip(names, pairs, strict=True)}
+        return logs
+
+    def _forget(self) -> None:
+        for stack in self.stacks:
+            stack.forget_gradients()
+
+    def report(self) -> dict[str, Any]:
+        """Ranks, bytes and what is protected, for `state.json`."""
+        spread = {
+            name: {"k": one.basis.shape[1], "k_over_n": one.share, "energy": one.energy, "left_over": one.left_over}
+            for name, one in self.protections.items()
+        }
+        return {
+            "gems": {
+                "rank": self.rank,
+                "objectives": self.objectives,
+                "single_objective": len(self.objectives) < 2,
+                "capped": self.capped,
+                "state_bytes": self.state_bytes(),
+                "protected_bytes": sum({id(one.basis): one.basis.nbytes for one in self.protections.values()}.values()),
+                "protected": spread,
+                "checkpoint": self.saved,
+            }
+        }
+
+    def stored(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Each weight whole or as the move of this stage, whichever is smaller; `report` then says which."""
+        found = smallest(before, after)
+        self.saved = in_words(found)
+        return found
+
+    def kept(self) -> dict[str, Tensor]:
+        """`tensors`, where the next stage carries them over."""
+        return self.tensors() if self.settings.carry_state else {}
+
+    def state_bytes(self) -> int:
+        """Bytes of bases and moments, as `state_floats` predicts them."""
+        return sum(t.numel() * 4 for stack in self.stacks for t in (stack.basis, stack.first, stack.second))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state as tensors; `load` of a step built the same way goes on bit for bit."""
+        held: dict[str, Tensor] = {}
+        for n, stack in enumerate(self.stacks):
+            held |= {f"stack{n}.{name}": value for name, value in stack.tensors().items()}
+        held |= {f"gate.{name}": getattr(self.gate, name) for name in ("phi", "first", "second", "steps", "square")}
+        held |= {"step": self.step, "norms": self.norms, "usual": self.usual, "z": self.z, "rate": self.last_rate}
+        for n, parameter in enumerate(self.others):
+            state = self.adamw.state[parameter] if self.adamw is not None else {}
+            held |= {f"adamw{n}.{name}": value for name, value in state.items()}
+        return {name: value.detach().clone() for name, value in held.items()}
+
+    def load(self, held: Mapping[str, Tensor], objectives: Sequence[str], carry: bool = False) -> None:
+        """Put back what `tensors` gave.
+
+        Args:
+            held: stored tensors.
+            objectives: those the stored step had met.
+            carry: from the stage before: only bases, moments and gate, and steps are counted anew.
+
+        Raises:
+            ValueError: shapes of another rank, side or model.
+        """
+        for n, stack in enumerate(self.stacks):
+            own = f"stack{n}."
+            stack.load({name.removeprefix(own): value for name, value in held.items() if name.startswith(own)})
+        parts = ("phi", "first", "second", "steps", "square")
+        self.gate = replace(self.gate, **{name: held[f"gate.{name}"].clone() for name in parts})
+        self.objectives = list(objectives)
+        self.norms = held["norms"].clone()
+        if carry:
+            for stack in self.stacks:
+                stack.moved = None
+            return
+        self.step, self.usual, self.z, self.last_rate = (held[n].clone() for n in ("step", "usual", "z", "rate"))
+        for n, parameter in enumerate(self.others):
+            own = f"adamw{n}."
+            state = {name.removeprefix(own): v.clone() for name, v in held.items() if name.startswith(own)}
+            state = {name: v if name == "step" else v.to(parameter.device) for name, v in state.items()}
+            if state and self.adamw is not None:
+                self.adamw.state[parameter] = state
+
+
+def split_parameters(model: nn.Module, stack: nn.Module) -> tuple[dict[str, nn.Linear], list[nn.Parameter]]:
+    """The linear maps of the decoder stack, and every other parameter that requires a gradient."""
+    maps = linear_maps(stack)
+    taken = {id(module.weight) for module in maps.values()}
+    return maps, [p for p in model.parameters() if p.requires_grad and id(p) not in taken]

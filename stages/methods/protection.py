@@ -1,0 +1,182 @@
+"""What GEMS must not change: the inputs a corpus feeds to each linear map, found once, kept by what they hang on."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from models.generative import GenerativeModel
+from models.input_moments import TokenStream, input_moments, limited, linear_maps, packed_text
+from regularizers.null_space import Protection, protect
+from stages.errors import UserError
+from stages.method_config import GemsConfig
+from stages.methods.contract import Past
+from stages.workspace import digest_of, read_json, replacing, sha256_file, write_json
+
+TEXT_LENGTH, TEXT_BATCH = 256, 8
+"""Tokens of a row of text, and rows of a batch."""
+CROWDED = 0.9
+"""Share of the input directions above which protecting them is worth a warning."""
+
+
+def protections(
+    model: GenerativeModel, settings: GemsConfig, past: Past | None, progress: Callable[[int], None] = lambda _: None
+) -> dict[str, Protection]:
+    """The protected inputs of every linear map, by its name; maps that read the same input share one tensor.
+
+    Args:
+        model: the one the stage starts from.
+        settings: corpus, its size and the rule for k.
+        past: the previous stage's windows, and the folder results are kept in.
+        progress: called with the corpus tokens seen.
+
+    Returns:
+        Empty where `null_space = "off"`.
+
+    Raises:
+        ValueError: the corpus is missing, too small, or cannot be read by this backbone; a rule that leaves nothing.
+        UserError: a stored result does not belong to its name.
+    """
+    if settings.null_space == "off":
+        return {}
+    if past is None:
+        raise ValueError("GEMS protects inputs from stage 1 on; stage 0 has no model to preserve")
+    text = settings.corpus != "previous_stage"
+    stream = text_stream(model, settings) if text else _limited(past.tokens, settings.corpus_tokens)
+    forward = _reads_text(model) if text else lambda tokens: model.hidden(tokens.to(model.device))
+    key = digest_of(
+        {
+            "weights": weights_digest(model),
+            "corpus": sha256_file(Path(settings.corpus)) if text else _stream_digest(stream),
+            "tokens": settings.corpus_tokens,
+            "rule": [settings.k_rule, settings.k_value],
+        }
+    )
+    file = past.folder / f"{key[:16]}.safetensors"
+    if not file.exists():
+        training = model.training
+        model.eval()
+        _store(file, key, _found(model, forward, stream, settings, progress))
+        model.train(training)
+    return read_protections(file, key)
+
+
+def _found(
+    model: GenerativeModel,
+    forward: Callable[[Tensor], object],
+    stream: TokenStream,
+    settings: GemsConfig,
+    progress: Callable[[int], None],
+) -> dict[tuple[str, ...], Protection]:
+    found = {}
+    for one in input_moments(linear_maps(model.stack), forward, stream, progress):
+        try:
+            found[one.names] = protect(one.moment, one.tokens, settings.k_rule, settings.k_value)
+        except ValueError as error:
+            raise ValueError(f"the inputs of {one.names[0]}: {error}") from None
+        if found[one.names].share > CROWDED:
+            warnings.warn(
+                f"gems: {settings.k_rule} {settings.k_value:g} protects {found[one.names].share:.0%} of the inputs of "
+                f"{one.names[0]}; little is left to train",
+                stacklevel=2,
+            )
+    return found
+
+
+def _store(file: Path, key: str, found: dict[tuple[str, ...], Protection]) -> None:
+    with replacing(file) as temporary:
+        save_file({names[0]: one.basis.cpu() for names, one in found.items()}, temporary)
+    rows = [
+        {
+            "maps": list(names),
+            "k": one.basis.shape[1],
+            "k_over_n": one.share,
+            "energy": one.energy,
+            "left_over": one.left_over,
+        }
+        for names, one in found.items()
+    ]
+    write_json(file.with_suffix(".json"), {"key": key, "sha256": sha256_file(file), "inputs": rows})
+
+
+def read_protections(file: Path, key: str) -> dict[str, Protection]:
+    """What was stored under `key`.
+
+    Raises:
+        UserError: the files were altered or belong to another model, corpus or rule.
+    """
+    table: dict[str, Any] = read_json(file.with_suffix(".json"))
+    if table.get("key") != key or table.get("sha256") != sha256_file(file):
+        raise UserError(f"{file}: not what its name says (other weights, corpus or rule, or damaged); remove it")
+    bases = load_file(file)
+    return {name: Protection(bases[row["maps"][0]], row["energy"]) for row in table["inputs"] for name in row["maps"]}
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over every parameter's name and bytes."""
+    whole = hashlib.sha256()
+    for name, value in model.named_parameters():
+        whole.update(name.encode())
+        whole.update(value.detach().cpu().contiguous().numpy().data)
+    return whole.hexdigest()
+
+
+def _stream_digest(stream: TokenStream) -> str:
+    whole = hashlib.sha256()
+    for tokens, _ in stream():
+        whole.update(repr(tuple(tokens.shape)).encode())
+        whole.update(tokens.contiguous().numpy().data)
+    return whole.hexdigest()
+
+
+def _limited(stream: TokenStream, tokens: int) -> TokenStream:
+    return lambda: limited(stream(), tokens)
+
+
+def _reads_text(model: GenerativeModel) -> Callable[[Tensor], object]:
+    def forward(tokens: Tensor) -> object:
+        return model.stack(inputs_embeds=model.own_embedding[tokens.to(model.device)], use_cache=False)
+
+    return forward
+
+
+def text_stream(model: GenerativeModel, settings: GemsConfig) -> TokenStream:
+    """The text file `settings.corpus` in the backbone's own tokens, a line at a time, packed without padding.
+
+    Raises:
+        ValueError: the backbone has no tokenizer, or the file is not there.
+    """
+    path = Path(settings.corpus)
+    if not model.pretrained:
+        raise ValueError(
+            f"corpus = {settings.corpus!r} is text, but the `small` backbone reads no words and holds no general "
+            'knowledge; use corpus = "previous_stage"'
+        )
+    if not path.is_file():
+        raise ValueError(f'corpus = {settings.corpus!r} is no file; name a text file, "previous_stage" or "off"')
+    place = model.stack.name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"backbone.path = {place!r} has no tokenizer to read {path.name} with: {reason}") from None
+
+    def numbers() -> Iterator[int]:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.strip():
+                    yield from tokenizer(line, add_special_tokens=False)["input_ids"]
+
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        with torch.no_grad():
+            yield from limited(packed_text(numbers(), TEXT_LENGTH, TEXT_BATCH), settings.corpus_tokens)
+
+    return stream

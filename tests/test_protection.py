@@ -1,0 +1,351 @@
+"""GEMS in the loop: what it protects, where that is kept, and what a stage hands to the next."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from torch.nn import Parameter, ParameterDict
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models.generative import GenerativeModel
+from models.input_moments import linear_maps
+from regularizers.null_space import protect
+from stages.checkpoint import KEPT, read_tensors
+from stages.commit import checkpoint_folder, commit_key, lineage_jobs, method_of
+from stages.config import Config
+from stages.dataset import load_dataset
+from stages.deltas import in_words, put, smallest
+from stages.errors import UserError
+from stages.jobs import Job
+from stages.method_config import GemsConfig
+from stages.methods.contract import Past, Schedule, SharedLosses
+from stages.methods.gems_step import GemsStep, split_parameters
+from stages.methods.protection import protections
+from stages.past import past_of
+from stages.train import bare_model, restore_model, train_stage, training_log
+from stages.workspace import Workspace, read_json, write_json
+from tests import tiny
+
+QUICK = {"training": {"first_epochs": 2, "epochs": 2}}
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = tiny.checkerboard(tmp_path_factory.mktemp("board"))
+    train_stage(tiny.config(**QUICK), workspace, job(2))
+    return workspace
+
+
+def job(stage: int, method: str = "gems") -> Job:
+    return Job(method, 0, "same_stage", stage)
+
+
+def folder(config: Config, workspace: Workspace, own: Job) -> Path:
+    return checkpoint_folder(config, workspace, load_dataset(config, workspace), own)
+
+
+def at_start(config: Config, workspace: Workspace, own: Job) -> tuple[GenerativeModel, Past]:
+    """The model `own`'s last stage starts from, and what it may look back on."""
+    dataset = load_dataset(config, workspace)
+    model = bare_model(config, dataset, 0)
+    lineage = [checkpoint_folder(config, workspace, dataset, part) for part in lineage_jobs(config, own)[:-1]]
+    method_of(config, own.method).restore(model, lineage)
+    return model, past_of(config, workspace, dataset, own)
+
+
+def at_end(config: Config, workspace: Workspace, own: Job) -> dict[str, Tensor]:
+    """The stack's weights as the stage left them."""
+    model = restore_model(config, workspace, load_dataset(config, workspace), own)
+    return {name: value.detach() for name, value in model.stack.named_parameters()}
+
+
+def test_a_stage_protects_the_inputs_of_the_stage_before_and_keeps_them_out_of_its_update(board: Workspace) -> None:
+    config = tiny.config(**QUICK)
+    model, past = at_start(config, board, job(2))
+    before = {name: module.weight.detach().clone() for name, module in linear_maps(model.stack).items()}
+    kept = protections(model, GemsConfig(), past)
+    assert kept.keys() == before.keys()
+    trained = at_end(config, board, job(2))
+    for name, start in before.items():
+        moved = trained[f"{name}.weight"] - start
+        assert float(moved.norm()) > 1e-3
+        assert float((moved @ kept[name].basis).norm()) <= 1e-4 * float(moved.norm()), name
+
+
+def test_the_state_says_ranks_bytes_and_what_is_protected(board: Workspace) -> None:
+    config = tiny.config(**QUICK)
+    log = training_log(config, board, load_dataset(config, board), job(2))
+    said = log["gems"]
+    assert said["rank"] == 8
+    assert said["single_objective"]
+    assert said["objectives"] == ["recommendation"]
+    stored = read_tensors(folder(config, board, job(2))).backbone
+    assert said["checkpoint"]["as_delta"] == 14  # one basis all stage long
+    assert said["checkpoint"]["whole"] == len(stored) - 2 * 14
+    assert said["checkpoint"]["numbers"] < 0.8 * 2 * (4 * 32 * 32 + 3 * 64 * 32)
+    one = said["protected"]["layers.0.self_attn.q_proj"]
+    assert one["energy"] >= 0.95
+    assert one["k_over_n"] == one["k"] / 32
+    assert {"captured_norm/recommendation", "removed_share", "refresh_seconds", "state_bytes", "rate"} <= log[
+        "training"
+    ][0].keys()
+
+
+def test_the_previous_stage_is_its_training_windows_without_padding(board: Workspace) -> None:
+    config = tiny.config(**QUICK)
+    past = past_of(config, board, load_dataset(config, board), job(2))
+    batches = list(past.tokens())
+    assert sum(int(inside.sum()) for _, inside in batches) == 24 * (1 + 7 * 3 - 1)  # 7 of 9 items train
+    again = list(past.tokens())
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(batches, again, strict=True))
+
+
+def test_what_is_protected_is_computed_once_and_verified_when_read(board: Workspace, tmp_path: Path) -> None:
+    config = tiny.config(**QUICK)
+    model, past = at_start(config, board, job(1))
+    passes = itertools.count()
+
+    def counted() -> object:
+        next(passes)
+        return past.tokens()
+
+    own = Past(tokens=counted, folder=tmp_path)  # type: ignore[arg-type]
+    first = protections(model, GemsConfig(), own)
+    used = next(passes)
+    second = protections(model, GemsConfig(), own)
+    assert next(passes) == used + 2  # only to name the corpus
+    assert all(torch.equal(first[name].basis, second[name].basis) for name in first)
+    assert first["layers.0.self_attn.q_proj"].basis is first["layers.0.self_attn.v_proj"].basis
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    protections(model, GemsConfig(k_value=0.9), own)
+    with torch.no_grad():
+        model.input_rows.add_(1e-3)
+    protections(model, GemsConfig(), own)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    for table in tmp_path.glob("*.json"):
+        write_json(table, read_json(table) | {"key": "another"})
+    with pytest.raises(UserError, match="not what its name says"):
+        protections(model, GemsConfig(), own)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (GemsConfig(corpus="words.txt"), "`small` backbone reads no words"),
+        (
+            GemsConfig(corpus_tokens=1, k_rule="fixed", k_value=200),
+            "inputs of layers.0.self_attn.q_proj: k_value is 200",
+        ),
+        (GemsConfig(k_value=0.9999999), "down_proj: nothing left to train: energy 1 protects all 64"),
+    ],
+)
+def test_a_corpus_that_does_not_fit_is_refused(board: Workspace, settings: GemsConfig, message: str) -> None:
+    model, past = at_start(tiny.config(**QUICK), board, job(1))
+    with pytest.raises(ValueError, match=message):
+        protections(model, settings, past)
+
+
+def test_a_corpus_too_small_for_its_inputs_is_refused(board: Workspace) -> None:
+    model, past = at_start(tiny.config(**QUICK), board, job(1))
+    few = Past(tokens=lambda: ((t[:1], m[:1]) for t, m in itertools.islice(past.tokens(), 1)), folder=past.folder)
+    with pytest.raises(ValueError, match="21 tokens cannot span an input of 32 dimensions"):
+        protections(model, GemsConfig(), few)
+    with pytest.raises(ValueError, match="GEMS protects inputs from stage 1 on"):
+        protections(model, GemsConfig(), None)
+
+
+def test_nearly_everything_protected_is_warned_of(board: Workspace) -> None:
+    model, past = at_start(tiny.config(**QUICK), board, job(1))
+    with pytest.warns(UserWarning, match="protects 97% of the inputs of layers"):
+        protections(model, GemsConfig(k_rule="fixed", k_value=31), past)
+
+
+def test_carried_state_goes_on_where_the_stage_before_stopped(board: Workspace) -> None:
+    config = tiny.config(**QUICK)
+    train_stage(config, board, job(2, "gems_carry"))
+    assert (folder(config, board, job(1, "gems_carry")) / KEPT).exists()
+    assert not (folder(config, board, job(1)) / KEPT).exists()
+    steps = {stage: read_steps(folder(config, board, job(stage, "gems_carry")) / KEPT) for stage in (1, 2)}
+    assert steps[1] == 4  # two epochs of 24 windows in batches of 16
+    assert steps[2] == 8
+
+
+def read_steps(file: Path) -> int:
+    from safetensors.torch import load_file
+
+    return int(load_file(file)["stack0.steps"][0])
+
+
+def test_the_key_of_a_checkpoint_names_the_text_that_was_protected(board: Workspace, tmp_path: Path) -> None:
+    text = tmp_path / "words.txt"
+    keys = []
+    for words in ("one", "two"):
+        text.write_text(words)
+        config = tiny.config(**QUICK).model_copy(update={"methods": {"own": GemsConfig(corpus=str(text))}})
+        keys.append(commit_key(config, load_dataset(config, board), job(1, "own")))
+    assert keys[0] != keys[1]
+
+
+def test_protected_outputs_drift_less_at_equal_weight_change_and_the_loss_still_falls(tmp_path: Path) -> None:
+    """Acceptance test 13 on a stage whose users walk the ring the other way round."""
+    workspace = tiny.checkerboard(tmp_path, stages=2, users=32)
+    config = tiny.config(training={"first_epochs": 12, "epochs": 14, "patience": 14, "token_rows": "freeze"})
+    own = {
+        "held": GemsConfig(k_value=0.99, weight_decay="none"),
+        "free": GemsConfig(null_space="off"),
+    }
+    config = config.model_copy(update={"methods": own})
+    drift = {}
+    for method in own:
+        train_stage(config, workspace, job(1, method))
+        start, past = at_start(config, workspace, job(1, method))
+        drift[method] = output_change(start, past, at_end(config, workspace, job(1, method)))
+        losses = [
+            row["validation_loss"]
+            for row in training_log(config, workspace, load_dataset(config, workspace), job(1, method))["epochs"]
+        ]
+        assert losses[-1] < losses[0] - 0.05
+    assert drift["held"] <= 0.3 * drift["free"]
+
+
+def output_change(model: GenerativeModel, past: Past, trained: dict[str, Tensor]) -> float:
+    """Mean over maps of ‖ΔW X‖ / (‖ΔW‖ ‖X‖) on the previous stage's inputs."""
+    inputs: dict[str, list[Tensor]] = {}
+    maps = linear_maps(model.stack)
+    handles = [
+        module.register_forward_pre_hook(lambda _, own, name=name: inputs.setdefault(name, []).append(own[0]))
+        for name, module in maps.items()
+    ]
+    with torch.no_grad():
+        for tokens, inside in past.tokens():
+            model.eval().hidden(tokens)
+            for held in inputs.values():
+                held[-1] = held[-1][inside]
+    for handle in handles:
+        handle.remove()
+    changes = []
+    for name, module in maps.items():
+        rows, moved = torch.cat(inputs[name]), trained[f"{name}.weight"] - module.weight.detach()
+        changes.append(float((rows @ moved.T).norm() / (moved.norm() * rows.norm())))
+    return sum(changes) / len(changes)
+
+
+def test_two_objectives_made_of_two_halves_of_a_batch_train_a_real_model(board: Workspace) -> None:
+    from stages.config import TrainingConfig
+    from stages.examples import Encoder, make_windows
+    from stages.queries import training_targets
+
+    config = tiny.config(**QUICK)
+    dataset = load_dataset(config, board)
+    events = dataset.interactions
+    encoder = Encoder(events, dataset.catalogue)
+    windows = make_windows(events, training_targets(events, [1], "same_stage", 0), TrainingConfig())
+    model, past = at_start(config, board, job(1))
+    settings = GemsConfig(gate_warmup=2, refresh_every=5)
+    kept = protections(model, settings, past)
+    model.requires_grad_(True)
+    maps, others = split_parameters(model, model.stack)
+    schedule = Schedule(steps=40, learning_rate=3e-3, warmup=0.1, weight_decay=0.01, clip_norm=1.0, seed=0)
+    step = GemsStep(maps, others, settings, 8, kept, schedule)
+    halves = {"search": slice(0, 8), "recommendation": slice(8, 24)}
+    import numpy as np
+
+    logs = []
+    for _ in range(12):
+        parts = {name: encoder.batch(windows, np.arange(24)[rows]) for name, rows in halves.items()}
+        total = sum(len(part.labels) for part in parts.values())
+        losses = {name: model.loss(part) / total for name, part in parts.items()}
+        logs.append(step([SharedLosses(losses, {name: len(part.labels) / total for name, part in parts.items()})]))
+    for name in halves:
+        assert logs[-1][f"ce/{name}"] < logs[0][f"ce/{name}"] - 0.02
+    assert logs[-1]["ce"] == pytest.approx(sum(logs[-1][f"ce/{name}"] for name in halves))
+    assert {"hypergradient/search", "alpha_entropy", "overlap/shared_search", "cosine_in_shared"} <= logs[-1].keys()
+    assert json.loads(json.dumps(step.report()))["gems"]["objectives"] == ["search", "recommendation"]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained backbone with a tokenizer of fifty words."""
+    folder = tmp_path_factory.mktemp("backbone") / "reader"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=50, bos_token_id=1, **sizes)).save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"w{n}": n for n in range(50)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_backbone_protects_the_inputs_of_a_text(reader: Path, board: Workspace, tmp_path: Path) -> None:
+    text = tmp_path / "glosses.txt"
+    numbers = torch.randint(0, 50, (600, 4), generator=torch.Generator().manual_seed(0))
+    text.write_text("\n\n".join(" ".join(f"w{n}" for n in row) for row in numbers.tolist()))
+    config = tiny.config(backbone={"path": str(reader)}, **QUICK)
+    model = bare_model(config, load_dataset(config, board), 0)
+    past = Past(tokens=lambda: iter(()), folder=tmp_path / "kept")
+    seen: list[int] = []
+    settings = GemsConfig(corpus=str(text), corpus_tokens=2048, k_rule="fixed", k_value=8)
+    kept = protections(model, settings, past, seen.append)
+    assert seen == [2048]  # the ninth row of 256 is not read any more
+    assert len({id(one.basis) for one in kept.values()}) == 4
+    caught: list[Tensor] = []
+    handle = linear_maps(model.stack)["layers.0.self_attn.q_proj"].register_forward_pre_hook(
+        lambda _, own: caught.append(own[0])
+    )
+    with torch.no_grad():
+        model.stack(input_ids=numbers.flatten()[:2048].view(8, 256))
+    handle.remove()
+    rows = caught[0].flatten(0, 1)
+    expected = protect(rows.T @ rows, 2048, "fixed", 8).basis
+    found = kept["layers.0.self_attn.k_proj"].basis
+    torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-3, rtol=0)
+
+
+def test_a_missing_text_and_a_backbone_without_words_are_said(reader: Path, board: Workspace, tmp_path: Path) -> None:
+    config = tiny.config(backbone={"path": str(reader)}, **QUICK)
+    past = Past(tokens=lambda: iter(()), folder=tmp_path / "kept")
+    model = bare_model(config, load_dataset(config, board), 0)
+    with pytest.raises(ValueError, match=r"corpus = '.*nowhere.txt' is no file; name a text file"):
+        protections(model, GemsConfig(corpus=str(tmp_path / "nowhere.txt")), past)
+    (tmp_path / "words.txt").write_text("w1 w2")
+    with pytest.raises(ValueError, match="the corpus holds no tokens"):
+        protections(model, GemsConfig(corpus=str(tmp_path / "words.txt")), past)
+    silent = tmp_path / "silent"
+    shutil.copytree(reader, silent, ignore=shutil.ignore_patterns("tokenizer*"))
+    model = bare_model(tiny.config(backbone={"path": str(silent)}, **QUICK), load_dataset(config, board), 0)
+    with pytest.raises(ValueError, match="has no tokenizer to read"):
+        protections(model, GemsConfig(corpus=str(tmp_path / "words.txt")), past)
+
+
+def test_a_move_is_stored_whole_or_as_factors_whichever_is_smaller() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = {name: torch.randn(20, 12, generator=generator) for name in ("thin", "full", "still")}
+    thin = torch.randn(20, 3, generator=generator) @ torch.randn(3, 12, generator=generator) / 100
+    after = {"thin": before["thin"] + thin, "full": torch.randn(20, 12, generator=generator), "still": before["still"]}
+    after |= {"norm": torch.ones(4), "turned": (before["thin"] + thin).T}
+    before |= {"turned": before["thin"].T}
+    stored = smallest(before, after)
+    assert {name: tuple(value.shape) for name, value in stored.items()} == {
+        "thin.left": (20, 3),
+        "thin.right": (3, 12),
+        "full": (20, 12),
+        "still.left": (20, 1),
+        "still.right": (1, 12),
+        "norm": (4,),
+        "turned.left": (12, 3),
+        "turned.right": (3, 20),
+    }
+    module = ParameterDict({name: Parameter(before.get(name, torch.zeros(4)).clone()) for name in after})
+    put(module, stored)
+    for name, value in after.items():
+        torch.testing.assert_close(module[name].detach(), value, rtol=0, atol=1e-6)
+    assert in_words(stored) == {"whole": 2, "as_delta": 3, "numbers": 240 + 4 + 96 + 96 + 32}
