@@ -85,7 +85,9 @@ def losses(model: GenerativeModel, batches: dict[str, TokenBatch]) -> Iterator[S
 def protected(model: GenerativeModel, batch: TokenBatch) -> dict[str, Protection]:
     found: dict[str, Protection] = {}
     whole = torch.ones_like(batch.tokens, dtype=torch.bool)
-    for one in input_moments(linear_maps(model.stack), model.hidden, lambda: iter([(batch.tokens, whole)])):
+    for one in input_moments(
+        linear_maps(model.stack), lambda one: model.hidden(one.tokens), lambda: iter([(batch, whole)])
+    ):
         found |= dict.fromkeys(one.names, protect(one.moment, one.tokens, "energy", 0.95))
     return found
 

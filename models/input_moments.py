@@ -8,15 +8,23 @@ takes several passes and never holds all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-TokenStream: TypeAlias = Callable[[], Iterator[tuple[Tensor, Tensor]]]
-"""Starts the corpus anew: token numbers (B, T) and a bool mask (B, T) that is False on padding."""
+from models.generative import TokenBatch
+
+Corpus: TypeAlias = Iterator[tuple[TokenBatch, Tensor]]
+"""Batches, and for each a bool mask (B, T) that is False on padding."""
+
+TokenStream: TypeAlias = Callable[[], Corpus]
+"""Starts the corpus anew."""
+
+Forward: TypeAlias = Callable[[TokenBatch], object]
+"""A pass of the model over a batch; only what its linear maps are fed counts."""
 
 BUDGET = 2**30
 """Bytes of moments gathered in one pass."""
@@ -43,15 +51,13 @@ def linear_maps(stack: nn.Module) -> dict[str, nn.Linear]:
 
 
 @torch.no_grad()
-def distinct_inputs(
-    maps: Mapping[str, nn.Linear], run: Callable[[Tensor], object], tokens: Tensor
-) -> list[tuple[str, ...]]:
+def distinct_inputs(maps: Mapping[str, nn.Linear], run: Forward, batch: TokenBatch) -> list[tuple[str, ...]]:
     """Names of the maps, those together that are handed the same tensor in a forward pass.
 
     Args:
         maps: linear maps by name.
-        run: a forward pass over token numbers.
-        tokens: (B, T) a small batch to try it on.
+        run: a forward pass.
+        batch: a small one to try it on.
     """
     held: dict[str, Tensor] = {}  # keeps the inputs alive, so that no address is used twice
 
@@ -60,7 +66,7 @@ def distinct_inputs(
 
     handles = [module.register_forward_pre_hook(note(name)) for name, module in maps.items()]
     try:
-        run(tokens)
+        run(batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -74,7 +80,7 @@ def distinct_inputs(
 @torch.no_grad()
 def input_moments(
     maps: Mapping[str, nn.Linear],
-    run: Callable[[Tensor], object],
+    run: Forward,
     stream: TokenStream,
     progress: Callable[[int], None] = lambda _: None,
     budget: int = BUDGET,
@@ -83,7 +89,7 @@ def input_moments(
 
     Args:
         maps: linear maps by name.
-        run: a forward pass over token numbers (B, T).
+        run: a forward pass.
         stream: the corpus; started again for each pass.
         progress: called with the tokens seen so far in a pass.
         budget: bytes of moments held at once; one moment is always held.
@@ -94,11 +100,16 @@ def input_moments(
     first = next(iter(stream()), None)
     if first is None:
         raise ValueError("the corpus holds no tokens")
-    waiting = distinct_inputs(maps, run, first[0][:1])
+    waiting = distinct_inputs(maps, run, _first_row(first[0]))
     while waiting:
         chosen = _fitting(waiting, maps, budget)
         yield from _one_pass(chosen, maps, run, stream, progress)
         waiting = waiting[len(chosen) :]
+
+
+def _first_row(batch: TokenBatch) -> TokenBatch:
+    places, visible = (None if part is None else part[:1] for part in (batch.places, batch.visible))
+    return replace(batch, tokens=batch.tokens[:1], places=places, visible=visible)
 
 
 def _fitting(
@@ -111,7 +122,7 @@ def _fitting(
 def _one_pass(
     groups: Sequence[tuple[str, ...]],
     maps: Mapping[str, nn.Linear],
-    run: Callable[[Tensor], object],
+    run: Forward,
     stream: TokenStream,
     progress: Callable[[int], None],
 ) -> Iterator[InputMoment]:
@@ -128,9 +139,9 @@ def _one_pass(
 
     handles = [maps[name].register_forward_pre_hook(add(name)) for name in heads]
     try:
-        for tokens, inside in stream():
+        for batch, inside in stream():
             mask = inside
-            run(tokens)
+            run(batch)
             seen += int(inside.sum())
             progress(seen)
     finally:
@@ -140,21 +151,22 @@ def _one_pass(
         yield InputMoment(names, sums.pop(names[0]), seen)
 
 
-def limited(batches: Iterator[tuple[Tensor, Tensor]], tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+def limited(batches: Corpus, tokens: int) -> Corpus:
     """Batches until they hold `tokens` tokens; the last one counts whole."""
     seen = 0
-    for numbers, inside in batches:
-        yield numbers, inside
+    for batch, inside in batches:
+        yield batch, inside
         seen += int(inside.sum())
         if seen >= tokens:
             return
 
 
-def packed_text(numbers: Iterator[int], length: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def packed_text(numbers: Iterator[int], length: int, batch: int) -> Corpus:
     """A stream of token numbers as batches (batch, length) without padding; a last, shorter row is dropped."""
     while rows := list(islice(numbers, batch * length)):
         whole = len(rows) // length
         if not whole:
             return
         tokens = torch.tensor(rows[: whole * length]).view(whole, length)
-        yield tokens, torch.ones_like(tokens, dtype=torch.bool)
+        nothing = torch.empty(0, dtype=torch.int64)
+        yield TokenBatch(tokens, nothing, nothing), torch.ones_like(tokens, dtype=torch.bool)

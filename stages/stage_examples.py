@@ -78,6 +78,18 @@ class Examples:
             return {name: 1 / (len(codes) * count) for name, count in codes.items()}
         return dict.fromkeys(codes, 1 / sum(codes.values()))
 
+    def weights(self, chosen: Mapping[str, IntArray], shares: Mapping[str, float]) -> dict[str, float]:
+        """What each objective weighs in a piece of a batch; over the pieces of a batch they sum to 1.
+
+        Args:
+            chosen: objective -> window numbers of the piece.
+            shares: of the whole batch, as `shares` gives them.
+        """
+        return {
+            name: int(self.parts[name].training.count[own].sum()) * self.levels * shares[name]
+            for name, own in chosen.items()
+        }
+
 
 def micro_batches(chosen: Mapping[str, IntArray], size: int | None) -> Iterator[dict[str, IntArray]]:
     """A batch in pieces of about `size` windows, each with its share of every objective; None: in one piece."""

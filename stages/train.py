@@ -197,7 +197,7 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
     parents = {folder.name: tensors_digest(folder) for folder in folders}
     schedule = _schedule(config, job, method.every_weight, examples.windows, stage_seed)
     if job.stage:
-        schedule = replace(schedule, past=past_of(config, workspace, dataset, job))
+        schedule = replace(schedule, past=past_of(config, workspace, dataset, job, vocabulary))
     try:
         step = method.begin(model, folders, schedule)
     except ValueError as error:
@@ -332,11 +332,12 @@ class Fit:
     def _micro_batches(self, chosen: Mapping[str, np.ndarray]) -> Iterator[Losses]:
         shares = self.examples.shares(chosen, self.equal)
         for piece in micro_batches(chosen, self.settings.micro_batch_size):
-            yield {
+            losses = {
                 name: self._loss(name, self.examples.parts[name].training, part, self.settings.label_smoothing)
                 * shares[name]
                 for name, part in piece.items()
             }
+            yield SharedLosses(losses, self.examples.weights(piece, shares))
 
     def _loss(self, objective: str, windows: Windows | SearchWindows, chosen: np.ndarray, smoothing: float) -> Tensor:
         with record_function("driftrec/batches"):

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.input_moments import distinct_inputs, input_moments, limited, linear_maps, packed_text
+from models.backbone import small_backbone
+from models.generative import GenerativeModel, TokenBatch
+from models.input_moments import Forward, distinct_inputs, input_moments, limited, linear_maps, packed_text
 from regularizers.null_space import count_protected, decay_to_start, project, protect, remove
 from regularizers.subspace import adam, orthonormal
 from tests import tiny
@@ -124,10 +126,16 @@ def test_inputs_of_zeros_protect_nothing() -> None:
         protect(torch.zeros(3, 3), 9, "energy", 0.9)
 
 
-def a_model() -> nn.Module:
-    from models.backbone import small_backbone
-    from models.generative import GenerativeModel
+def of(tokens: Tensor) -> TokenBatch:
+    nothing = torch.empty(0, dtype=torch.int64)
+    return TokenBatch(tokens, nothing, nothing)
 
+
+def reading(model: GenerativeModel) -> Forward:
+    return lambda batch: model.hidden(batch.tokens)
+
+
+def a_model() -> GenerativeModel:
     own = tiny.config().backbone
     backbone = small_backbone(own.hidden, own.layers, own.heads, own.feed_forward, seed=0)
     return GenerativeModel(backbone, codes=12, seed=0, full_vocabulary=False, dropout=0.0).eval()
@@ -135,7 +143,7 @@ def a_model() -> nn.Module:
 
 def test_maps_that_read_the_same_tensor_share_one_moment() -> None:
     model = a_model()
-    groups = distinct_inputs(linear_maps(model.stack), model.hidden, torch.zeros(1, 5, dtype=torch.int64))
+    groups = distinct_inputs(linear_maps(model.stack), reading(model), of(torch.zeros(1, 5, dtype=torch.int64)))
     short = [tuple(name.rpartition(".")[2] for name in names) for names in groups]
     assert short == 2 * [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
 
@@ -148,12 +156,14 @@ def test_the_moment_is_that_of_the_inputs_and_neither_padding_nor_order_nor_budg
     padded = torch.cat([rows, torch.full((6, 4), 12)], dim=1)
     inside = torch.cat([whole, torch.zeros(6, 4, dtype=torch.bool)], dim=1)
     corpora = {
-        "at once": [(rows, whole)],
-        "padded": [(padded, inside)],
-        "in parts": [(rows[3:], whole[3:]), (rows[:3], whole[:3])],
+        "at once": [(of(rows), whole)],
+        "padded": [(of(padded), inside)],
+        "in parts": [(of(rows[3:]), whole[3:]), (of(rows[:3]), whole[:3])],
     }
-    found = {name: list(input_moments(maps, model.hidden, lambda own=own: iter(own))) for name, own in corpora.items()}
-    found["pass by pass"] = list(input_moments(maps, model.hidden, lambda: iter(corpora["at once"]), budget=1))
+    found = {
+        name: list(input_moments(maps, reading(model), lambda own=own: iter(own))) for name, own in corpora.items()
+    }
+    found["pass by pass"] = list(input_moments(maps, reading(model), lambda: iter(corpora["at once"]), budget=1))
     for moments in found.values():
         assert [one.tokens for one in moments] == 8 * [54]
         for one, other in zip(moments, found["at once"], strict=True):
@@ -173,8 +183,8 @@ def test_the_moment_is_that_of_the_inputs_and_neither_padding_nor_order_nor_budg
 def test_an_empty_corpus_is_refused_and_a_long_one_is_cut() -> None:
     model = a_model()
     with pytest.raises(ValueError, match="the corpus holds no tokens"):
-        next(input_moments(linear_maps(model.stack), model.hidden, lambda: iter(())))
+        next(input_moments(linear_maps(model.stack), reading(model), lambda: iter(())))
     batches = list(packed_text(iter(range(50)), length=4, batch=3))
-    assert [tuple(tokens.shape) for tokens, _ in batches] == [(3, 4)] * 4
-    assert batches[1][0][0].tolist() == [12, 13, 14, 15]
+    assert [tuple(batch.tokens.shape) for batch, _ in batches] == [(3, 4)] * 4
+    assert batches[1][0].tokens[0].tolist() == [12, 13, 14, 15]
     assert len(list(limited(iter(batches), 13))) == 2

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,13 +27,13 @@ from stages.deltas import in_words, put, smallest
 from stages.errors import UserError
 from stages.jobs import Job
 from stages.method_config import GemsConfig
-from stages.methods.contract import Past, Schedule, SharedLosses
-from stages.methods.gems_step import GemsStep, split_parameters
+from stages.methods.contract import Past
 from stages.methods.protection import protections
 from stages.past import past_of
+from stages.search_examples import query_vocabulary
 from stages.train import bare_model, restore_model, train_stage, training_log
 from stages.workspace import Workspace, read_json, write_json
-from tests import tiny
+from tests import searching, tiny
 
 QUICK = {"training": {"first_epochs": 2, "epochs": 2}}
 
@@ -59,7 +59,7 @@ def at_start(config: Config, workspace: Workspace, own: Job) -> tuple[Generative
     model = bare_model(config, dataset, 0)
     lineage = [checkpoint_folder(config, workspace, dataset, part) for part in lineage_jobs(config, own)[:-1]]
     method_of(config, own.method).restore(model, lineage)
-    return model, past_of(config, workspace, dataset, own)
+    return model, past_of(config, workspace, dataset, own, query_vocabulary(config, dataset))
 
 
 def at_end(config: Config, workspace: Workspace, own: Job) -> dict[str, Tensor]:
@@ -102,11 +102,11 @@ def test_the_state_says_ranks_bytes_and_what_is_protected(board: Workspace) -> N
 
 def test_the_previous_stage_is_its_training_windows_without_padding(board: Workspace) -> None:
     config = tiny.config(**QUICK)
-    past = past_of(config, board, load_dataset(config, board), job(2))
+    past = past_of(config, board, load_dataset(config, board), job(2), None)
     batches = list(past.tokens())
     assert sum(int(inside.sum()) for _, inside in batches) == 24 * (1 + 7 * 3 - 1)  # 7 of 9 items train
     again = list(past.tokens())
-    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(batches, again, strict=True))
+    assert all(torch.equal(a.tokens, b.tokens) for (a, _), (b, _) in zip(batches, again, strict=True))
 
 
 def test_what_is_protected_is_computed_once_and_verified_when_read(board: Workspace, tmp_path: Path) -> None:
@@ -156,7 +156,10 @@ def test_a_corpus_that_does_not_fit_is_refused(board: Workspace, settings: GemsC
 
 def test_a_corpus_too_small_for_its_inputs_is_refused(board: Workspace) -> None:
     model, past = at_start(tiny.config(**QUICK), board, job(1))
-    few = Past(tokens=lambda: ((t[:1], m[:1]) for t, m in itertools.islice(past.tokens(), 1)), folder=past.folder)
+    few = Past(
+        tokens=lambda: ((replace(b, tokens=b.tokens[:1]), m[:1]) for b, m in itertools.islice(past.tokens(), 1)),
+        folder=past.folder,
+    )
     with pytest.raises(ValueError, match="21 tokens cannot span an input of 32 dimensions"):
         protections(model, GemsConfig(), few)
     with pytest.raises(ValueError, match="GEMS protects inputs from stage 1 on"):
@@ -226,8 +229,8 @@ def output_change(model: GenerativeModel, past: Past, trained: dict[str, Tensor]
         for name, module in maps.items()
     ]
     with torch.no_grad():
-        for tokens, inside in past.tokens():
-            model.eval().hidden(tokens)
+        for batch, inside in past.tokens():
+            model.eval().hidden(batch.tokens)
             for held in inputs.values():
                 held[-1] = held[-1][inside]
     for handle in handles:
@@ -239,37 +242,43 @@ def output_change(model: GenerativeModel, past: Past, trained: dict[str, Tensor]
     return sum(changes) / len(changes)
 
 
-def test_two_objectives_made_of_two_halves_of_a_batch_train_a_real_model(board: Workspace) -> None:
-    from stages.config import TrainingConfig
-    from stages.examples import Encoder, make_windows
-    from stages.queries import training_targets
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return searching.ring(tmp_path_factory.mktemp("ring"))
 
+
+@pytest.mark.parametrize("method", ["gems", "gems_one_subspace", "pcgrad", "ortho_lora"])
+def test_search_and_recommendation_train_apart_in_one_model(method: str, ring: Workspace) -> None:
+    own = {"quick": GemsConfig(gate_warmup=2, refresh_every=5)}
+    config = tiny.config(training={"first_epochs": 4, "epochs": 5, "patience": 5}).model_copy(update={"methods": own})
+    name = "quick" if method == "gems" else method
+    train_stage(config, ring, job(2, name))
+    log = training_log(config, ring, load_dataset(config, ring), job(2, name))
+    first, last = log["training"][0], log["training"][-1]
+    assert {"ce/search", "ce/recommendation"} <= last.keys()
+    assert log["epochs"][-1]["validation_loss"] < log["epochs"][0]["validation_loss"]
+    if method == "gems":
+        assert log["gems"]["objectives"] == ["search", "recommendation"]
+        assert not log["gems"]["single_objective"]
+        assert (first["alpha/search"], first["alpha/recommendation"]) == (0.5, 0.5)
+        assert {"hypergradient/search", "alpha_entropy", "overlap/shared_search", "cosine_in_shared"} <= last.keys()
+        assert last["update_over_shared"] > 1.02
+    elif method == "gems_one_subspace":
+        assert last["update_over_shared"] == pytest.approx(1)
+    else:
+        assert 0 <= last["conflicts"] <= 1
+
+
+def test_queries_of_the_stage_before_are_protected_too(ring: Workspace) -> None:
     config = tiny.config(**QUICK)
-    dataset = load_dataset(config, board)
-    events = dataset.interactions
-    encoder = Encoder(events, dataset.catalogue)
-    windows = make_windows(events, training_targets(events, [1], "same_stage", 0), TrainingConfig())
-    model, past = at_start(config, board, job(1))
-    settings = GemsConfig(gate_warmup=2, refresh_every=5)
-    kept = protections(model, settings, past)
-    model.requires_grad_(True)
-    maps, others = split_parameters(model, model.stack)
-    schedule = Schedule(steps=40, learning_rate=3e-3, warmup=0.1, weight_decay=0.01, clip_norm=1.0, seed=0)
-    step = GemsStep(maps, others, settings, 8, kept, schedule)
-    halves = {"search": slice(0, 8), "recommendation": slice(8, 24)}
-    import numpy as np
-
-    logs = []
-    for _ in range(12):
-        parts = {name: encoder.batch(windows, np.arange(24)[rows]) for name, rows in halves.items()}
-        total = sum(len(part.labels) for part in parts.values())
-        losses = {name: model.loss(part) / total for name, part in parts.items()}
-        logs.append(step([SharedLosses(losses, {name: len(part.labels) / total for name, part in parts.items()})]))
-    for name in halves:
-        assert logs[-1][f"ce/{name}"] < logs[0][f"ce/{name}"] - 0.02
-    assert logs[-1]["ce"] == pytest.approx(sum(logs[-1][f"ce/{name}"] for name in halves))
-    assert {"hypergradient/search", "alpha_entropy", "overlap/shared_search", "cosine_in_shared"} <= logs[-1].keys()
-    assert json.loads(json.dumps(step.report()))["gems"]["objectives"] == ["search", "recommendation"]
+    dataset = load_dataset(config, ring)
+    past = past_of(config, ring, dataset, job(2), query_vocabulary(config, dataset))
+    words = sum(int((batch.tokens > 12).sum()) for batch, _ in past.tokens())  # 9 codes, the opening, two markers
+    assert words > 100
+    assert any(batch.visible is not None for batch, _ in past.tokens())
+    train_stage(config, ring, job(0))
+    model, past = at_start(config, ring, job(1))
+    assert protections(model, GemsConfig(), past).keys() == linear_maps(model.stack).keys()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ Step: TypeAlias = Callable[[Iterable[Losses]], dict[str, float]]
 
 
 class SharedLosses(dict[str, Tensor]):
-    """`Losses` that also say how large a share of the whole batch's targets each objective has in this micro-batch.
+    """`Losses` that also say what each objective weighs in this micro-batch: its share of the whole batch's targets.
 
     Args:
         losses: by objective.

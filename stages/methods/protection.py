@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer
 
-from models.generative import GenerativeModel
-from models.input_moments import TokenStream, input_moments, limited, linear_maps, packed_text
+from models.generative import GenerativeModel, TokenBatch
+from models.input_moments import Forward, TokenStream, input_moments, limited, linear_maps, packed_text
 from regularizers.null_space import Protection, protect
 from stages.errors import UserError
 from stages.method_config import GemsConfig
@@ -51,7 +50,7 @@ def protections(
         raise ValueError("GEMS protects inputs from stage 1 on; stage 0 has no model to preserve")
     text = settings.corpus != "previous_stage"
     stream = text_stream(model, settings) if text else _limited(past.tokens, settings.corpus_tokens)
-    forward = _reads_text(model) if text else lambda tokens: model.hidden(tokens.to(model.device))
+    forward = _reads_text(model) if text else _reads_items(model)
     key = digest_of(
         {
             "weights": weights_digest(model),
@@ -71,7 +70,7 @@ def protections(
 
 def _found(
     model: GenerativeModel,
-    forward: Callable[[Tensor], object],
+    forward: Forward,
     stream: TokenStream,
     settings: GemsConfig,
     progress: Callable[[int], None],
@@ -131,9 +130,11 @@ def weights_digest(model: nn.Module) -> str:
 
 def _stream_digest(stream: TokenStream) -> str:
     whole = hashlib.sha256()
-    for tokens, _ in stream():
-        whole.update(repr(tuple(tokens.shape)).encode())
-        whole.update(tokens.contiguous().numpy().data)
+    for batch, _ in stream():
+        whole.update(repr(tuple(batch.tokens.shape)).encode())
+        for part in (batch.tokens, batch.places, batch.visible):
+            if part is not None:
+                whole.update(part.contiguous().numpy().data)
     return whole.hexdigest()
 
 
@@ -141,9 +142,17 @@ def _limited(stream: TokenStream, tokens: int) -> TokenStream:
     return lambda: limited(stream(), tokens)
 
 
-def _reads_text(model: GenerativeModel) -> Callable[[Tensor], object]:
-    def forward(tokens: Tensor) -> object:
-        return model.stack(inputs_embeds=model.own_embedding[tokens.to(model.device)], use_cache=False)
+def _reads_items(model: GenerativeModel) -> Forward:
+    def forward(batch: TokenBatch) -> object:
+        here = batch.to(model.device)
+        return model.hidden(here.tokens, None if here.visible is None else here.visible[:, None], here.places)
+
+    return forward
+
+
+def _reads_text(model: GenerativeModel) -> Forward:
+    def forward(batch: TokenBatch) -> object:
+        return model.stack(inputs_embeds=model.own_embedding[batch.tokens.to(model.device)], use_cache=False)
 
     return forward
 
@@ -175,8 +184,4 @@ def text_stream(model: GenerativeModel, settings: GemsConfig) -> TokenStream:
                 if line.strip():
                     yield from tokenizer(line, add_special_tokens=False)["input_ids"]
 
-    def stream() -> Iterator[tuple[Tensor, Tensor]]:
-        with torch.no_grad():
-            yield from limited(packed_text(numbers(), TEXT_LENGTH, TEXT_BATCH), settings.corpus_tokens)
-
-    return stream
+    return _limited(lambda: packed_text(numbers(), TEXT_LENGTH, TEXT_BATCH), settings.corpus_tokens)
