@@ -18,7 +18,13 @@ from benchmarks import results
 from benchmarks.measure import RESULTS, stored
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS: tuple[str, ...] = ()
+SCRIPTS = (
+    "packed_training",
+    "output_head",
+    "lora_step",
+    "proximal_step",
+    "bf16_step",
+)
 """In this order; a name is a file beside this one."""
 LONGEST = 600
 """Seconds a script may take before it counts as failed."""
