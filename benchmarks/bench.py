@@ -24,6 +24,7 @@ SCRIPTS = (
     "lora_step",
     "proximal_step",
     "bf16_step",
+    "cost_growth",
 )
 """In this order; a name is a file beside this one."""
 LONGEST = 600
