@@ -115,10 +115,18 @@ def train(
     users: Users = None,
     workspace: Folder = None,
     workers: Workers = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Also write where each stage's time goes.")] = False,
 ) -> None:
     """Train and test one method over all stages."""
     arguments = {"method": method, "seeds": _numbers(seeds), "stages": stages, "users": users, "workers": workers}
-    _show(_flow("continual", config, _start(_place(config, workspace)), arguments))
+    folder = _flow("continual", config, _start(_place(config, workspace)), {**arguments, "profile": profile})
+    _show(folder)
+    if profile:
+        from flows import terminal
+
+        pages = folder.parents[1] / "profiles"
+        found = str(pages) if pages.exists() else "none: every stage was committed before, or had too few steps"
+        terminal.stdout().print(f"profiles: {found}", soft_wrap=True)
 
 
 @app.command()

@@ -23,13 +23,18 @@ def continual(
     users: int | None = None,
     workspace: Path | None = None,
     workers: int | None = 1,
+    profile: bool = False,
 ) -> str:
     """Train and test one method stage by stage; a stage that is committed already is not trained again.
+
+    With `profile`, runs/profiles says where the time of each stage trained now went.
 
     Returns:
         The report's folder.
     """
-    plan = make_plan(config, workspace, [method], seeds, stages, users, comparison=False, workers=workers)
+    plan = make_plan(
+        config, workspace, [method], seeds, stages, users, comparison=False, workers=workers, profile=profile
+    )
     plan = prepared(plan, "continual")
     trained, tests = follow_all(plan)
     folder = tasks.summarise(plan, tests, trained)

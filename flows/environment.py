@@ -33,6 +33,8 @@ DEFAULTS = {
     # Without it cuBLAS may sum in another order each time, and torch refuses to run deterministically on a GPU.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "MPLBACKEND": "Agg",
+    # torch's profiler tells the terminal when it starts and stops.
+    "KINETO_LOG_LEVEL": "6",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -40,6 +40,7 @@ class Plan:
         searches: the log has searches that are used, so their baselines belong to it.
         command: what was asked for and which code answered, as the report repeats it.
         workers: processes that work on it together; no result depends on their number, only on the threads of each.
+        profile: also write where the time of every stage's training goes; changes no result.
     """
 
     config: Config
@@ -52,6 +53,7 @@ class Plan:
     searches: bool = False
     command: dict[str, Any] = field(default_factory=dict)
     workers: int = 1
+    profile: bool = False
 
     def with_stages(self, available: int, searches: bool = False) -> Plan:
         """This plan for a log of `available` stages, with or without searches.

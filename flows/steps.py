@@ -33,15 +33,20 @@ def make_plan(
     users: int | None = None,
     comparison: bool = True,
     workers: int | None = 1,
+    profile: bool = False,
 ) -> Plan:
     """Read the config, apply a command's wishes, and claim the workspace.
 
-    See `draft_plan` for arguments and errors.
+    See `draft_plan` for the other arguments and errors.
+
+    Args:
+        profile: also write where the time of every stage's training goes.
 
     Raises:
         UserError: also where the workspace belongs to another experiment or other data.
     """
-    return claimed(draft_plan(config, workspace, methods, seeds, stages, users, comparison, workers))
+    plan = claimed(draft_plan(config, workspace, methods, seeds, stages, users, comparison, workers))
+    return replace(plan, profile=profile)
 
 
 def draft_plan(
@@ -145,10 +150,15 @@ def identify(plan: Plan) -> None:
 
 def train(plan: Plan, job: Job) -> Checkpoint:
     """Train one stage of one lineage, or return it where it is committed already."""
-    from stages.train import train_stage
-
     watcher().start(f"train {_title(job)}")
-    checkpoint = train_stage(plan.config, plan.workspace, job, progress=watcher().say)
+    if plan.profile:
+        from stages.profiling import profile_stage
+
+        checkpoint, _ = profile_stage(plan.config, plan.workspace, job, progress=watcher().say)
+    else:
+        from stages.train import train_stage
+
+        checkpoint = train_stage(plan.config, plan.workspace, job, progress=watcher().say)
     experiment.remember_trained(plan.workspace, checkpoint)
     watcher().finish()
     return checkpoint

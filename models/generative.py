@@ -17,6 +17,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from models.backbone import Backbone
 
@@ -131,7 +132,9 @@ class GenerativeModel(nn.Module):
             mask: (B or 1, 1, T, T), in place of the causal mask: added to the attention scores, or true where seen.
             places: (B, T) position of each token, where several sequences share a row.
         """
-        out = self.stack(inputs_embeds=self.embed(tokens), position_ids=places, attention_mask=mask, use_cache=False)
+        with record_function("driftrec/embedding"):
+            vectors = self.embed(tokens)
+        out = self.stack(inputs_embeds=vectors, position_ids=places, attention_mask=mask, use_cache=False)
         return out.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -144,8 +147,10 @@ class GenerativeModel(nn.Module):
         """Summed cross-entropy (nats) over the M targets of a batch; logits are formed at targets only."""
         mask = None if batch.visible is None else batch.visible[:, None]
         states = self.hidden(batch.tokens, mask, batch.places).flatten(0, 1)[batch.positions]  # (M, d)
-        logits = self.logits(states).float() / temperature
-        return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
+        with record_function("driftrec/head"):
+            logits = self.logits(states).float()
+            logits = logits if temperature == 1 else logits / temperature  # dividing by 1 costs two passes over them
+            return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
 
 
 def band_mask(length: int, levels: int, items: int) -> Tensor:

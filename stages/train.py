@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
+from torch.utils import deterministic
 
 from models import adapter as lora
 from models.backbone import Backbone, compute_device, pretrained_backbone, small_backbone, wants_bfloat16
@@ -328,7 +330,8 @@ class Fit:
             }
 
     def _loss(self, objective: str, windows: Windows | SearchWindows, chosen: np.ndarray, smoothing: float) -> Tensor:
-        batch = self.examples.parts[objective].batch(windows, chosen).to(self.model.device)
+        with record_function("driftrec/batches"):
+            batch = self.examples.parts[objective].batch(windows, chosen).to(self.model.device)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.model.loss(batch, self.settings.temperature if self.model.training else 1.0, smoothing)
 
@@ -358,14 +361,17 @@ class Fit:
 @contextmanager
 def _reproducible(seed: int) -> Iterator[None]:
     """Deterministic kernels and a seeded global generator (dropout draws from it), both put back afterwards."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before, filling = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True)
+        # Nothing here reads memory before writing it; filling every new tensor costs a pass over it.
+        deterministic.fill_uninitialized_memory = False
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
+            deterministic.fill_uninitialized_memory = filling
 
 
 def derived_seed(seed: int, *place: int | str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from models import adapter as lora
 from models.generative import GenerativeModel
@@ -87,8 +88,10 @@ def adamw_step(parameters: Sequence[nn.Parameter], schedule: Schedule, penalty: 
                 logs[f"ce/{objective}"] = logs.get(f"ce/{objective}", 0.0) + float(loss.detach())
         logs["ce"] = sum(logs.values())
         if penalty is not None:
-            logs.update(penalty())
-        logs["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, schedule.clip_norm))
+            with record_function("driftrec/penalty"):
+                logs.update(penalty())
+        with record_function("driftrec/clipping"):
+            logs["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, schedule.clip_norm))
         optimizer.step()
         rate.step()
         return logs

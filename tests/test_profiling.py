@@ -1,0 +1,120 @@
+"""Profiles: the same bytes as without one, every microsecond in one part, shares worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils import deterministic
+
+from stages.checkpoint import tensors_digest
+from stages.dataset import load_dataset
+from stages.examples import Encoder, Windows
+from stages.jobs import Job
+from stages.profiling import REST, filling, profile_stage, shares
+from stages.stage_examples import Examples, Part
+from stages.train import train_stage
+from tests import tiny
+
+
+def table(page: Path) -> dict[str, float]:
+    """Percentages by part of the step."""
+    rows = [line.split(" | ") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    return {cells[0].removeprefix("| "): float(cells[1].rstrip("%")) for cells in rows if cells[1].endswith("%")}
+
+
+def test_a_profiled_stage_commits_the_same_bytes_and_says_where_its_time_went(tmp_path: Path) -> None:
+    config = tiny.config()
+    plain, watched = (tiny.checkerboard(tmp_path / name, stages=2) for name in ("plain", "watched"))
+    job = Job("peso", 0, "next_stage", 1)
+    told: list[int] = []
+    expected = train_stage(config, plain, job)
+    train_stage(config, watched, Job("peso", 0, "next_stage", 0))
+    checkpoint, folder = profile_stage(config, watched, job, lambda news: told.append(news["step"]))
+    assert checkpoint.key == expected.key
+    assert tensors_digest(watched.checkpoints / checkpoint.key) == tensors_digest(plain.checkpoints / expected.key)
+    assert told == list(range(1, 21))
+    assert folder == watched.root / "runs" / "profiles" / checkpoint.key
+    assert json.loads((folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    parts = table(folder / "summary.md")
+    wanted = {
+        "attention",
+        "feed-forward",
+        "head",
+        "embedding",
+        "adapter",
+        "penalty",
+        "clipping",
+        "optimiser",
+        "batches",
+    }
+    assert wanted <= parts.keys()
+    assert sum(parts.values()) == pytest.approx(100, abs=1)
+    assert "peso, seed 0, next stage, stage 1" in (folder / "summary.md").read_text(encoding="utf-8")
+
+
+def test_a_stage_that_is_committed_already_has_nothing_to_watch(tmp_path: Path) -> None:
+    workspace, job = tiny.checkerboard(tmp_path, stages=1), Job("single", 0, "same_stage", 0)
+    done = train_stage(tiny.config(), workspace, job)
+    assert profile_stage(tiny.config(), workspace, job)[0].key == done.key
+    assert not (workspace.root / "runs" / "profiles").exists()
+
+
+def event(name: str, spent: float, parent: Any = None, number: int = -1, start: float = 0.0) -> Any:
+    return SimpleNamespace(
+        name=name,
+        self_cpu_time_total=spent,
+        cpu_parent=parent,
+        sequence_nr=number,
+        is_async=False,
+        time_range=SimpleNamespace(start=start),
+    )
+
+
+def test_time_goes_to_the_innermost_range_and_backward_time_to_the_range_of_its_forward() -> None:
+    outer = event("driftrec/attention", 1)
+    inner = event("driftrec/adapter", 2, outer)
+    backward = event("autograd::engine::evaluate_function: AddmmBackward0", 8, number=7, start=2)
+    stray = event("autograd::engine::evaluate_function: AccumulateGrad", 64, start=3)
+    found = shares(
+        [
+            outer,
+            inner,
+            event("aten::addmm", 4, inner, number=7, start=1),
+            backward,
+            event("aten::mm", 16, backward, start=2),
+            event("Optimizer.step#AdamW.step", 32, start=4),
+            stray,
+            event("ProfilerStep#3", 128),
+        ]
+    )
+    assert found == {REST: 128, "backward, unassigned": 64, "optimiser": 32, "adapter": 2 + 4 + 8 + 16, "attention": 1}
+
+
+def test_useful_and_padded_tokens_of_two_windows_by_hand(tmp_path: Path) -> None:
+    """Windows of 4 and 2 items of 3 codes in one batch: 24 tokens, 6 of them padding, 1 + 2 items are targets."""
+    dataset = load_dataset(tiny.config(), tiny.checkerboard(tmp_path, stages=1, users=2, length=4))
+    encoder = Encoder(dataset.interactions, dataset.catalogue)
+    windows = Windows(start=np.array([0, 4]), first=np.array([3, 4]), end=np.array([4, 6]))
+    examples = Examples({"recommendation": Part(encoder, windows, windows)}, levels=3, unseen_rows=0)
+    together = filling(examples, size=2)
+    assert (together.tokens, together.useful, together.padding) == (24, 9 / 24, 6 / 24)
+    assert filling(examples, size=1).padding == 0
+
+
+def test_training_does_not_fill_new_memory_and_puts_that_setting_back(tmp_path: Path) -> None:
+    seen: list[bool] = []
+    train_stage(
+        tiny.config(),
+        tiny.checkerboard(tmp_path, stages=1),
+        Job("single", 0, "same_stage", 0),
+        lambda _: seen.append(deterministic.fill_uninitialized_memory and torch.are_deterministic_algorithms_enabled()),
+    )
+    assert seen
+    assert not any(seen)
+    assert deterministic.fill_uninitialized_memory
