@@ -1,8 +1,8 @@
 """Claim: PESO's proximal term costs at most 3 % of a step.
 
 The same LoRA step with and without the term, on `small`; and, since a difference of a percent drowns in the spread of
-whole steps, the term by itself as a share of the step: the published setting (each adapter matrix's own softmax) and the
-widest one, which holds the code tokens' rows as well.
+whole steps, the term by itself as a share of the step: the published setting (each adapter matrix's own softmax) and
+the widest one, which holds the code tokens' rows as well.
 """
 
 from __future__ import annotations

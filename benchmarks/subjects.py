@@ -70,7 +70,7 @@ def take(step: Step, model: GenerativeModel, batch: TokenBatch, times: int) -> N
 
 
 def video_games(script: str) -> tuple[Config, Dataset]:
-    """PESO's stage blocks of Amazon Video Games, prepared from DRIFTREC_DATA; skips the script where they are absent."""
+    """PESO's stage blocks of Amazon Video Games, prepared from DRIFTREC_DATA; skips the script without them."""
     data_folder(script, "amazon-video-games-blocks")
     place = ROOT / "configs" / "video_games.toml"
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Where the time of a training step goes: a trace for a viewer and a one-page summary, from the loop as it is.
 
-Watches from outside: torch's profiler counts steps by the loop's own progress calls, and hooks on every module name what
-runs inside it. A profiled stage commits the same bytes as any other.
+Watches from outside: torch's profiler counts steps by the loop's own progress calls, and hooks on every module name
+what runs inside it. A profiled stage commits the same bytes as any other.
 """
 
 from __future__ import annotations
@@ -209,12 +209,12 @@ def summary(config: Config, job: Job, spent: Mapping[str, float], filled: Fillin
     lines = [
         f"# Profile: {job.method}, seed {job.seed}, {job.protocol.replace('_', ' ')}, stage {job.stage}",
         "",
-        f"- {WATCHED} steps watched of {len(moments) - 2}, after {SKIPPED}: {1e3 * np.median(steps):.1f} ms a step under "
-        f"the profiler, {torch.get_num_threads()} threads, layout {config.training.layout}",
+        f"- {WATCHED} steps watched of {len(moments) - 2}, after {SKIPPED}: {1e3 * np.median(steps):.1f} ms a step "
+        f"under the profiler, {torch.get_num_threads()} threads, layout {config.training.layout}",
         f"- useful: {filled.useful:.1%} of the {filled.tokens:,} tokens of an epoch stand before a target",
         f"- padding: {filled.padding:.1%} of them",
-        f"- of {moments[-1] - moments[0]:.1f} s, {before:.1f} s until the first step was done (reading, building, a first "
-        f"validation) and {after:.1f} s after the last (validating, writing)",
+        f"- of {moments[-1] - moments[0]:.1f} s, {before:.1f} s until the first step was done (reading, building, a "
+        f"first validation) and {after:.1f} s after the last (validating, writing)",
         "",
         "| part of a step, forward and backward | share | ms |",
         "|---|---|---|",

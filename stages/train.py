@@ -361,17 +361,19 @@ class Fit:
 @contextmanager
 def _reproducible(seed: int) -> Iterator[None]:
     """Deterministic kernels and a seeded global generator (dropout draws from it), both put back afterwards."""
-    before, filling = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled()
+    own: Any = deterministic  # a module that is more than its stubs say
+    filling = own.fill_uninitialized_memory
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True)
         # Nothing here reads memory before writing it; filling every new tensor costs a pass over it.
-        deterministic.fill_uninitialized_memory = False
+        own.fill_uninitialized_memory = False
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
-            deterministic.fill_uninitialized_memory = filling
+            own.fill_uninitialized_memory = filling
 
 
 def derived_seed(seed: int, *place: int | str) -> int:

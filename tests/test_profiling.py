@@ -36,6 +36,7 @@ def test_a_profiled_stage_commits_the_same_bytes_and_says_where_its_time_went(tm
     expected = train_stage(config, plain, job)
     train_stage(config, watched, Job("peso", 0, "next_stage", 0))
     checkpoint, folder = profile_stage(config, watched, job, lambda news: told.append(news["step"]))
+    assert folder is not None
     assert checkpoint.key == expected.key
     assert tensors_digest(watched.checkpoints / checkpoint.key) == tensors_digest(plain.checkpoints / expected.key)
     assert told == list(range(1, 21))
@@ -109,12 +110,13 @@ def test_useful_and_padded_tokens_of_two_windows_by_hand(tmp_path: Path) -> None
 
 def test_training_does_not_fill_new_memory_and_puts_that_setting_back(tmp_path: Path) -> None:
     seen: list[bool] = []
+    own: Any = deterministic
     train_stage(
         tiny.config(),
         tiny.checkerboard(tmp_path, stages=1),
         Job("single", 0, "same_stage", 0),
-        lambda _: seen.append(deterministic.fill_uninitialized_memory and torch.are_deterministic_algorithms_enabled()),
+        lambda _: seen.append(own.fill_uninitialized_memory and torch.are_deterministic_algorithms_enabled()),
     )
     assert seen
     assert not any(seen)
-    assert deterministic.fill_uninitialized_memory
+    assert own.fill_uninitialized_memory
