@@ -131,7 +131,8 @@ def losses(model: GenerativeModel, encoder: Encoder, windows: Windows) -> tuple[
         each = torch.nn.functional.cross_entropy(model.logits(states), batch.labels, reduction="none")
         values.append(each.reshape(-1, encoder.levels).mean(dim=1).double().numpy())
         count = windows.end[chosen] - windows.first[chosen]
-        rows.append(np.concatenate([np.arange(windows.first[n], windows.end[n]) for n in chosen]))
+        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        rows.append(np.repeat(windows.first[chosen], count) + within)
         starts.append(np.repeat(windows.start[chosen], count))
     row = np.concatenate(rows)
     order = np.argsort(row)
