@@ -23,7 +23,7 @@ CLAIM, RIVAL = "bf16", "the same step in float32"
 
 def main() -> None:
     """Measure where it applies, else record that it does not."""
-    if wants_bfloat16("auto"):
+    if wants_bfloat16("auto", torch.device("cpu")):
         report(NAME, [row(pretrained_folder(NAME))])
         return
     known = " ".join(sorted(name for name in cpu_features() if name.startswith(("avx", "amx")))) or "none named"

@@ -91,7 +91,7 @@ def trainers(config: Config, dataset: Dataset) -> list[tuple[GenerativeModel, St
 def train(model: GenerativeModel, step: Step, encoder: Encoder, stages: list[Windows], size: int) -> None:
     """One epoch over every stage's windows, `size` of them an optimiser step."""
     for windows in stages:
-        for chosen in batches(windows, size, np.random.default_rng(0)):
+        for chosen in batches(windows.lengths, size, np.random.default_rng(0)):
             batch = encoder.batch(windows, chosen)
             step([{"recommendation": model.loss(batch) / len(batch.labels)}])
 
@@ -125,13 +125,14 @@ def parity(config: Config, dataset: Dataset, ours: list[Windows], rival: list[Wi
 def losses(model: GenerativeModel, encoder: Encoder, windows: Windows) -> tuple[IntArray, np.ndarray, IntArray]:
     """Per target, ordered by row: its row, its mean loss in nats a code token, and the first row it can see."""
     rows, values, starts = [], [], []
-    for chosen in batches(windows, 64, None):
+    for chosen in batches(windows.lengths, 64, None):
         batch = encoder.batch(windows, chosen)
         states = model.hidden(batch.tokens).flatten(0, 1)[batch.positions]
         each = torch.nn.functional.cross_entropy(model.logits(states), batch.labels, reduction="none")
         values.append(each.reshape(-1, encoder.levels).mean(dim=1).double().numpy())
         count = windows.end[chosen] - windows.first[chosen]
-        rows.append(np.concatenate([np.arange(windows.first[n], windows.end[n]) for n in chosen]))
+        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        rows.append(np.repeat(windows.first[chosen], count) + within)
         starts.append(np.repeat(windows.start[chosen], count))
     row = np.concatenate(rows)
     order = np.argsort(row)

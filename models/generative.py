@@ -136,7 +136,9 @@ class GenerativeModel(nn.Module):
             mask: (B or 1, 1, T, T), in place of the causal mask: added to the attention scores, or true where seen.
             places: (B, T) position of each token, where several sequences share a row.
         """
-        out = self.stack(inputs_embeds=self.embed(tokens), position_ids=places, attention_mask=mask, use_cache=False)
+        with record_function("driftrec/embedding"):
+            vectors = self.embed(tokens)
+        out = self.stack(inputs_embeds=vectors, position_ids=places, attention_mask=mask, use_cache=False)
         return out.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from models.adapter import LowRank
 from stages.commit import method_of
 from stages.config import Config
 from stages.dataset import load_dataset
-from stages.examples import Windows, batches, make_windows
 from stages.jobs import Checkpoint, Job
-from stages.queries import training_targets
+from stages.search_examples import query_vocabulary
+from stages.stage_examples import Examples, stage_examples
 from stages.train import Progress, train_stage
 from stages.workspace import Workspace, replacing
 
@@ -169,27 +169,28 @@ def _backward(event: Any, forward: Mapping[int, str]) -> str | None:
 def filling_of(config: Config, workspace: Workspace, job: Job) -> Filling:
     """What the batches of `job`'s last stage hold."""
     dataset = load_dataset(config, workspace)
-    every = job.stage > 0 and method_of(config, job.method).data == "all"
-    stages = list(range(job.stage + 1)) if every else [job.stage]
-    targets = training_targets(dataset.interactions, stages, job.protocol, job.seed)
-    windows = make_windows(dataset.interactions, targets, config.training)
-    return filling(windows, config.training.batch_size, dataset.catalogue.codes.shape[1])
+    everything = job.stage > 0 and method_of(config, job.method).data == "all"
+    examples = stage_examples(config, dataset, job, everything, query_vocabulary(config, dataset))
+    return filling(examples, config.training.batch_size)
 
 
-def filling(windows: Windows, size: int, levels: int, seed: int = 0) -> Filling:
+def filling(examples: Examples, size: int, seed: int = 0) -> Filling:
     """Shares of one epoch's tokens.
 
     Args:
-        windows: at least one.
+        examples: with at least one window.
         size: windows a batch.
-        levels: codes an item.
         seed: of the batches' order.
     """
-    length = windows.end - windows.start
-    parts = list(batches(windows, size, np.random.default_rng(seed)))
-    tokens = sum(len(part) * int(length[part].max()) * levels for part in parts)
-    filled = int(length.sum()) * levels
-    return Filling(tokens, windows.targets * levels / tokens, 1 - filled / tokens)
+    tokens = useful = padding = 0
+    for chosen in examples.epoch(size, np.random.default_rng(seed)):
+        for name, own in chosen.items():
+            part = examples.parts[name]
+            batch = part.batch(part.training, own)
+            tokens += batch.tokens.numel()
+            useful += len(batch.labels)
+            padding += int((batch.tokens == part.encoder.bos).sum()) - len(own)  # all but the first of each row
+    return Filling(tokens, useful / tokens, padding / tokens)
 
 
 def summary(config: Config, job: Job, spent: Mapping[str, float], filled: Filling, moments: list[float]) -> str:

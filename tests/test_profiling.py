@@ -13,9 +13,11 @@ import torch
 from torch.utils import deterministic
 
 from stages.checkpoint import tensors_digest
-from stages.examples import Windows
+from stages.dataset import load_dataset
+from stages.examples import Encoder, Windows
 from stages.jobs import Job
 from stages.profiling import REST, filling, profile_stage, shares
+from stages.stage_examples import Examples, Part
 from stages.train import train_stage
 from tests import tiny
 
@@ -95,12 +97,15 @@ def test_time_goes_to_the_innermost_range_and_backward_time_to_the_range_of_its_
     assert found == {REST: 128, "backward, unassigned": 64, "optimiser": 32, "adapter": 2 + 4 + 8 + 16, "attention": 1}
 
 
-def test_useful_and_padded_tokens_of_two_windows_by_hand() -> None:
-    """Windows of 4 and 2 items of 3 codes in one batch: 24 tokens, 6 of them padding, 1 + 2 items are targets."""
+def test_useful_and_padded_tokens_of_two_windows_by_hand(tmp_path: Path) -> None:
+    """Windows of 4 and 2 items of 3 codes in one batch: 2 x 12 tokens, 5 of them padding, 1 + 2 items are targets."""
+    dataset = load_dataset(tiny.config(), tiny.checkerboard(tmp_path, stages=1, users=2, length=4))
+    encoder = Encoder(dataset.interactions, dataset.catalogue)
     windows = Windows(start=np.array([0, 4]), first=np.array([3, 4]), end=np.array([4, 6]))
-    together = filling(windows, size=2, levels=3)
-    assert (together.tokens, together.useful, together.padding) == (24, 9 / 24, 6 / 24)
-    assert filling(windows, size=1, levels=3).padding == 0
+    examples = Examples({"recommendation": Part(encoder, windows, windows)}, levels=3, unseen_rows=0)
+    together = filling(examples, size=2)
+    assert (together.tokens, together.useful, together.padding) == (24, 9 / 24, 5 / 24)
+    assert filling(examples, size=1).padding == 0
 
 
 def test_training_does_not_fill_new_memory_and_puts_that_setting_back(tmp_path: Path) -> None:
