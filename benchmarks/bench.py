@@ -25,6 +25,12 @@ SCRIPTS = (
     "proximal_step",
     "bf16_step",
     "cost_growth",
+    "decoding",
+    "decoding_pretrained",
+    "examples",
+    "baselines",
+    "split_log",
+    "scaling",
 )
 """In this order; a name is a file beside this one."""
 LONGEST = 600

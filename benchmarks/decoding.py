@@ -3,8 +3,8 @@
     python -m benchmarks.decoding              # `small`, 32 users × 10 beams and 8 × 50
     python -m benchmarks.decoding_pretrained   # the decoder LM in DRIFTREC_BACKBONE, 2 users × 10 beams
 
-Histories of 20 items (81 tokens), 25,000 items of 4 codes. Both sides score over the same output tokens in float32; that
-they return the same sets of items, and no other item than the catalogue's, is asserted before anything is timed.
+Histories of 20 items (81 tokens), 25,000 items of 4 codes. Both sides score over the same output tokens in float32;
+that they return the same sets of items, and no other item than the catalogue's, is asserted before anything is timed.
 """
 
 from __future__ import annotations

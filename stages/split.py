@@ -91,13 +91,13 @@ def split_stages(config: Config, workspace: Workspace) -> list[Stage]:
     count = len(starts) - 1
     need_space(workspace.root, workspace.log.stat().st_size)
     (workspace.stages / "manifest.json").unlink(missing_ok=True)
-    spans = _spans(log["timestamp"], edges) if clock else [(None, None)] * count
+    spans = _spans(log["timestamp"], edges) if clock else None
     users, items = encoded_all([log["user_id"], log["item_id"]])
     digests = [
         write_stage(workspace.stage_file(index), log[low:high], users.codes[low:high])
         for index, (low, high) in _runs(starts)
     ]
-    stages = described(starts, users, items, digests, spans)
+    stages = described(starts, users, items, digests, spans or [(None, None)] * count)
     _sweep(workspace, count)
     manifest = {
         "schema": SCHEMA,

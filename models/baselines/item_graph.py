@@ -121,7 +121,7 @@ def _links(users: IntArray, items: IntArray, targets: npt.NDArray[np.bool_], kno
 def _strongest(links: sparse.csr_array, count: int) -> sparse.csr_array:
     """The `count` heaviest links of each row; equal weights by item number."""
     rows, columns, weights = _entries(links)
-    long = np.flatnonzero(np.diff(links.indptr)[rows] > count)  # entries of rows from which some must go
+    long = np.flatnonzero(np.bincount(rows, minlength=1)[rows] > count)  # entries of rows from which some must go
     row, column, lightness = rows[long], columns[long], (weights.max(initial=0) - weights[long]).astype(np.int64)
     widths = [int(part.max(initial=0)).bit_length() for part in (lightness, column)]
     if int(row.max(initial=0)).bit_length() + sum(widths) < _SIGNED_BITS:

@@ -1,0 +1,95 @@
+"""Fitting the item graph beside a scipy item-kNN of the same co-occurrence, and beside `implicit` on the same events.
+
+    python -m benchmarks.baselines
+
+scipy multiplies shifted event-item matrices (the links at 1, 2 and 3 places) and keeps the 60 strongest of each row;
+that both sides hold the same links is asserted first. `implicit` (optional: pip install implicit) counts every pair of
+a user's items instead, another co-occurrence: a row without a claim.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import numpy as np
+from scipy import sparse
+
+from benchmarks.measure import Row, alternate, faster, report
+from models.baselines.item_graph import NEIGHBOURS, REACH, ItemGraph
+from stages.interactions import IntArray
+
+USERS, ITEMS, MEAN_EVENTS = 50_000, 25_000, 12
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    lengths = 3 + rng.geometric(1 / (MEAN_EVENTS - 3), USERS)
+    users = np.repeat(np.arange(USERS), lengths)
+    items = (ITEMS * rng.random(len(users)) ** 2).astype(np.int64)
+    targets = np.ones(len(items), dtype=bool)
+
+    def ours() -> ItemGraph:
+        return ItemGraph(users, items, targets, ITEMS, exclude_history=False)
+
+    mine, theirs = ours().links, strongest(links(users, items))
+    check(mine, theirs)
+    pair = alternate(ours, lambda: strongest(links(users, items)), repetitions=5)
+    note = f"{len(items):,} events on {ITEMS:,} items, {mine.nnz:,} links kept, the same on both sides"
+    rows = [faster("item graph fit", "scipy item-kNN", pair, mark=1, unit="events/s", amount=len(items), note=note)]
+    report("baselines", [*rows, implicitly(ours, users, items)])
+
+
+def links(users: IntArray, items: IntArray) -> sparse.csr_array:
+    """Summed weights 1, 1/2, 1/3 forward and half of that backward, times 12, as products of sparse matrices."""
+    total = sparse.csr_array((ITEMS, ITEMS))
+    for lag in range(1, REACH + 1):
+        row = lag + np.flatnonzero(users[lag:] == users[:-lag])
+        events, ones = np.arange(len(row)), np.ones(len(row))
+        before = sparse.csr_array((ones, (events, items[row - lag])), shape=(len(row), ITEMS))
+        after = sparse.csr_array((ones, (events, items[row])), shape=(len(row), ITEMS))
+        together = before.T @ after
+        total = total + (12 // lag) * together + (12 // (2 * lag)) * together.T
+    return total.tocsr()
+
+
+def strongest(matrix: sparse.csr_array) -> sparse.csr_array:
+    """The strongest entries of each row, as item-kNN code keeps them."""
+    matrix.sort_indices()
+    columns, weights, starts = [], [], [0]
+    for row in range(matrix.shape[0]):
+        own = slice(matrix.indptr[row], matrix.indptr[row + 1])
+        best = np.argsort(-matrix.data[own], kind="stable")[:NEIGHBOURS]
+        columns.append(matrix.indices[own][best])
+        weights.append(matrix.data[own][best])
+        starts.append(starts[-1] + len(best))
+    return sparse.csr_array((np.concatenate(weights), np.concatenate(columns), starts), shape=matrix.shape)
+
+
+def check(mine: sparse.csr_array, theirs: sparse.csr_array) -> None:
+    gap = abs(mine - theirs)
+    if gap.nnz and gap.max() > 0:
+        raise SystemExit("the two sides hold different links; a time would mean nothing")
+
+
+def implicitly(ours: Callable[[], object], users: IntArray, items: IntArray) -> Row:
+    """`implicit`'s item-item neighbours of the same events, on one thread."""
+    name, rival = "item graph fit", "implicit's ItemItemRecommender"
+    if importlib.util.find_spec("implicit") is None:
+        return Row(name=name, rival=rival, note="implicit is not installed")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from implicit.nearest_neighbours import ItemItemRecommender
+
+    matrix = sparse.csr_matrix((np.ones(len(users)), (users, items)), shape=(USERS, ITEMS))
+
+    def fit() -> None:
+        ItemItemRecommender(K=NEIGHBOURS, num_threads=1).fit(matrix, show_progress=False)
+
+    pair = alternate(ours, fit, repetitions=5)
+    note = "implicit counts all pairs of a user's items, not those within 3 places"
+    return faster(name, rival, pair, mark=None, unit="events/s", amount=len(items), note=note)
+
+
+if __name__ == "__main__":
+    main()
