@@ -235,7 +235,8 @@ def _commit(
     ]
     manifest["close"] = config.retrain.close.model_dump(exclude_none=True)
     starts, staged = _staged(workspace, len(digests), changed)
-    found = described(starts, *encoded_all([staged["user_id"], staged["item_id"]]), digests, spans)
+    users, items = encoded_all([staged["user_id"], staged["item_id"]])
+    found = described(starts, users, items, digests, spans)
     manifest |= {"digest": digest_of_stages(found), "stages": [asdict(stage) for stage in found]}
     # From here on the commit is decided: `finish_commit` ends it after a kill.
     write_json(workspace.stages / "next.json", manifest)
@@ -252,7 +253,7 @@ def _stage_rows(workspace: Workspace, index: int) -> pl.DataFrame:
 
 def _staged(workspace: Workspace, count: int, changed: dict[int, pl.DataFrame]) -> tuple[list[int], pl.DataFrame]:
     """First row of each stage and the number of rows; user_id and item_id of every row, stage by stage."""
-    columns = list(COLUMNS[:2])
+    columns: list[str] = list(COLUMNS[:2])
     frames = [
         changed[index].select(columns)
         if index in changed

@@ -47,7 +47,7 @@ from stages.errors import UserError
 from stages.examples import Windows
 from stages.jobs import Checkpoint, Job
 from stages.locks import held
-from stages.methods.contract import Losses, Schedule, Stateful, Step
+from stages.methods.contract import Losses, Schedule, SharedLosses, Stateful, Step
 from stages.past import past_of
 from stages.search_examples import SearchWindows, query_vocabulary
 from stages.stage_examples import Examples, micro_batches, stage_examples, validation_batches
