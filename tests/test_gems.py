@@ -17,7 +17,8 @@ from regularizers.subspace import orthonormal, state_floats
 from stages.errors import UserError
 from stages.method_config import GemsConfig
 from stages.methods.contract import Schedule, SharedLosses
-from stages.methods.gems_step import GemsStep, split_parameters
+from stages.methods.gems_stack import split_parameters
+from stages.methods.gems_step import GemsStep
 from stages.methods.parts import rate_at
 
 SHAPES = {"wide": (6, 20), "square": (12, 12), "tall": (20, 6), "capped": (4, 16)}

@@ -22,7 +22,8 @@ from stages.deltas import put
 from stages.method_config import GemsConfig
 from stages.methods.contract import Schedule, Step
 from stages.methods.full_finetune import FullFinetune
-from stages.methods.gems_step import GemsStep, split_parameters
+from stages.methods.gems_stack import split_parameters
+from stages.methods.gems_step import GemsStep
 from stages.methods.parts import let_backbone_train, load_rows
 from stages.methods.protection import protections
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.input_moments import linear_maps
 from regularizers import subspace
 from regularizers.null_space import Protection, decay_to_start, project
 from regularizers.subspace import ranks_of, side_of, state_floats
@@ -329,3 +330,10 @@ def _ranks(shape: Sequence[int], settings: GemsConfig, rank: int) -> tuple[int, 
     if settings.subspaces == "one":  # as many directions as the three have together
         return ranks_of(shape, 2 * rank)[0], ranks_of(shape, rank)[1]
     return ranks_of(shape, rank)
+
+
+def split_parameters(model: nn.Module, stack: nn.Module) -> tuple[dict[str, nn.Linear], list[nn.Parameter]]:
+    """The linear maps of the decoder stack, and every other parameter that requires a gradient."""
+    maps = linear_maps(stack)
+    taken = {id(module.weight) for module in maps.values()}
+    return maps, [p for p in model.parameters() if p.requires_grad and id(p) not in taken]

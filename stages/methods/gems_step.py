@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.input_moments import linear_maps
 from regularizers import gate as gates
 from regularizers.null_space import Protection
 from regularizers.subspace import caps, shared_weights
@@ -394,10 +393,3 @@ class GemsStep:
             state = {name: v if name == "step" else v.to(parameter.device) for name, v in state.items()}
             if state and self.adamw is not None:
                 self.adamw.state[parameter] = state
-
-
-def split_parameters(model: nn.Module, stack: nn.Module) -> tuple[dict[str, nn.Linear], list[nn.Parameter]]:
-    """The linear maps of the decoder stack, and every other parameter that requires a gradient."""
-    maps = linear_maps(stack)
-    taken = {id(module.weight) for module in maps.values()}
-    return maps, [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
