@@ -111,7 +111,7 @@ def test_bm25_by_hand() -> None:
     lists = Bm25(documents, np.array([2, 2]), exclude_history=False).recommend([np.array([], int)], 3, ["RED"])
     assert lists.items.tolist() == [[1, 0, 2]]
     assert lists.scores[0, :2] == pytest.approx(expected[::-1], rel=1e-6)
-    assert lists.scores[0, 2] == 0
+    assert lists.scores[0, 2] < 0  # without a word of the query, behind
 
 
 def test_bm25_breaks_ties_by_popularity_and_leaves_the_history_out() -> None:
