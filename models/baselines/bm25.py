@@ -53,7 +53,8 @@ class Bm25:
         """
         if queries is None:
             raise ValueError("bm25 answers searches only; give a query")
-        found: Any = (self._asked(queries) @ self.weights).tocoo()
+        scored: Any = self._asked(queries) @ self.weights
+        found = scored.tocoo()
         rows, items, scores = found.row.astype(np.int64), found.col.astype(np.int64), found.data
         if self.exclude_history:
             free = ~held(histories, rows, items, len(self.places))
