@@ -190,7 +190,14 @@ def _has_runs(workspace: Workspace) -> bool:
 def _changed_data(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
     """The first table about the data that differs; a moved file does not count, its digest speaks for it."""
     before, after = (_with_places(values, os.path.basename) for values in (found, wanted))
-    return next((table for table in DATA_TABLES if before.get(table) != after[table]), None)
+    return next((name for name in DATA_TABLES if _defaults(name) | before.get(name, {}) != after[name]), None)
+
+
+def _defaults(table: str) -> dict[str, Any]:
+    """What an earlier version, which did not write a setting yet, went by."""
+    known: Any = Config.model_fields[table].annotation
+    fields = {name: field for name, field in known.model_fields.items() if not field.is_required()}
+    return {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
 
 
 def _with_places(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

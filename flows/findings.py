@@ -169,6 +169,16 @@ class Findings:
         rows = [row for row in self.report["oracle"] if row.get("objective", wanted) == wanted]
         return _mean([row["value"] for row in rows if row["protocol"] == protocol])
 
+    def sampled(self, protocol: str, objective: str) -> dict[str, dict[str, float | None]]:
+        """The 99 + 1 mode's metrics by method, mean over the later stages (or all there are) and over seeds."""
+        found = self.report.get("sampled") or {"rows": [], "random": {}}
+        wanted = [row for row in found["rows"] if (row["protocol"], row["objective"]) == (protocol, objective)]
+        later = [row for row in wanted if row["stage"] > 0] or wanted
+        return {
+            method: {name: _mean([row[name] for row in later if row["method"] == method]) for name in found["random"]}
+            for method in dict.fromkeys(row["method"] for row in later)
+        }
+
     def continual(self, method: str) -> dict[str, float | None]:
         """BWT and its kin, averaged over the seeds that have them."""
         found: dict[str, list[float | None]] = {}

@@ -69,6 +69,7 @@ def render(report: dict[str, Any], figures: dict[str, Path]) -> str:
         sections.pictures(figures, "stages", "Stage by stage", "Hit@10 by tested stage", caption),
         sections.forgetting(findings, figures),
         sections.slices(findings),
+        sections.sampled(findings),
         sections.costs(findings, figures),
         sections.log(findings, figures),
         sections.notes(findings),

@@ -48,7 +48,9 @@ def removable(workspace: Workspace, keep: int = KEEP, reports: bool = False) -> 
     kept = _with_parents(roots, states)
     named = {Path(row["path"]).stem for row in jobs.get("evaluations", ())}
     old = [workspace.checkpoints / name for name in states if name not in kept]
-    tests = [path for path in sorted(workspace.evaluations.glob("*.*")) if path.stem not in named and jobs]
+    tests = [
+        path for path in sorted(workspace.evaluations.glob("*.*")) if path.name.partition(".")[0] not in named and jobs
+    ]
     aside = sorted((workspace.root / "runs" / "quarantine").glob("*"))
     dead = left_overs(workspace.root)
     found = [

@@ -113,6 +113,37 @@ def _slice_cell(cell: Cell | None, top: float) -> tuple[Content, str]:
     return join(number(cell.value), " ", element("small", f"{cell.users:,}")), best
 
 
+def sampled(findings: Findings) -> Markup:
+    """The 99 + 1 mode, beside a random ranker and the full catalogue; nothing where it is off."""
+    found = findings.report.get("sampled")
+    if not found:
+        return Markup("")
+    blocks = []
+    for protocol in findings.protocols:
+        for objective in findings.objectives:
+            if rows := _sampled_rows(findings, protocol, objective, found["random"]):
+                head = ["method", *map(metric_title, found["random"]), f"full catalogue: {metric_title(HEADLINE[0])}"]
+                title = f"{PROTOCOL_TITLES.get(protocol, protocol)}, {objective}"
+                blocks += [element("h3", title), table(head, rows)]
+    drawn = "items drawn by popularity" if found["negatives"] == "popularity" else "random items"
+    intro = (
+        f"Each target among {found['count']} {drawn}, mean over the stages after the first: for comparison with tables "
+        "made that way. A sample can reverse the order of two models; believe the full ranking."
+    )
+    return join(element("h2", "99 + 1 candidates (compatibility)"), element("p", intro, "faint"), *blocks)
+
+
+def _sampled_rows(findings: Findings, protocol: str, objective: str, chance: dict[str, float]) -> list[TableRow]:
+    rows = []
+    for name, values in findings.sampled(protocol, objective).items():
+        whole = findings.cell(name, protocol, HEADLINE[0], objective)
+        shown = [*values.values(), None if whole is None else whole.value]
+        rows.append(TableRow(name, [(number(one), "") for one in shown], "" if findings.costs(name) else "baseline"))
+    if rows:
+        rows.append(TableRow("random", [*((number(one), "") for one in chance.values()), (None, "")], "baseline"))
+    return rows
+
+
 def costs(findings: Findings, figures: dict[str, Path]) -> Markup:
     """What one update takes, method by method."""
     rows = [TableRow(name, _cost_cells(cost)) for name in findings.methods if (cost := findings.costs(name))]

@@ -167,12 +167,14 @@ def train(plan: Plan, job: Job) -> Checkpoint:
 def evaluate(plan: Plan, job: Job, tested: int) -> Evaluation:
     """Measure one model on one stage's tests."""
     from stages.evaluate import evaluate_stage
+    from stages.sampled import evaluate_sampled
 
     watcher().start(f"test {_title(job)} on stage {tested}")
     users = plan.config.evaluation.users
     evaluation = evaluate_stage(
         plan.config, plan.workspace, job, tested=tested, users=users, matrix=False, progress=watcher().count
     )
+    evaluate_sampled(plan.config, plan.workspace, evaluation)
     watcher().finish()
     return evaluation
 

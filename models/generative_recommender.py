@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from models.beam import beam_search
+from models.candidates import score_codes
 from models.generative import GenerativeModel
 from models.recommender import BoolArray, IntArray, Recommendations
 from models.trie import Trie
@@ -49,6 +51,7 @@ class GenerativeRecommender:
         self.trie = Trie.build(codes)
         self.paths = self.trie.to(model.device)
         self.offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)).to(model.device)
+        self.tokens = torch.from_numpy(codes).to(model.device) + self.offsets  # (I, L)
         self.leaf_of = _leaf_of(self.trie, len(codes))
 
     def recommend(
@@ -65,17 +68,48 @@ class GenerativeRecommender:
         """
         if k > self.beam:
             raise ValueError(f"k ({k}) exceeds the beam ({self.beam}); widen evaluation.beam")
+        tokens, lengths = self._read(histories, queries, searched)
+        forbidden = self._forbidden(histories) if self.exclude_history else None
+        with torch.inference_mode():
+            leaves, scores = beam_search(self.model, self.paths, self.offsets, tokens, lengths, self.beam, forbidden)
+        return self._expand(leaves.cpu().numpy(), scores.cpu().numpy(), histories, k)
+
+    def score(
+        self,
+        histories: Sequence[IntArray],
+        candidates: IntArray,
+        queries: Sequence[str] | None = None,
+        searched: Sequence[BoolArray] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Log-probability of each candidate's semantic ID, exactly, whatever the beam.
+
+        Args:
+            histories: B arrays of item numbers, oldest first.
+            candidates: (B, K) item numbers.
+            queries: as in `recommend`.
+            searched: as in `recommend`.
+
+        Returns:
+            (B, K); items that share an ID have one score.
+        """
+        tokens, lengths = self._read(histories, queries, searched)
+        with torch.inference_mode():
+            return score_codes(self.model, tokens, lengths, self.tokens[candidates]).cpu().numpy()
+
+    def _read(
+        self,
+        histories: Sequence[IntArray],
+        queries: Sequence[str] | None,
+        searched: Sequence[BoolArray] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts (B, P) and their lengths (B,): the newest items of each history that may be read, and the request."""
         read = [np.flatnonzero(history < self.readable)[-self.history_length :] for history in histories]
         seen = [history[places] for history, places in zip(histories, read, strict=True)]
         if searched is not None:
             searched = [own[places] for own, places in zip(searched, read, strict=True)]
         plain = queries is None and searched is None
-        asked = self.prompts(seen) if plain else self.prompts(seen, queries, searched)
-        tokens, lengths = (part.to(self.model.device) for part in asked)
-        forbidden = self._forbidden(histories) if self.exclude_history else None
-        with torch.inference_mode():
-            leaves, scores = beam_search(self.model, self.paths, self.offsets, tokens, lengths, self.beam, forbidden)
-        return self._expand(leaves.cpu().numpy(), scores.cpu().numpy(), histories, k)
+        tokens, lengths = self.prompts(seen) if plain else self.prompts(seen, queries, searched)
+        return tokens.to(self.model.device), lengths.to(self.model.device)
 
     def _forbidden(self, histories: Sequence[IntArray]) -> tuple[Tensor, Tensor]:
         """Row and leaf of every ID whose items are all in the row's history; a shared ID with a new item stays."""

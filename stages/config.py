@@ -194,6 +194,8 @@ class EvaluationConfig(Settings):
     users: Annotated[int, Field(ge=1)] | None = None
     """Seeded sample of test users for a quick look; every output then says so."""
     bootstrap: Annotated[int, Field(ge=100)] = 10_000
+    negatives: Literal["off", "uniform", "popularity"] = "off"
+    """Rank each target among 99 drawn items besides, as some papers do; shown apart, never in a headline."""
 
     @field_validator("protocols")
     @classmethod

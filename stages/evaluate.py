@@ -194,16 +194,11 @@ def _measure(
 ) -> pl.DataFrame:
     """The rows of every objective that the job's model answers, one after the other."""
     own, counted = config.evaluation, job.method in BASELINES
-    asked: list[Objective] = [
-        name for name in dataset.interactions.objectives if name == "search" or job.method not in SEARCH_BASELINES
-    ]
     model = None
     frames = []
-    for objective in asked:
+    for objective in asked_objectives(dataset, job):
         if counted or model is None:
             model = recommender(config, workspace, dataset, job, objective)
-        # A counter of recommendations looks at those alone; what a model reads is `search.rec_history`.
-        alone = objective == "recommendation" and (counted or config.search.rec_history == "recommendation")
         frames.append(
             rank_queries(
                 model,
@@ -217,13 +212,30 @@ def _measure(
                 exclude_history=own.exclude_history,
                 trained=_trained_events(config, dataset, job),
                 objective=objective,
-                history="recommendation" if alone else "both",
+                history="recommendation" if rests_on_recommendations(config, job, objective) else "both",
                 progress=progress,
             )
         )
-    if not frames:
-        raise UserError(f"{job.method} answers searches only, and this log has none that are used")
     return pl.concat(frames)
+
+
+def asked_objectives(dataset: Dataset, job: Job) -> list[Objective]:
+    """The log's objectives that the job's model answers.
+
+    Raises:
+        UserError: none.
+    """
+    every = job.method not in SEARCH_BASELINES
+    found: list[Objective] = [name for name in dataset.interactions.objectives if every or name == "search"]
+    if not found:
+        raise UserError(f"{job.method} answers searches only, and this log has none that are used")
+    return found
+
+
+def rests_on_recommendations(config: Config, job: Job, objective: Objective) -> bool:
+    """Whether searched items are left out of the histories: `search.rec_history` says so, and counters always do."""
+    alone = job.method in BASELINES or config.search.rec_history == "recommendation"
+    return objective == "recommendation" and alone
 
 
 def _trained_events(config: Config, dataset: Dataset, job: Job) -> np.ndarray:
@@ -236,7 +248,8 @@ def _evaluation_key(config: Config, dataset: Dataset, job: Job, tested: int, sam
         model: Any = [job.method, job.seed, job.stage, job.protocol, dataset.digest(job.stage)]
     else:
         model = [commit_key(config, dataset, lineage_jobs(config, job)[-1]), job.stage]
-    settings = config.evaluation.model_dump(exclude={"protocols", "bootstrap", "matrix_users", "users", "batch_size"})
+    aside = {"protocols", "bootstrap", "matrix_users", "users", "batch_size", "negatives"}
+    settings = config.evaluation.model_dump(exclude=aside)
     drawn = None if sample is None else [sample, "by id"]
     place = [tested, job.protocol, drawn, config.training.history_length, dataset.digest(max(tested, job.stage))]
     searching = {} if dataset.interactions.query is None else {"search": config.search.model_dump()}

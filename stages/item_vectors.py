@@ -20,7 +20,7 @@ from models.rqvae import RqVae
 from models.vectors import CooccurrenceVectors, EncoderVectors, TextVectors
 from stages.config import Config, expand
 from stages.errors import UserError
-from stages.interactions import stage_events
+from stages.interactions import stage_events, used_objectives
 from stages.workspace import Workspace, read_json, replacing, write_json
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -106,11 +106,15 @@ def stage_vectors(
 def training_events(config: Config, workspace: Workspace, items: pl.DataFrame, stage: int) -> tuple[IntArray, IntArray]:
     """User and item number of the training events of stages 0 … `stage`, each user's oldest first.
 
+    They are recommendation events; a log of searches alone has its searches.
+
     Left out are each user's last two events of every stage, or with `evaluation.baskets` the last two instants.
     """
     parts = []
+    used = used_objectives(workspace, config.search.objectives)
+    kinds = ("recommendation",) if "recommendation" in used else used
     for index in range(stage + 1):
-        frame = stage_events(workspace, index)
+        frame = stage_events(workspace, index, kinds)
         together = config.evaluation.baskets and frame["timestamp"].null_count() == 0
         place = pl.col("timestamp").rank("dense") if together else pl.int_range(1, pl.len() + 1)
         frame = frame.with_columns(place=place.over("user_id").cast(pl.Int64))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from stages.category_queries import with_category_queries
 from stages.clock import Window, window
 from stages.config import Config, Source
 from stages.content import content_digest, write_parquet
@@ -42,7 +43,7 @@ ITEM_SCHEMA = {
 
 @dataclass(frozen=True)
 class LogReport:
-    """What became of every row read. rows = filtered + rejected + duplicates + accepted.
+    """What became of every row read. rows + made = filtered + rejected + duplicates + accepted.
 
     Attributes:
         kind: `events`, `blocks` or `sequences`.
@@ -61,6 +62,7 @@ class LogReport:
         catalogue_rejected: refused rows of the item table by reason; they are in `rejects/catalogue.parquet`.
         catalogue_digest: of `catalogue/raw.parquet`, hex.
         digest: of the accepted events, hex; does not depend on the order of rows, files or row groups.
+        made: searches that `log.queries = "categories"` added to the accepted events.
     """
 
     kind: str
@@ -79,6 +81,7 @@ class LogReport:
     catalogue_rejected: dict[str, int]
     catalogue_digest: str
     digest: str
+    made: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,10 @@ def read_log(
         reasons = _reasons(table) or "its files hold no rows"
         raise UserError(f"the log has no acceptable row: {reasons}; check log.sources")
     items = _catalogue(config, plausible, progress)
+    bought = log.height
+    if config.log.queries == "categories":
+        made = with_category_queries(log, items.accepted, config.catalogue.level_separator)
+        log = made.sort(*ORDER, nulls_last=False, maintain_order=True)
     digest = content_digest(log)
     if expected is not None and digest != expected:
         raise UserError(
@@ -143,7 +150,7 @@ def read_log(
     _write_rejects(table.rejects, workspace.rejects / "log.parquet")
     _write_rejects(items.rejects, workspace.rejects / "catalogue.parquet")
     write_parquet(items.accepted, workspace.catalogue / "raw.parquet")
-    report = _report(config, table, log, items, met, digest)
+    report = _report(config, table, log, items, met, digest, log.height - bought)
     manifest = {"schema": SCHEMA, "sha256": write_parquet(log, workspace.log), **asdict(report)}
     write_json(workspace.log.with_name("manifest.json"), manifest, seal=True)
     progress(_summary(report))
@@ -290,7 +297,9 @@ def _catalogue(config: Config, plausible: Window, progress: Callable[[str], None
     return _Table(ordered, table.rejects, table.rows, table.filtered, table.units)
 
 
-def _report(config: Config, table: _Table, log: pl.DataFrame, items: _Table, met: _Met, digest: str) -> LogReport:
+def _report(
+    config: Config, table: _Table, log: pl.DataFrame, items: _Table, met: _Met, digest: str, made: int
+) -> LogReport:
     span = log.select(first=pl.col("timestamp").min(), last=pl.col("timestamp").max()).row(0)
     first, last = (None if edge is None else edge.isoformat() for edge in span)
     return LogReport(
@@ -298,7 +307,7 @@ def _report(config: Config, table: _Table, log: pl.DataFrame, items: _Table, met
         rows=table.rows,
         filtered=table.filtered,
         rejected=_counted(table.rejects),
-        duplicates=table.accepted.height - log.height,
+        duplicates=table.accepted.height - log.height + made,
         accepted=log.height,
         users=met.users,
         items=met.items,
@@ -310,6 +319,7 @@ def _report(config: Config, table: _Table, log: pl.DataFrame, items: _Table, met
         catalogue_rejected=_counted(items.rejects),
         catalogue_digest=content_digest(items.accepted),
         digest=digest,
+        made=made,
     )
 
 
@@ -335,4 +345,5 @@ def _summary(report: LogReport) -> str:
         f"log: {report.accepted:,} events of {report.users:,} users on {report.items:,} items "
         f"from {report.rows:,} rows; {report.filtered:,} filtered, {report.duplicates:,} duplicates dropped, "
         f"{sum(report.rejected.values()):,} rejected{f' ({refused})' if refused else ''}"
+        f"{f'; {report.made:,} of the events are searches made of categories' if report.made else ''}"
     )

@@ -65,10 +65,18 @@ class LogConfig(Settings):
     """For `blocks`: the semantic-ID index shipped with them (optional)."""
     sequences: str | None = None
     """For `sequences`: a text file, `user item item ...` a line, oldest first."""
+    queries: Literal["log", "categories"] = "log"
+    """`categories`: a log without searches gets one beside each purchase, its query made of the item's categories."""
     earliest: str = "1970-01-02"
     """Plausibility window of event times, ISO date; rows before it are rejected."""
     latest: str = "2100-01-01"
     """Rows at or after this ISO date are rejected."""
+
+    @model_validator(mode="after")
+    def _made_queries_need_a_clock(self) -> Self:
+        if self.queries == "categories" and self.kind != "events":
+            raise ValueError(f'log.queries = "categories" needs log.kind = "events", got {self.kind!r}; remove it')
+        return self
 
     @model_validator(mode="after")
     def _kind_has_its_path(self) -> Self:
@@ -85,3 +93,5 @@ class CatalogueConfig(Settings):
     sources: list[Source] = Field(default_factory=list)
     category_separator: str = "|"
     """Splits a text column of categories into a list."""
+    level_separator: str = ">"
+    """For `log.queries = "categories"`: parts a category into levels; empty: an item's categories are one path."""

@@ -19,7 +19,7 @@ HISTORY_ITEMS = 200
 
 
 @dataclass(frozen=True)
-class _Targets:
+class Targets:
     """The distinct targets of all queries, by query.
 
     Attributes:
@@ -34,7 +34,7 @@ class _Targets:
 
 
 @dataclass(frozen=True)
-class _Asking:
+class Asking:
     """Test queries as a recommender is asked them.
 
     Attributes:
@@ -111,9 +111,9 @@ def rank_queries(
     Raises:
         ValueError: the recommender returned an item outside its catalogue (an invalid item).
     """
-    targets = _targets(interactions, queries)
+    targets = targets_of(interactions, queries)
     names = pl.Series(interactions.user_ids, dtype=pl.String)
-    asking = _asking(interactions, queries, objective, history, exclude_history)
+    asking = asking_of(interactions, queries, objective, history, exclude_history)
     ranks, tied = _ranks(recommender, asking, targets, known, k, batch_size, progress)
     familiar = _familiar_items(interactions, seen_stage, trained)
     reachable = (targets.item < known) & ~(targets.repeat & exclude_history)
@@ -135,9 +135,10 @@ def rank_queries(
     )
 
 
-def _asking(
+def asking_of(
     interactions: Interactions, queries: Queries, objective: str, history: str, exclude_history: bool
-) -> _Asking:
+) -> Asking:
+    """How the queries are put to a recommender; arguments as those of `rank_queries`."""
     events, cut, texts = interactions, queries.cut, None
     if events.query is not None and objective == "search":
         texts = events.queries(queries.first)
@@ -145,10 +146,11 @@ def _asking(
         cut, events = events.recommendations_before[cut], events.recommendations
     start = events.offsets[queries.user]
     newest = start if exclude_history else np.maximum(start, cut - HISTORY_ITEMS)
-    return _Asking(events, queries.user, newest, cut, cut - start, texts)
+    return Asking(events, queries.user, newest, cut, cut - start, texts)
 
 
-def _targets(interactions: Interactions, queries: Queries) -> _Targets:
+def targets_of(interactions: Interactions, queries: Queries) -> Targets:
+    """The distinct targets of each query."""
     lengths = queries.end - queries.first
     query = np.repeat(np.arange(len(queries)), lengths)
     row = runs(queries.first, lengths)
@@ -158,7 +160,7 @@ def _targets(interactions: Interactions, queries: Queries) -> _Targets:
     repeat = interactions.first_rows[row] < queries.cut[query]
     if queries.fresh:
         query, row, repeat = query[~repeat], row[~repeat], repeat[~repeat]
-    return _Targets(query, interactions.items[row], repeat, np.bincount(query, minlength=len(queries)))
+    return Targets(query, interactions.items[row], repeat, np.bincount(query, minlength=len(queries)))
 
 
 def _familiar_items(interactions: Interactions, seen_stage: int, trained: BoolArray | None) -> BoolArray:
@@ -167,15 +169,15 @@ def _familiar_items(interactions: Interactions, seen_stage: int, trained: BoolAr
     return familiar
 
 
-def _any(targets: _Targets, flags: BoolArray) -> BoolArray:
+def _any(targets: Targets, flags: BoolArray) -> BoolArray:
     """(Q,) whether any target of a query has the flag."""
     return np.bincount(targets.query, weights=flags, minlength=len(targets.sizes)) > 0
 
 
 def _ranks(
     recommender: Recommender,
-    asking: _Asking,
-    targets: _Targets,
+    asking: Asking,
+    targets: Targets,
     known: int,
     k: int,
     batch_size: int,

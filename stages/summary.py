@@ -76,11 +76,22 @@ def summarise(
     report["differences"] = _holm_adjusted(report["differences"])
     same, sampled_same = grids.get(("same_stage", False), {}), grids.get(("same_stage", True), {})
     report["continual"] = _continual_rows(same, sampled_same, grids.get(("next_stage", False), {}))
+    report["sampled"] = _sampled(config, workspace, evaluations)
     report["costs"] = _cost_rows(evaluations, checkpoints)
     report |= _context(config, workspace)
     omitted = omission_notes(config, workspace, _tested(evaluations)["same_stage"], checkpoints)
     report["notes"] = [*_notes(config, evaluations, report["catalogue_known_in_advance"]), *omitted]
     return report
+
+
+def _sampled(config: Config, workspace: Workspace, evaluations: Sequence[Evaluation]) -> Row | None:
+    """The 99 + 1 mode's rows beside a random ranker's; None where it is off."""
+    if config.evaluation.negatives == "off":
+        return None
+    from stages.sampled import NEGATIVES, RANDOM, sampled_rows  # loads torch, which a summary does not need otherwise
+
+    rows = sampled_rows(config, workspace, [one for one in evaluations if _is_headline(one)])
+    return {"negatives": config.evaluation.negatives, "count": NEGATIVES, "random": RANDOM, "rows": rows}
 
 
 def _is_headline(evaluation: Evaluation) -> bool:

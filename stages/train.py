@@ -47,6 +47,7 @@ from stages.errors import UserError
 from stages.examples import Windows
 from stages.jobs import Checkpoint, Job
 from stages.locks import held
+from stages.memory import forget_peak_memory, peak_memory
 from stages.methods.contract import Losses, Schedule, SharedLosses, Stateful, Step
 from stages.past import past_of
 from stages.search_examples import SearchWindows, query_vocabulary
@@ -389,24 +390,6 @@ def _reproducible(seed: int) -> Iterator[None]:
 def derived_seed(seed: int, *place: int | str) -> int:
     """A 63-bit seed that depends on the run's seed and the place it is used at, and on nothing else."""
     return int(digest_of([seed, *place])[:15], 16)
-
-
-def forget_peak_memory() -> bool:
-    """Start the measurement of `peak_memory` anew; False where the system cannot."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-def peak_memory() -> int | None:
-    """Resident bytes of this process at most since `forget_peak_memory`; None where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _first_windows(chosen: Mapping[str, np.ndarray]) -> str:

@@ -9,17 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy import sparse
 
-from models.baselines.popularity import Popularity, held, padded
+from models.baselines.popularity import Popularity, backfilled, best_entries, held
 from models.recommender import BoolArray, IntArray, Recommendations
 from models.words import pieces
 
 K1, B = 1.2, 0.75
 """Saturation of a repeated word, and how far a long document is held against it."""
-ROWS = 256
-"""Queries scored at once."""
 
 
 class Bm25:
@@ -37,6 +34,7 @@ class Bm25:
     def __init__(self, documents: Sequence[str], items: IntArray, exclude_history: bool) -> None:
         self.popularity = Popularity(items, len(documents), exclude_history)
         self.exclude_history = exclude_history
+        self.places = np.argsort(self.popularity.order)  # of each item in order of popularity
         words = [pieces(document) for document in documents]
         self.columns = {word: place for place, word in enumerate(sorted({word for own in words for word in own}))}
         self.weights = _weights(words, self.columns)
@@ -55,26 +53,14 @@ class Bm25:
         """
         if queries is None:
             raise ValueError("bm25 answers searches only; give a query")
-        top, scores = np.full((len(histories), k), -1, dtype=np.int64), np.full((len(histories), k), -np.inf)
-        for start in range(0, len(histories), ROWS):
-            part = slice(start, start + ROWS)
-            items, values = self._ranked(histories[part], queries[part], k)
-            top[part, : items.shape[1]], scores[part, : items.shape[1]] = items, values
-        return padded(top, scores, k)
-
-    def _ranked(
-        self, histories: Sequence[IntArray], queries: Sequence[str], k: int
-    ) -> tuple[IntArray, npt.NDArray[np.float64]]:
-        """(B, k) items and scores of a few queries."""
-        order = self.popularity.order
-        found: Any = self._asked(queries) @ self.weights
-        scores = found.toarray()[:, order]  # columns by popularity, then item number
+        scored: Any = self._asked(queries) @ self.weights
+        found = scored.tocoo()
+        rows, items, scores = found.row.astype(np.int64), found.col.astype(np.int64), found.data
         if self.exclude_history:
-            scores[held(histories, np.arange(len(histories))[:, None], order[None], len(order))] = -np.inf
-        # A stable sort leaves equal scores in the order of the columns.
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        values = np.take_along_axis(scores, best, axis=1)
-        return np.where(np.isfinite(values), order[best], -1), values
+            free = ~held(histories, rows, items, len(self.places))
+            rows, items, scores = rows[free], items[free], scores[free]
+        top, values = best_entries(rows, items, scores, self.places[items], (len(histories), k))
+        return backfilled(self.popularity, histories, top, values, k)
 
     def _asked(self, queries: Sequence[str]) -> sparse.csr_array:
         """(B, words) how often each query holds each known word."""

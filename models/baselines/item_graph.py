@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from models.baselines.popularity import Popularity, held, padded
+from models.baselines.popularity import Popularity, backfilled, best_entries, held, padded
 from models.recommender import BoolArray, IntArray, Recommendations
 
 REACH = 3
@@ -77,28 +77,9 @@ class ItemGraph:
         if self.exclude_history:
             free = ~held(histories, rows, items, self.known)
             rows, items, scores = rows[free], items[free], scores[free]
-        order = np.lexsort((items, -scores, rows))
-        rows, items, scores = rows[order], items[order], scores[order]
-        place = np.arange(len(rows)) - np.searchsorted(rows, rows)
-        kept = place < k
-        top = np.full((len(histories), k), -1, dtype=np.int64)
-        values = np.full((len(histories), k), -np.inf)
-        top[rows[kept], place[kept]] = items[kept]
-        values[rows[kept], place[kept]] = scores[kept] / (_LINK_UNIT * _VOTE_UNIT)
-        return self._backfilled(histories, top, values, k) if self.backfill else padded(top, values, k)
-
-    def _backfilled(
-        self, histories: Sequence[IntArray], top: IntArray, values: npt.NDArray[np.float64], k: int
-    ) -> Recommendations:
-        """Popular items behind the linked ones, so that every list is as long as the catalogue allows."""
-        popular = self.popularity.recommend(histories, 2 * k)  # at most k of them are in the list already
-        fresh = (popular.items >= 0) & ~held(list(top), np.arange(len(top))[:, None], popular.items, self.known)
-        fill = np.where(fresh, popular.items, -1)
-        behind = np.where(fresh, -1.0 / (1.0 + self.popularity.counts[popular.items]), -np.inf)
-        items = np.concatenate([top, fill], axis=1)
-        places = np.argsort(items < 0, axis=1, kind="stable")[:, :k]
-        scores = np.concatenate([values, behind], axis=1)
-        return padded(np.take_along_axis(items, places, axis=1), np.take_along_axis(scores, places, axis=1), k)
+        top, values = best_entries(rows, items, scores, items, (len(histories), k))
+        values /= _LINK_UNIT * _VOTE_UNIT
+        return backfilled(self.popularity, histories, top, values, k) if self.backfill else padded(top, values, k)
 
 
 def _links(users: IntArray, items: IntArray, targets: npt.NDArray[np.bool_], known: int) -> sparse.csr_array:

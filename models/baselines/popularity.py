@@ -83,6 +83,47 @@ def held(histories: Sequence[IntArray], rows: IntArray, items: IntArray, known: 
     return np.isin(rows * stride + items, owners * stride + np.minimum(owned, known))
 
 
+def best_entries(
+    rows: IntArray, items: IntArray, scores: npt.NDArray[np.floating], ties: IntArray, shape: tuple[int, int]
+) -> tuple[IntArray, npt.NDArray[np.float64]]:
+    """The best items of each list and their scores, both of `shape` (B, k); -1 and -inf where there are fewer.
+
+    Args:
+        rows: (E,) list of each entry.
+        items: (E,) its item.
+        scores: (E,) its score.
+        ties: (E,) decides between equal scores, the lowest first.
+        shape: (B, k).
+    """
+    order = np.lexsort((ties, -scores, rows))
+    rows, items, scores = rows[order], items[order], scores[order]
+    place = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    kept = place < shape[1]
+    top, values = np.full(shape, -1, dtype=np.int64), np.full(shape, -np.inf)
+    top[rows[kept], place[kept]] = items[kept]
+    values[rows[kept], place[kept]] = scores[kept]
+    return top, values
+
+
+def backfilled(
+    popularity: Popularity,
+    histories: Sequence[IntArray],
+    top: IntArray,
+    values: npt.NDArray[np.float64],
+    k: int,
+) -> Recommendations:
+    """Popular items behind those found, with scores below 0, so that lists are as long as the catalogue allows."""
+    known = len(popularity.counts)
+    popular = popularity.recommend(histories, 2 * k)  # at most k of them are in the list already
+    fresh = (popular.items >= 0) & ~held(list(top), np.arange(len(top))[:, None], popular.items, known)
+    fill = np.where(fresh, popular.items, -1)
+    behind = np.where(fresh, -1.0 / (1.0 + popularity.counts[popular.items]), -np.inf)
+    items = np.concatenate([top, fill], axis=1)
+    places = np.argsort(items < 0, axis=1, kind="stable")[:, :k]
+    scores = np.concatenate([values, behind], axis=1)
+    return padded(np.take_along_axis(items, places, axis=1), np.take_along_axis(scores, places, axis=1), k)
+
+
 def padded(items: IntArray, scores: npt.NDArray[np.floating], k: int) -> Recommendations:
     """Lists of up to k items as `Recommendations` in which no two items are tied."""
     rows, found = items.shape

@@ -1,0 +1,282 @@
+"""The 99 + 1 mode of some papers: each target among 99 drawn items. For comparison with published tables only.
+
+A sample of the catalogue can reverse the order of two models (Krichene & Rendle, 2020), so that these numbers stand
+apart, beside a random ranker's, and no headline uses them. One candidate file a split serves every method and seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from models.generative_recommender import GenerativeRecommender
+from models.recommender import Recommender
+from stages.config import Config
+from stages.dataset import Dataset, load_dataset
+from stages.errors import UserError
+from stages.evaluate import asked_objectives, recommender, rests_on_recommendations, test_queries
+from stages.interactions import IntArray, Interactions
+from stages.jobs import BASELINES, Evaluation, Job
+from stages.metrics import hit_at_k, ndcg_at_k
+from stages.queries import Queries, training_targets
+from stages.ranking import Asking, asking_of, targets_of
+from stages.search_config import Objective
+from stages.train import derived_seed
+from stages.workspace import Workspace, digest_of, replacing
+
+NEGATIVES = 99
+METRICS = ("hit_at_5", "hit_at_10", "ndcg_at_5", "ndcg_at_10")
+RANDOM = {"hit_at_5": 0.05, "hit_at_10": 0.10, "ndcg_at_5": 0.029485, "ndcg_at_10": 0.045436}
+"""What a random order of 100 candidates scores."""
+TOLERANCE = 1e-9
+ROWS = 256
+"""Queries drawn for, or scored, at once."""
+
+
+def check_identities(row: Mapping[str, float]) -> None:
+    """Refuse metrics that no ranks can give: with one relevant item, hit and NDCG bound each other.
+
+    Places 1 … 5 gain between 1 / log2(6) = 0.3869 and 1, places 6 … 10 between 1 / log2(11) = 0.2891 and
+    1 / log2(7) = 0.3562.
+
+    Raises:
+        ValueError: an identity does not hold.
+    """
+    near, far = row["hit_at_5"], row["hit_at_10"] - row["hit_at_5"]
+    gain, more = row["ndcg_at_5"], row["ndcg_at_10"] - row["ndcg_at_5"]
+    bounds = (
+        ("NDCG@5", gain, near / np.log2(6), near),
+        ("NDCG@10 - NDCG@5", more, far / np.log2(11), far / np.log2(7)),
+    )
+    for name, value, low, high in bounds:
+        if not low - TOLERANCE <= value <= high + TOLERANCE:
+            raise ValueError(
+                f"{name} is {value:.6f}, but the hits only allow {low:.6f} to {high:.6f}; the ranks are wrong"
+            )
+
+
+def sampled_ranks(scores: npt.NDArray[np.floating], place: IntArray) -> IntArray:
+    """(M,) rank of the target among its candidates; equal scores stand in the candidates' own, shuffled order.
+
+    Args:
+        scores: (M, K) of the candidates; a candidate without a score has -inf.
+        place: (M,) column of the target.
+    """
+    own = np.take_along_axis(scores, place[:, None], axis=1)
+    earlier = np.arange(scores.shape[1]) < place[:, None]
+    return 1 + ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
+
+
+def draw_candidates(
+    asking: Asking,
+    query: IntArray,
+    item: IntArray,
+    weights: npt.NDArray[np.floating],
+    seed: int,
+    negatives: int = NEGATIVES,
+) -> tuple[IntArray, IntArray]:
+    """Each target's candidates in shuffled order.
+
+    Negatives are drawn without replacement in proportion to their weights, outside the user's whole history and all
+    targets of the query (Gumbel keys: the largest of log weight plus noise).
+
+    Args:
+        asking: the queries' histories, whole.
+        query: (M,) rising, the query of each target.
+        item: (M,) its item.
+        weights: (I,) of every item that may be drawn; an item of weight 0 is drawn when no other is left.
+        seed: of the draw.
+        negatives: how many.
+
+    Returns:
+        Items (M, negatives + 1) and the target's column (M,).
+
+    Raises:
+        UserError: fewer items are left to draw from.
+    """
+    rng = np.random.default_rng(seed)
+    with np.errstate(divide="ignore"):
+        heavy = np.maximum(np.log(weights), -1e6)
+    found = np.empty((len(query), negatives + 1), dtype=np.int64)
+    place = rng.integers(0, negatives + 1, len(query))
+    for start in range(0, len(query), ROWS):
+        own = slice(start, start + ROWS)
+        keys = heavy + rng.gumbel(size=(len(query[own]), len(weights)))
+        _strike(keys, asking, query, item, own)
+        if int(np.isfinite(keys).sum(axis=1).min(initial=negatives)) < negatives:
+            raise UserError(
+                f"evaluation.negatives needs {negatives} items outside a user's history; this catalogue of "
+                f'{len(weights)} has fewer, set evaluation.negatives = "off"'
+            )
+        best = np.argpartition(-keys, negatives - 1, axis=1)[:, :negatives]
+        found[own, :negatives] = rng.permuted(np.sort(best, axis=1), axis=1)
+    # The target changes places with whoever stands in its column.
+    line = np.arange(len(query))
+    found[:, negatives] = found[line, np.minimum(place, negatives - 1)]
+    found[line, place] = item
+    return found, place
+
+
+def _strike(keys: npt.NDArray[np.float64], asking: Asking, query: IntArray, item: IntArray, own: slice) -> None:
+    """Take out of the draw what a row's user has, and every target of its query."""
+    rows = query[own]
+    for line, history in enumerate(asking.histories(rows)):
+        keys[line, history[history < keys.shape[1]]] = -np.inf
+    low, high = np.searchsorted(query, rows), np.searchsorted(query, rows, side="right")
+    for line, (first, last) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
+        targets = item[first:last]
+        keys[line, targets[targets < keys.shape[1]]] = -np.inf
+
+
+def evaluate_sampled(config: Config, workspace: Workspace, evaluation: Evaluation) -> Path | None:
+    """Rank the targets of a measured cell among their candidates; written beside the cell, once.
+
+    Args:
+        config: `evaluation.negatives` says how candidates are drawn; with `off` nothing happens.
+        workspace: holds the evaluation and, in `stages/candidates`, the candidate files.
+        evaluation: a headline cell.
+
+    Returns:
+        A Parquet file: user, objective and rank of every target (0: in no catalogue the model knew); None with `off`.
+
+    Raises:
+        UserError: a catalogue too small to draw from.
+    """
+    kind = config.evaluation.negatives
+    if kind == "off":
+        return None
+    path = (workspace.root / evaluation.path).with_suffix(f".{kind}-{evaluation.digest[:12]}.parquet")
+    if path.exists():
+        return path
+    dataset, job = load_dataset(config, workspace), evaluation.job
+    frames, model = [], None
+    for objective in asked_objectives(dataset, job):
+        if job.method in BASELINES or model is None:
+            model = recommender(config, workspace, dataset, job, objective)
+        users = config.evaluation.users
+        queries = test_queries(config, dataset, job, evaluation.tested, users, objective)
+        frames.append(_ranked(config, workspace, dataset, job, evaluation.tested, objective, model, queries))
+    with replacing(path) as temporary:
+        pl.concat(frames).write_parquet(temporary)
+    return path
+
+
+def _ranked(
+    config: Config,
+    workspace: Workspace,
+    dataset: Dataset,
+    job: Job,
+    tested: int,
+    objective: Objective,
+    model: Recommender,
+    queries: Queries,
+) -> pl.DataFrame:
+    events, known = dataset.interactions, dataset.catalogue.known(job.stage)
+    targets = targets_of(events, queries)
+    reached = targets.item < known
+    query, item = targets.query[reached], targets.item[reached]
+    candidates, place = _candidates(config, workspace, dataset, job, tested, objective, queries, query, item)
+    history = "recommendation" if rests_on_recommendations(config, job, objective) else "both"
+    asking = asking_of(events, queries, objective, history, exclude_history=False)
+    rank = np.zeros(len(targets.query), dtype=np.int64)
+    rank[reached] = sampled_ranks(_scores(model, asking, query, candidates, known), place)
+    names = pl.Series(events.user_ids, dtype=pl.String).gather(queries.user[targets.query])
+    return pl.DataFrame({"user": names, "objective": [objective] * len(rank), "rank": rank})
+
+
+def _candidates(
+    config: Config,
+    workspace: Workspace,
+    dataset: Dataset,
+    job: Job,
+    tested: int,
+    objective: Objective,
+    queries: Queries,
+    query: IntArray,
+    item: IntArray,
+) -> tuple[IntArray, IntArray]:
+    """The split's candidate file, drawn by whoever comes first; its name holds all that it depends on."""
+    kind, events = config.evaluation.negatives, dataset.interactions
+    seed = derived_seed(0, "candidates", job.protocol, tested, objective)
+    asked = np.stack([queries.user[query], queries.cut[query], item], axis=1)
+    content = [kind, seed, dataset.digest(max(job.stage, tested)), job.stage, asked.tolist()]
+    name = f"{job.protocol}-{objective}-on{tested:02d}-{kind}-{digest_of(content)[:16]}.parquet"
+    path = workspace.stages / "candidates" / name
+    if not path.exists():
+        known = dataset.catalogue.known(job.stage)
+        asking = asking_of(events, queries, objective, "both", exclude_history=True)
+        found, place = draw_candidates(asking, query, item, _weights(events, job, known, kind), seed)
+        with replacing(path) as temporary:
+            pl.DataFrame({"place": place, "items": pl.Series(found.tolist(), dtype=pl.List(pl.Int64))}).write_parquet(
+                temporary
+            )
+    stored = pl.read_parquet(path)
+    items = (
+        stored["items"].explode().to_numpy().reshape(len(stored), -1) if len(stored) else np.empty((0, 1 + NEGATIVES))
+    )
+    return items.astype(np.int64), stored["place"].to_numpy()
+
+
+def _weights(events: Interactions, job: Job, known: int, kind: str) -> npt.NDArray[np.float64]:
+    """(I,) one each, or how often an item was taken before or in the last stage trained, tests left out."""
+    if kind == "uniform":
+        return np.ones(known)
+    trained = training_targets(events, range(job.stage + 1), job.protocol, seed=0)
+    return np.bincount(events.items[trained], minlength=known).astype(np.float64)[:known]
+
+
+def _scores(
+    model: Recommender, asking: Asking, query: IntArray, candidates: IntArray, known: int
+) -> npt.NDArray[np.floating]:
+    """(M, K) the model's score of every candidate, exactly."""
+    score: Callable[..., npt.NDArray[np.floating]]
+    size = 16 if isinstance(model, GenerativeRecommender) else ROWS
+    score = model.score if isinstance(model, GenerativeRecommender) else _Listed(model, known).score
+    parts = [
+        score(asking.histories(query[own]), candidates[own], **asking.request(query[own]))
+        for own in np.split(np.arange(len(query)), range(size, len(query), size))
+        if len(own)
+    ]
+    return np.concatenate(parts) if parts else np.empty(candidates.shape)
+
+
+class _Listed:
+    """Scores of a counter: read off its list of the whole catalogue."""
+
+    def __init__(self, model: Recommender, known: int) -> None:
+        self.model, self.known = model, known
+
+    def score(self, histories: Sequence[IntArray], candidates: IntArray, **request: Any) -> npt.NDArray[np.floating]:
+        lists = self.model.recommend(histories, self.known, **request)
+        table = np.full((len(histories), self.known + 1), -np.inf)
+        np.put_along_axis(table, lists.items, lists.scores, axis=1)  # item -1 is the spare last column
+        return np.take_along_axis(table, candidates, axis=1)
+
+
+def sampled_rows(config: Config, workspace: Workspace, evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """The report's rows of the 99 + 1 mode: means over users of each user's mean, cell by cell.
+
+    Raises:
+        ValueError: numbers that no ranks can give.
+    """
+    rows: list[dict[str, Any]] = []
+    for evaluation in evaluations:
+        path = evaluate_sampled(config, workspace, evaluation)
+        if path is None:
+            return []
+        for (objective,), part in pl.read_parquet(path).group_by("objective", maintain_order=True):
+            rank, alone = part["rank"].to_numpy(), np.ones(len(part), dtype=np.int64)
+            columns = {f"hit_at_{k}": hit_at_k(rank, alone, k) for k in (5, 10)}
+            columns |= {f"ndcg_at_{k}": ndcg_at_k(rank, alone, k) for k in (5, 10)}
+            means = part.select("user").with_columns(**columns).group_by("user").mean().select(pl.col(METRICS).mean())
+            values = {name: float(value) for name, value in zip(METRICS, means.row(0), strict=True)}
+            check_identities(values)
+            job = evaluation.job
+            place = {"method": job.method, "seed": job.seed, "protocol": job.protocol, "objective": objective}
+            rows.append({**place, "stage": evaluation.tested, **values, "targets": len(part)})
+    return rows
