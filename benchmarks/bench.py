@@ -24,6 +24,7 @@ SCRIPTS = (
     "lora_step",
     "proximal_step",
     "bf16_step",
+    "gems_step",
     "cost_growth",
     "decoding",
     "decoding_pretrained",

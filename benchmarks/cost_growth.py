@@ -1,4 +1,4 @@
-"""Claim: what a stage costs does not grow with the number of stages before it under PESO.
+"""Claim: what a stage costs does not grow with the number of stages before it under PESO and GEMS.
 
 A generated log of equal stages, so that nothing but the number of past stages changes. Per method: the processor
 seconds of training one more stage, and of putting its model together again from the lineage's files, each fitted by a
@@ -26,7 +26,7 @@ from stages.train import bare_model, lineage_folders, train_stage
 NAME = "cost_growth"
 STAGES, USERS, EVENTS, ITEMS = 8, 96, 9, 64
 SEEDS = range(5)
-METHODS = {"peso": 1.15, "cumulative_sum": None, "full_retrain": None}
+METHODS = {"peso": 1.15, "gems": 1.15, "cumulative_sum": None, "full_retrain": None}
 """Each with its mark: flat, but for timing noise, or none."""
 CONFIG = """
 name = "growth"

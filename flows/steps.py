@@ -40,11 +40,12 @@ def make_plan(
     See `draft_plan` for the other arguments and errors.
 
     Args:
-        profile: also write where the time of every stage's training goes.
+        profile: also write where the time of every stage's training goes; the run then works alone, without helpers.
 
     Raises:
         UserError: also where the workspace belongs to another experiment or other data.
     """
+    workers = 1 if profile else workers
     plan = claimed(draft_plan(config, workspace, methods, seeds, stages, users, comparison, workers))
     return replace(plan, profile=profile)
 
