@@ -42,7 +42,7 @@ FLOORS = {
     "prefect": "3.8.8",
     "pyarrow": "14.0.1",
 }
-"""The least versions without the holes named in docs/operations.md."""
+"""The least versions without the holes named in docs/reliability.md."""
 
 
 def breaches(source: str) -> Iterator[str]:

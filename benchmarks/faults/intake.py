@@ -118,7 +118,8 @@ def late(bench: Bench, count: int, rng: Random) -> Iterator[str]:
         shutil.copytree(bench.source, source)
         log = source / "events.csv"
         lines = log.read_text().splitlines()
-        log.write_text("\n".join([*lines, lines[rng.randrange(1, 50)].replace("u0", "late0")]) + "\n")
+        old = rng.choice([line for line in lines[1:100] if "recommendation" in line]).split(",")
+        log.write_text("\n".join([*lines, ",".join(["late", *old[1:]])]) + "\n")
         before = tree(root / "runs" / "checkpoints"), tree(root / "stages")
         words = [
             "train",
