@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Waiting threads sleep: where cores are shared, spinning ones make small matrices tens of times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test lint format bench ui clean
+.PHONY: help install demo test lint format bench faults ui clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -56,6 +56,9 @@ format: install ## let ruff rewrite what it can
 
 bench: install ## run the short benchmarks, under 20 minutes, and refresh docs/results.md's table
 	@$(BIN)/python -m benchmarks.bench
+
+faults: install ## inject every fault of docs/reliability.md, an hour or two
+	$(BIN)/python -m benchmarks.faults
 
 ui: install ## Prefect on port 4200 and MLflow on port 5000, this machine only, for WORKSPACE
 	@echo "Prefect http://127.0.0.1:4200    MLflow http://127.0.0.1:5000    Ctrl-C stops both"

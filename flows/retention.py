@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.history import read_history
 from stages.checkpoint import MANIFEST
 from stages.errors import UserError
 from stages.workspace import Workspace, left_overs, read_json
@@ -96,10 +97,11 @@ def _latest_jobs(workspace: Workspace) -> dict[str, Any]:
 
 
 def _champion(workspace: Workspace, states: Mapping[str, dict[str, Any]]) -> set[str]:
-    """Checkpoints of the model in service, under whatever settings it was trained."""
+    """Checkpoints of the model in service, under whatever settings it was trained, and of those a roll back reaches."""
     marker = workspace.root / "champion.json"
+    earlier = {line["champion"]["key"] for line in read_history(workspace)[0] if line.get("champion")} & states.keys()
     if not marker.exists():
-        return set()
+        return earlier
     job = read_json(marker).get("job", {})
     own = {key: job.get(key) for key in ("method", "seed", "protocol", "stage")}
     found = {name for name, state in states.items() if _is(state.get("job", {}), own)}
@@ -109,7 +111,7 @@ def _champion(workspace: Workspace, states: Mapping[str, dict[str, Any]]) -> set
         found = {name for name, state in states.items() if _is(state.get("job", {}), own)}
     if not found:
         raise UserError(f"{marker}: its model is not among the checkpoints; nothing was removed, run retrain first")
-    return found
+    return found | earlier
 
 
 def _is(job: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -114,7 +114,7 @@ def test_pickled_weights_are_never_read(pretrained: Path, tmp_path: Path, board:
     (folder / "config.json").write_bytes((pretrained / "config.json").read_bytes())
     marker = tmp_path / "ran"
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="a pickle, which can run code, and is never read"):
         train_stage(settings(folder), board, Job("single", 0, "same_stage", 0))
     assert not marker.exists()
 

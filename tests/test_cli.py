@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
@@ -225,6 +226,34 @@ def test_a_report_that_mlflow_does_not_hold_says_so(
     cli._show(copy)
     out = capsys.readouterr().out
     assert f"not recorded in MLflow; `driftrec report --workspace {tmp_path / 'w'}` does it later" in out
+
+
+def test_gc_lists_before_it_removes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Trained, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(trained.workspace.root, copy)
+    superseded = copy / "runs" / "evaluations" / "of-another-report.parquet"
+    superseded.write_bytes(b"x" * 2**20)
+    code, out, _ = driftrec(monkeypatch, capsys, "gc", "-w", copy, "--dry-run")
+    assert code == 0
+    assert "of-another-report.parquet" in out
+    assert "1 to remove, 1.0 MiB" in out
+    assert superseded.exists()
+    code, out, _ = driftrec(monkeypatch, capsys, "gc", "-w", copy)
+    assert (code, superseded.exists()) == (0, False)
+    assert "1 removed, 1.0 MiB" in out
+    assert driftrec(monkeypatch, capsys, "report", "-w", copy)[0] == 0
+
+
+def test_log_lines_may_be_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Trained, tmp_path: Path
+) -> None:
+    words = ("--log-format", "json", "ingest", "-c", trained.config, "-w", tmp_path / "w")
+    _, _, err = driftrec(monkeypatch, capsys, *words)
+    assert all(json.loads(line)["logger"].startswith("flows") for line in err.splitlines())
+    assert err.count("\n") >= 3
+    assert driftrec(monkeypatch, capsys, "--log-format", "xml", "doctor")[0] == 2
 
 
 def test_ingest_and_split_print_counts_the_drift_table_and_the_picture(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from flows import logs, mirror
+from flows.history import append_line
 from flows.retention import removable, remove
 from stages.checkpoint import fault_of
 from stages.commit import checkpoint_folders
@@ -82,6 +83,9 @@ def test_the_champion_s_lineage_and_the_latest_report_stay(copy: Workspace) -> N
     write_json(copy.reports / "latest.json", {"schema": 1, "report": "a"})
     assert gone(copy, keep=1) == set()
     assert gone(copy, keep=1, reports=True) == {superseded.name}
+    line = {"at": "2026-01-01T00:00:00+00:00", "decision": "promoted", "champion": {"key": superseded.name}}
+    append_line(copy, line)  # a roll back may still want it
+    assert gone(copy, keep=1, reports=True) == set()
     write_json(copy.root / "champion.json", {"job": {**own, "seed": 9}})
     with pytest.raises(UserError, match="not among the checkpoints; nothing was removed"):
         removable(copy)

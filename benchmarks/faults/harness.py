@@ -209,7 +209,7 @@ class Bench:
 
     def train(self, root: Path, **task: Any) -> Child:
         """Start `driftrec train -m single`: two stages, two protocols, tests, report, record."""
-        return self.command(["train", "-m", "single"], root, **task)
+        return self.command(["train", "-m", "single", "--workers", "1"], root, **task)
 
     def learn(self, root: Path, jobs: Sequence[Lineage] = LINEAGES, config: Config | None = None, **task: Any) -> Child:
         """Train and test whole lineages, without a report."""

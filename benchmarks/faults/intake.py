@@ -118,9 +118,20 @@ def late(bench: Bench, count: int, rng: Random) -> Iterator[str]:
         shutil.copytree(bench.source, source)
         log = source / "events.csv"
         lines = log.read_text().splitlines()
-        log.write_text("\n".join([*lines, lines[rng.randrange(1, 50)].replace("u0", "late0")]) + "\n")
+        old = rng.choice([line for line in lines[1:100] if "recommendation" in line]).split(",")
+        log.write_text("\n".join([*lines, ",".join(["late", *old[1:]])]) + "\n")
         before = tree(root / "runs" / "checkpoints"), tree(root / "stages")
-        words = ["train", "-m", "single", "--config", str(source / "tiny.toml"), "--workspace", str(root)]
+        words = [
+            "train",
+            "-m",
+            "single",
+            "--workers",
+            "1",
+            "--config",
+            str(source / "tiny.toml"),
+            "--workspace",
+            str(root),
+        ]
         problem = refused(bench.launch(command=words), "rows changed since this workspace was made")
         after = tree(root / "runs" / "checkpoints"), tree(root / "stages")
         yield problem or ("" if before == after else "committed stages were changed") or sound(root)

@@ -150,7 +150,7 @@ def orchestration(bench: Bench, count: int, rng: Random) -> Iterator[str]:
                 nowhere = "sqlite+aiosqlite:////proc/nowhere/prefect.db"
                 env |= {"PREFECT_API_DATABASE_CONNECTION_URL": nowhere}
                 env |= {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "20"}
-            words = ["train", "-m", "single", "-c", str(bench.config_file), "-w", str(root)]
+            words = ["train", "-m", "single", "--workers", "1", "-c", str(bench.config_file), "-w", str(root)]
             command = [sys.executable, "-m", "flows.cli", *words]
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=400)
         if done.returncode:

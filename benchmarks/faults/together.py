@@ -97,7 +97,7 @@ def clocks(bench: Bench, count: int, rng: Random) -> Iterator[str]:
 TABLE = (
     Row(26, "the same stages trained by 2 to 8 processes at once", "one trains, one commit, one hash", crowd, 1, 50),
     Row(27, "the parent replaced while a child trains", "refused: parent changed", changed_parent, 1, 10),
-    Row(28, "a lock's holder killed or stopped", "taken over; waits and says for whom", holders, 2, 20),
+    Row(28, "a lock's holder killed or stopped", "taken over; waits and says for whom", holders, 1, 20),
     Row(
         29,
         "clock a year off, odd time zones",

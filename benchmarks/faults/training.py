@@ -277,13 +277,13 @@ def soak(bench: Bench, count: int, rng: Random) -> Iterator[str]:
 
 TABLE = (
     Row(
-        16, "NaN or infinite loss, NaN gradient, loss spike", "stops, nothing committed; spike survives", runaway, 3, 40
+        16, "NaN or infinite loss, NaN gradient, loss spike", "stops, nothing committed; spike survives", runaway, 2, 40
     ),
     Row(18, "stages empty, of one user, one item, short users", "D: carried over, recorded", odd_stages, 1, 5),
     Row(19, "stages of unseen items or unseen users only", "D: codes given, trained, tested", unseen, 1, 10),
     Row(20, "codes run out, equal texts, items not in the table", "E naming the remedy; counted", without_codes, 1, 10),
     Row(21, "one user with a million events", "done within 3 GiB", one_giant, 0, 2),
-    Row(22, "memory ceiling", "E, or R after a restart", little_memory, 2, 20, "RLIMIT_AS; no cgroup"),
+    Row(22, "memory ceiling", "E, or R after a restart", little_memory, 1, 20, "RLIMIT_AS; no cgroup"),
     Row(39, "leakage probes", "pass", leakage, 1, 10, "probe e is tests/test_summary.py's"),
     Row(40, "same seed, other processes and hash seeds", "one hash", determinism, 0, 5),
     Row(

@@ -1,0 +1,43 @@
+"""The quick rows of the fault table: each fault injected for real, in processes of its own. `make faults` runs all."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing.forkserver
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults.__main__ import line, write
+from benchmarks.faults.harness import Bench
+from benchmarks.faults.table import TABLE, tried
+
+QUICK = [row for row in TABLE if row.quick]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    yield Bench(tmp_path_factory.mktemp("faults"), commands=False)
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+def test_the_table_has_every_row_once() -> None:
+    assert [row.number for row in TABLE] == list(range(1, 43))
+    assert all(row.full >= 1 for row in TABLE)
+
+
+@pytest.mark.parametrize("row", QUICK, ids=lambda row: f"{row.number}-{row.fault}")
+def test_a_fault_ends_as_the_table_says(row, bench: Bench) -> None:
+    result = tried(row, bench, row.quick, seed=0)
+    assert result["runs"] > 0
+    assert result["passes"] == result["runs"], result["note"]
+
+
+def test_a_row_that_was_not_tried_is_no_pass(tmp_path: Path) -> None:
+    result = {"row": 1, "fault": "x", "runs": 0, "passes": 0, "seconds": 0.0, "note": "not injectable here"}
+    assert line(result).startswith("none")
+    assert line(result | {"runs": 2, "passes": 1}).startswith("FAIL")
+    write(tmp_path / "f.json", [result | {"runs": 2, "passes": 2}], partial=False)
+    write(tmp_path / "f.json", [{**result, "row": 2}], partial=True)
+    assert [row["row"] for row in json.loads((tmp_path / "f.json").read_text())["rows"]] == [1, 2]
