@@ -50,7 +50,7 @@ def main() -> None:
 def tensors(events: Interactions, catalogue: Catalogue, targets: np.ndarray, training: TrainingConfig) -> list:
     """Every batch of one pass, as training reads them."""
     windows, encoder = make_windows(events, targets, training), Encoder(events, catalogue)
-    chosen = batches(windows, training.batch_size, np.random.default_rng(0))
+    chosen = batches(windows.lengths, training.batch_size, np.random.default_rng(0))
     return [encoder.batch(windows, each) for each in chosen]
 
 
