@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.trie import Trie
@@ -81,6 +81,7 @@ def test_the_order_of_items_moves_no_node(codes, random):
     assert torch.equal(one.leaf_first, other.leaf_first)
 
 
+@settings(deadline=None)
 @given(catalogues(), st.data())
 def test_an_edge_is_covered_exactly_when_all_leaves_below_it_are_named(codes, data):
     trie, paths = Trie.build(matrix(codes)), sorted(set(codes))
