@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -159,6 +160,14 @@ def export_model(root: Path, folder: Path, method: str | None = None, seed: int 
             shutil.copytree(
                 Path(__file__).parents[1] / source.name, source, ignore=shutil.ignore_patterns("__pycache__")
             )
+        _save(folder, part, sources)
+    return folder
+
+
+def _save(folder: Path, part: Path, sources: Sequence[Path]) -> None:
+    with warnings.catch_warnings():
+        # MLflow would have type hints, from which it would derive another signature, and an example beside ours.
+        warnings.filterwarnings("ignore", message=".*(type hint|input example)")
         save_model(
             path=str(folder),
             python_model=str(Path(__file__).resolve()),
@@ -167,7 +176,6 @@ def export_model(root: Path, folder: Path, method: str | None = None, seed: int 
             signature=SIGNATURE,
             pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
-    return folder
 
 
 def _copy_part(root: Path, part: Path, method: str | None, seed: int | None) -> None:
