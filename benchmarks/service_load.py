@@ -133,7 +133,7 @@ def questions(served: dict[str, Served], count: int) -> list[Asked]:
         past = first.past(users[row], None)
         answers = {}
         for method, model in served.items():
-            (ranking,) = model.rank([past.items], K)
+            (ranking,) = model.rank([past], K)
             names = [model.dataset.catalogue.item_ids[item] for item, _ in ranking]
             answers[method] = (names, [score for _, score in ranking])
         body = json.dumps({"user": users[row], "k": K}).encode()
@@ -145,14 +145,13 @@ def questions(served: dict[str, Served], count: int) -> list[Asked]:
 
 def own_time(served: Served, count: int = 60) -> list[float]:
     """Seconds of the model alone for one user, one pass each, in the service's own thread setting."""
-    events = served.dataset.interactions
-    rows = np.linspace(0, len(events.user_ids) - 1, count).astype(int)
-    histories = [events.history(row, int(events.offsets[row + 1])) for row in rows]
-    served.rank(histories[:1], K)
+    users = served.dataset.interactions.user_ids
+    people = [served.past(users[row], None) for row in np.linspace(0, len(users) - 1, count).astype(int)]
+    served.rank(people[:1], K)
     seconds = []
-    for history in histories:
+    for past in people:
         started = time.perf_counter()
-        served.rank([history], K)
+        served.rank([past], K)
         seconds.append(time.perf_counter() - started)
     return seconds
 

@@ -22,11 +22,11 @@ from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
-from flows.batching import Ranking
 from flows.champion import FILE
 from flows.experiment import remembered_config
 from flows.recommending import job_in_service
-from flows.serving import FALLBACK, Past, Served, load_served
+from flows.searching import Past, Ranking
+from flows.serving import FALLBACK, Served, load_served
 from stages.checkpoint import MANIFEST
 from stages.dataset import load_dataset
 from stages.errors import UserError
@@ -109,7 +109,7 @@ def answers(served: Served, rows: Sequence[dict[str, Any]], k: int) -> list[dict
     if any(row.get("user") is None and row.get("history") is None for row in rows):
         raise UserError("a row names neither user nor history; give one of them")
     pasts = [served.past(row.get("user"), row.get("history")) for row in rows]
-    known = [past.items for past in pasts if past.reason is None]
+    known = [past for past in pasts if past.reason is None]
     rankings = iter(served.rank(known, k) if known else [])
     return [_answer(served, past, served.fallback(k) if past.reason is not None else next(rankings)) for past in pasts]
 
