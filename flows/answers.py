@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flows.batching import Ranking
+from flows.searching import Past, Ranking
 from flows.service_schema import (
     Item,
     ItemReply,
@@ -15,7 +15,7 @@ from flows.service_schema import (
     SearchReply,
     Why,
 )
-from flows.serving import FALLBACK, Past, Served
+from flows.serving import FALLBACK, Served
 
 SHOWN = 20
 """History items a reply repeats; their number is given besides."""

@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-Ranking = list[tuple[int, float]]
-"""Item numbers with their scores, best first."""
+from flows.searching import Ranking
+
 Rank = Callable[[Sequence[Any], int], list[Ranking]]
 """Answers a batch of questions (histories, or queries with histories) with as many lists of at most that length."""
 Observe = Callable[[int, float], None]
@@ -105,13 +105,23 @@ class Batcher:
         if not batch:
             return
         started = time.perf_counter()
-        try:
-            found = rank([asked.question for asked in batch], max(asked.k for asked in batch))
-        except Exception as error:
+        if not _fill(rank, batch):
+            # One question that the model cannot take must not spoil its neighbours' answers.
             for asked in batch:
-                asked.answer.set_exception(error)
-            return
-        for asked, ranking in zip(batch, found, strict=True):
-            asked.answer.set_result(ranking[: asked.k])
+                _fill(rank, [asked], last=True)
         if self.observe is not None:
             self.observe(len(batch), time.perf_counter() - started)
+
+
+def _fill(rank: Rank, batch: list[_Asked], last: bool = False) -> bool:
+    """Answer a batch; False where that failed, which at the `last` attempt is the answer."""
+    try:
+        found = rank([asked.question for asked in batch], max(asked.k for asked in batch))
+    except Exception as error:
+        if last:
+            for asked in batch:
+                asked.answer.set_exception(error)
+        return False
+    for asked, ranking in zip(batch, found, strict=True):
+        asked.answer.set_result(ranking[: asked.k])
+    return True

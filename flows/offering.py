@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +47,12 @@ def export_model(
 ) -> None:
     """Write the model in service as an MLflow model, for `mlflow models serve`. It holds the log's histories."""
     started_in(workspace)
-    from flows import pyfunc, terminal
+    from flows import terminal
 
-    folder = pyfunc.export_model(workspace, to, method, seed)
+    with warnings.catch_warnings():
+        # MLflow warns of its own type hints, and of the missing ones that would spoil our signature.
+        warnings.filterwarnings("ignore", message=".*type hint")
+        from flows import pyfunc
+
+        folder = pyfunc.export_model(workspace, to, method, seed)
     terminal.stdout().print(f"model: {folder}", soft_wrap=True)

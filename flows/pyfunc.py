@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -21,11 +22,11 @@ from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
-from flows.batching import Ranking
 from flows.champion import FILE
 from flows.experiment import remembered_config
 from flows.recommending import job_in_service
-from flows.serving import FALLBACK, Past, Served, load_served
+from flows.searching import Past, Ranking
+from flows.serving import FALLBACK, Served, load_served
 from stages.checkpoint import MANIFEST
 from stages.dataset import load_dataset
 from stages.errors import UserError
@@ -108,7 +109,7 @@ def answers(served: Served, rows: Sequence[dict[str, Any]], k: int) -> list[dict
     if any(row.get("user") is None and row.get("history") is None for row in rows):
         raise UserError("a row names neither user nor history; give one of them")
     pasts = [served.past(row.get("user"), row.get("history")) for row in rows]
-    known = [past.items for past in pasts if past.reason is None]
+    known = [past for past in pasts if past.reason is None]
     rankings = iter(served.rank(known, k) if known else [])
     return [_answer(served, past, served.fallback(k) if past.reason is not None else next(rankings)) for past in pasts]
 
@@ -159,6 +160,14 @@ def export_model(root: Path, folder: Path, method: str | None = None, seed: int 
             shutil.copytree(
                 Path(__file__).parents[1] / source.name, source, ignore=shutil.ignore_patterns("__pycache__")
             )
+        _save(folder, part, sources)
+    return folder
+
+
+def _save(folder: Path, part: Path, sources: Sequence[Path]) -> None:
+    with warnings.catch_warnings():
+        # MLflow would have type hints, from which it would derive another signature, and an example beside ours.
+        warnings.filterwarnings("ignore", message=".*(type hint|input example)")
         save_model(
             path=str(folder),
             python_model=str(Path(__file__).resolve()),
@@ -167,7 +176,6 @@ def export_model(root: Path, folder: Path, method: str | None = None, seed: int 
             signature=SIGNATURE,
             pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
-    return folder
 
 
 def _copy_part(root: Path, part: Path, method: str | None, seed: int | None) -> None:

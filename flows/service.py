@@ -10,7 +10,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from starlette.exceptions import HTTPException as PlainHTTPException
 
 from flows import service_page
 from flows.answers import item_reply, model_reply, recommend_reply, search_reply
-from flows.batching import Batcher, BusyError, Rank, Ranking
+from flows.batching import Batcher, BusyError, Rank
 from flows.guarding import SHUT, Access, Guard, Scope
+from flows.searching import Ranking
 from flows.service_metrics import CONTENT_TYPE, ServiceMetrics
 from flows.service_schema import (
     LONGEST_ID,
@@ -37,7 +38,7 @@ from flows.service_schema import (
     SearchRequest,
     State,
 )
-from flows.serving import InService, Past, Served
+from flows.serving import NOBODY, InService, Served
 from stages.errors import UserError
 
 LOOK = 1.0
@@ -73,7 +74,7 @@ class Desk:
         _check_length(asked.k, served)
         past = served.past(asked.user, asked.history)
         if past.reason is None:
-            ranking = await self._ranked(served.rank, past.items, asked.k)
+            ranking = await self._ranked(served.rank, past, asked.k)
         else:
             ranking = served.fallback(asked.k)
             self.metrics.fallbacks.inc()
@@ -84,9 +85,8 @@ class Desk:
         served = self.place.current
         _check_length(asked.k, served)
         nobody = asked.user is None and asked.history is None
-        past = served.past(asked.user, asked.history or ([] if asked.user is None else None))
-        past = Past(past.items, past.unknown, None) if nobody else past
-        ranking = await self._ranked(served.searcher.search, (asked.query, past.items), asked.k)
+        past = NOBODY if nobody else served.past(asked.user, asked.history)
+        ranking = await self._ranked(served.searcher.search, (asked.query, past), asked.k)
         return _json(search_reply(served, past, ranking))
 
     async def item(self, item_id: str) -> Response:
@@ -186,11 +186,14 @@ def serve(
         place = InService(root, method, seed)
         job, number = place.current.job, listener.getsockname()[1]
         name = f"[{host}]" if ":" in host else host
+        listener.listen()  # from here on a client is not refused, it waits
         say(f"serving {job.method}, seed {job.seed}, after stage {job.stage}: http://{name}:{number}")
         settings = uvicorn.Config(
             build_app(place, rule), log_level="warning", server_header=False, timeout_graceful_shutdown=30
         )
-        uvicorn.Server(settings).run(sockets=[listener])
+        # Ctrl-C has ended the service well when it arrives here for the second time.
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(settings).run(sockets=[listener])
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -47,6 +47,8 @@ class SearchRequest(_Strict):
     def _at_most_one_person(self) -> Self:
         if self.user is not None and self.history is not None:
             raise ValueError("give user or history, not both")
+        if not self.query.strip():
+            raise ValueError("query is blank; give at least one word")
         return self
 
 
@@ -104,7 +106,8 @@ class SearchReply(BaseModel):
 
     model: Model
     method: str
-    """Who ranked: `title_words` compares words and does not look at the history."""
+    """Who ranked: the model in service if it was trained on searches, after the history; else `title_words`, which
+    compares the words of the titles and does not look at the history."""
     reason: str | None
     """What of the request could not be used."""
     history: list[Item]

@@ -5,46 +5,31 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from flows.batching import Ranking
 from flows.champion import FILE
 from flows.experiment import remembered_config
 from flows.reasons import Reasons
 from flows.recommending import job_in_service
-from flows.searching import Searcher, TitleWords
+from flows.searching import ModelSearch, Past, Ranking, Searcher, TitleWords, listed
 from models.baselines.item_graph import ItemGraph
-from models.recommender import IntArray, Recommender
+from models.recommender import Recommender
 from stages.baselines import fit_baseline
 from stages.config import Config
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
 from stages.evaluate import recommender
-from stages.jobs import Job
+from stages.jobs import BASELINES, Job
 from stages.workspace import Workspace
 
 FALLBACK = "recent_popularity"
 """Who answers where nothing is known of a person."""
+NOBODY = Past(np.empty(0, dtype=np.int64), np.empty(0, dtype=bool))
 Mark = tuple[tuple[int, int, int] | None, ...]
 log = logging.getLogger("flows")
-
-
-@dataclass(frozen=True)
-class Past:
-    """What is known of the person a request is about.
-
-    Attributes:
-        items: item numbers, oldest first.
-        unknown: item ids asked with that the catalogue does not have.
-        reason: why the model cannot answer; None where it can.
-    """
-
-    items: IntArray
-    unknown: list[str]
-    reason: str | None
 
 
 class Served:
@@ -68,35 +53,47 @@ class Served:
         if not isinstance(graph, ItemGraph):
             raise TypeError(f"the baseline item_graph is a {type(graph).__name__}")
         self.reasons = Reasons(catalogue.codes, graph.links, graph.known)
-        # The seam for a model that was trained to search: it takes the place of the titles' words.
         self.searcher: Searcher = TitleWords(catalogue.titles[: catalogue.known(job.stage)])
+        if events.query is not None and job.method not in BASELINES:
+            self.searcher = ModelSearch(job.method, model)
 
     def _baseline(self, name: str) -> Recommender:
         known, own = self.dataset.catalogue.known(self.job.stage), self.config.evaluation.exclude_history
         job = self.job
         return fit_baseline(name, self.dataset.interactions, known, job.stage, job.protocol, job.seed, own)
 
-    def rank(self, histories: Sequence[IntArray], k: int) -> list[Ranking]:
-        """The model's `k` best items for each history."""
-        return listed(self.model, histories, k)
+    def rank(self, people: Sequence[Past], k: int) -> list[Ranking]:
+        """The model's `k` best items for each person; what it reads is what it was trained to read."""
+        if self.dataset.interactions.query is None:
+            return listed(self.model.recommend([past.items for past in people], k))
+        alone = self.config.search.rec_history == "recommendation"
+        read = [~past.searched if alone else np.ones(len(past.items), dtype=bool) for past in people]
+        histories = [past.items[kept] for past, kept in zip(people, read, strict=True)]
+        searched = [past.searched[kept] for past, kept in zip(people, read, strict=True)]
+        return listed(self.model.recommend(histories, k, searched=searched))
 
     def fallback(self, k: int) -> Ranking:
         """The `k` most taken items of the newest stages."""
-        return listed(self.popular, [np.empty(0, dtype=np.int64)], k)[0]
+        return listed(self.popular.recommend([np.empty(0, dtype=np.int64)], k))[0]
 
     def past(self, user: str | None, history: Sequence[str] | None) -> Past:
         """What is known of `user`, or of whoever took the items in `history`."""
-        if history is None:
-            row = self.users.get(user or "")
-            if row is None:
-                return Past(np.empty(0, dtype=np.int64), [], f"user {user!r} is not in the log")
-            events = self.dataset.interactions
-            return Past(events.history(row, int(events.offsets[row + 1])), [], None)
+        if history is not None:
+            return self._made_up(history)
+        row = self.users.get(user or "")
+        if row is None:
+            return replace(NOBODY, reason=f"user {user!r} is not in the log")
+        events = self.dataset.interactions
+        own = slice(int(events.offsets[row]), int(events.offsets[row + 1]))
+        return Past(events.items[own], events.searched[own])
+
+    def _made_up(self, history: Sequence[str]) -> Past:
         unknown = [item for item in history if item not in self.numbers]
         items = np.array([self.numbers[item] for item in history if item in self.numbers], dtype=np.int64)
         if len(items):
-            return Past(items, unknown, None)
-        return Past(items, unknown, "no item of the history is in the catalogue" if history else "the history is empty")
+            return Past(items, np.zeros(len(items), dtype=bool), unknown)
+        reason = "no item of the history is in the catalogue" if history else "the history is empty"
+        return replace(NOBODY, unknown=unknown, reason=reason)
 
     def examples(self, count: int = 4) -> list[str]:
         """Users to try the service with: spread over the log, each with a history to look at."""
@@ -104,15 +101,6 @@ class Served:
         fitting = np.flatnonzero(lengths >= min(5, int(lengths.max(initial=0))))
         chosen = fitting[np.linspace(0, len(fitting) - 1, min(count, len(fitting))).astype(int)] if len(fitting) else []
         return [self.dataset.interactions.user_ids[row] for row in chosen]
-
-
-def listed(model: Recommender, histories: Sequence[IntArray], k: int) -> list[Ranking]:
-    """A recommender's lists without the empty places."""
-    found = model.recommend(histories, k)
-    return [
-        [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
-        for items, scores in zip(found.items.tolist(), found.scores.tolist(), strict=True)
-    ]
 
 
 def load_served(root: Path, method: str | None = None, seed: int | None = None) -> Served:

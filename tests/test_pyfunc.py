@@ -22,6 +22,9 @@ from stages.workspace import Workspace
 if TYPE_CHECKING:
     from conftest import Trained
 
+# MLflow warns of its own type hints, and of the missing ones that would spoil our signature.
+pytestmark = pytest.mark.filterwarnings("ignore:.*type hint:UserWarning")
+
 
 @pytest.fixture(scope="module")
 def model(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:

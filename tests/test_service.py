@@ -22,11 +22,15 @@ from flows.recommending import recommend
 from flows.searching import TitleWords
 from flows.service import build_app
 from flows.service_page import docs_page, try_page
-from flows.serving import InService, load_served
+from flows.serving import NOBODY, InService, Served, load_served
 from models.baselines.item_graph import ItemGraph
+from stages.dataset import load_dataset
 from stages.errors import UserError
+from stages.evaluate import recommender
 from stages.jobs import Job
+from stages.train import train_stage
 from stages.workspace import Workspace, write_json
+from tests import searching, tiny
 
 if TYPE_CHECKING:
     from conftest import Trained
@@ -123,15 +127,37 @@ def test_search_ranks_titles_by_their_words_and_says_so(client: TestClient, shop
     assert reply["items"][0]["title"] == titles[5]
     assert reply["history_length"] > 0
     assert client.post("/search", json={"query": "zzz unheard of"}).json()["items"] == []
+    assert "blank" in client.post("/search", json={"query": " \t"}).json()["error"]
     assert "not in the log" in client.post("/search", json={"query": "a", "user": "nobody"}).json()["reason"]
 
 
 def test_rare_words_weigh_more_and_ties_go_by_number() -> None:
     words = TitleWords(["red cup", "red lamp", "red cup", "blue bowl and a plate"])
-    found = words.search([("RED lamp", np.empty(0, dtype=np.int64))], 10)[0]
+    found = words.search([("RED lamp", NOBODY)], 10)[0]
     assert [item for item, _ in found] == [1, 0, 2]
     assert found[1][1] == found[2][1] < found[0][1]
-    assert words.search([("green", np.empty(0, dtype=np.int64))], 10) == [[]]
+    assert words.search([("green", NOBODY)], 10) == [[]]
+
+
+def test_a_model_trained_on_searches_answers_them_itself(tmp_path: Path) -> None:
+    """It reads what `recommend` hands it: the query, and which items of the history came by a search."""
+    config = tiny.config(training={"first_epochs": 2}, search={"rec_history": "recommendation"})
+    workspace = searching.ring(tmp_path, stages=1)
+    job = Job("single", 0, "same_stage", 0)
+    train_stage(config, workspace, job)
+    dataset = load_dataset(config, workspace)
+    model = recommender(config, workspace, dataset, job)
+    served = Served(config, dataset, job, model)
+    past = served.past(dataset.interactions.user_ids[1], None)
+    assert 0 < past.searched.sum() < len(past.items)
+    assert served.searcher.method == "single"
+    (found,) = served.searcher.search([("find thing3", past)], 5)
+    plain = model.recommend([past.items], 5, ["find thing3"], [past.searched])
+    assert [item for item, _ in found] == plain.items[0].tolist()
+    assert found != served.searcher.search([("find thing9", past)], 5)[0]
+    bought = past.items[~past.searched]
+    plain = model.recommend([bought], 5, searched=[np.zeros(len(bought), dtype=bool)])
+    assert [item for item, _ in served.rank([past], 5)[0]] == plain.items[0].tolist()
 
 
 def test_an_item_is_shown_with_its_codes_and_its_neighbours(client: TestClient, shop: Path) -> None:
@@ -215,7 +241,7 @@ def test_requests_that_wait_are_ranked_in_one_batch_and_each_gets_its_own_answer
     assert not batcher.alive
 
 
-def test_a_full_line_refuses_and_a_failing_model_spoils_its_own_batch_only() -> None:
+def test_a_full_line_refuses_and_a_question_that_fails_spoils_no_other_answer() -> None:
     release = threading.Event()
 
     def slow(questions: Any, k: int) -> list[list[tuple[int, float]]]:
@@ -223,19 +249,20 @@ def test_a_full_line_refuses_and_a_failing_model_spoils_its_own_batch_only() -> 
         return [[] for _ in questions]
 
     def failing(questions: Any, k: int) -> list[list[tuple[int, float]]]:
-        raise ZeroDivisionError
+        return [[(1 // question, 0.0)] for question in questions]
 
-    batcher = Batcher(waiting=2)
+    batcher = Batcher(waiting=3)
     waiting = [batcher.submit(slow, 0, 1)]
     while batcher.waiting:
         time.sleep(0.001)
-    waiting += [batcher.submit(failing, 0, 1), batcher.submit(slow, 0, 1)]
-    with pytest.raises(BusyError, match="2 requests are waiting"):
+    waiting += [batcher.submit(failing, 0, 1), batcher.submit(failing, 1, 1), batcher.submit(slow, 0, 1)]
+    with pytest.raises(BusyError, match="3 requests are waiting"):
         batcher.submit(slow, 0, 1)
     release.set()
     with pytest.raises(ZeroDivisionError):
         waiting[1].result(10)
-    assert waiting[0].result(10) == waiting[2].result(10) == []
+    assert waiting[2].result(10) == [(1, 0.0)]
+    assert waiting[0].result(10) == waiting[3].result(10) == []
     batcher.close()
 
 
@@ -245,7 +272,7 @@ def test_a_full_line_refuses_and_a_failing_model_spoils_its_own_batch_only() -> 
 def test_a_missing_champion_leaves_the_best_of_the_report_and_a_damaged_one_is_named(shop: Path) -> None:
     assert champion(Workspace(shop)) == Job("single", 0, "same_stage", 1)
     (shop / "champion.json").write_text('{"job": {"method": "single"}}')
-    with pytest.raises(UserError, match=r"champion\.json: names no"):
+    with pytest.raises(UserError, match=r"champion\.json"):
         champion(Workspace(shop))
     (shop / "champion.json").unlink()
     assert champion(Workspace(shop)) is None
