@@ -25,10 +25,11 @@ from models.adapter import LowRank
 from stages.commit import method_of
 from stages.config import Config
 from stages.dataset import load_dataset
+from stages.fit import Progress
 from stages.jobs import Checkpoint, Job
 from stages.search_examples import query_vocabulary
 from stages.stage_examples import Examples, stage_examples
-from stages.train import Progress, train_stage
+from stages.train import train_stage
 from stages.workspace import Workspace, replacing
 
 PREFIX = "driftrec/"

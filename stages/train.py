@@ -1,22 +1,17 @@
-"""The only training loop: one stage of one lineage, whatever the method."""
+"""One stage of one lineage, whatever the method: put the model together, train it (`stages.fit`), commit it."""
 
 from __future__ import annotations
 
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.profiler import record_function
-from torch.utils import deterministic
 
 from models import adapter as lora
 from models.backbone import Backbone, compute_device, pretrained_backbone, small_backbone, wants_bfloat16
@@ -41,22 +36,18 @@ from stages.commit import (
     lineage_jobs,
     method_of,
 )
-from stages.config import Config, TrainingConfig
+from stages.config import Config
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
-from stages.examples import Windows
+from stages.fit import Fit, Progress, drift, moving, reproducible
 from stages.jobs import Checkpoint, Job
 from stages.locks import held
 from stages.memory import forget_peak_memory, peak_memory
-from stages.methods.contract import Losses, Schedule, SharedLosses, Stateful, Step
+from stages.methods.contract import Schedule, Stateful
 from stages.past import past_of
-from stages.search_examples import SearchWindows, query_vocabulary
-from stages.stage_examples import Examples, micro_batches, stage_examples, validation_batches
+from stages.search_examples import query_vocabulary
+from stages.stage_examples import stage_examples
 from stages.workspace import Workspace, digest_of, read_json, sha256_file
-
-Progress = Callable[[Mapping[str, Any]], None]
-TOKEN_ROWS = ("input_rows", "output_rows", "marker_rows")
-"""Trained rows of tokens, by name."""
 
 
 def train_stage(config: Config, workspace: Workspace, job: Job, progress: Progress = lambda _: None) -> Checkpoint:
@@ -203,10 +194,10 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         step = method.begin(model, folders, schedule)
     except ValueError as error:
         raise UserError(f"method {job.method}, stage {job.stage}: {error}") from None
-    before = _moving(model)
-    with _reproducible(stage_seed):
+    before = moving(model)
+    with reproducible(stage_seed):
         training = Fit(config, model, step, examples, stage_seed).run(_epochs(config, job), job, progress)
-    drift = _drift(before, _moving(model))
+    moved_by = drift(before, moving(model))
     moved = sum(value.numel() for value in before.values())
     tensors = trained_tensors(model)
     if job.method == FIRST and not tensors.adapter:
@@ -233,7 +224,7 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "parents": parents,
-        **drift,
+        **moved_by,
         **report,
         **training,
     }
@@ -270,156 +261,9 @@ def _schedule(config: Config, job: Job, every_weight: bool, windows: int, seed: 
     )
 
 
-class Fit:
-    """Epochs over one stage's windows with early stopping on validation cross-entropy.
-
-    Args:
-        config: the experiment.
-        model: with its trained weights requiring gradients.
-        step: the method's optimiser step.
-        examples: windows to train and validate on.
-        seed: of the batch order.
-    """
-
-    def __init__(self, config: Config, model: GenerativeModel, step: Step, examples: Examples, seed: int) -> None:
-        self.settings: TrainingConfig = config.training
-        self.model, self.step, self.examples, self.seed = model, step, examples, seed
-        self.bfloat16 = wants_bfloat16(config.backbone.precision, model.device)
-        self.equal = config.search.mix == "equal"
-
-    def run(self, epochs: int, job: Job, progress: Progress) -> dict[str, Any]:
-        """Train; leaves the best epoch's weights in the model.
-
-        Returns:
-            `training`: one row of numbers an optimiser step (thinned to about 200 a stage); `epochs`: validation loss
-            in nats a code token, epoch 0 being the start; `best_epoch`.
-        """
-        log: list[dict[str, float]] = []
-        losses = [self.validate()]
-        best, best_weights = 0, _moving(self.model)
-        per_epoch = -(-self.examples.windows // self.settings.batch_size)
-        every = max(1, epochs * per_epoch // 200)
-        for epoch in range(1, epochs + 1):
-            for numbers in self._epoch(epoch):
-                count = len(log) + 1
-                log.append({"step": count, **numbers})
-                progress(
-                    {"method": job.method, "stage": job.stage, "epoch": epoch, "step": count}
-                    | {"steps": epochs * per_epoch, "loss": numbers["ce"]}
-                )
-            losses.append(self.validate())
-            if losses[-1] is None or losses[-1] < min(loss for loss in losses[:-1] if loss is not None):
-                best, best_weights = epoch, _moving(self.model)
-            elif epoch - best >= self.settings.patience:
-                break
-        _put_back(self.model, best_weights)
-        rows = [{"epoch": epoch, "validation_loss": loss} for epoch, loss in enumerate(losses)]
-        return {"training": log[::every], "epochs": rows, "best_epoch": best}
-
-    def _epoch(self, epoch: int) -> Iterator[dict[str, float]]:
-        self.model.train()
-        order = np.random.default_rng([self.seed % 2**32, epoch])
-        for chosen in self.examples.epoch(self.settings.batch_size, order):
-            numbers = self.step(self._micro_batches(chosen))
-            # A gradient that is not finite spoils the weights, which the next loss would show; there may be none.
-            for name, value in (("loss", numbers["ce"]), ("gradient's norm", numbers.get("gradient_norm", 0.0))):
-                if not np.isfinite(value):
-                    raise UserError(
-                        f"the {name} became {value} in epoch {epoch}, in the batch of "
-                        f"{_first_windows(chosen)}; lower training.learning_rate. Nothing was saved"
-                    )
-            yield numbers
-
-    def _micro_batches(self, chosen: Mapping[str, np.ndarray]) -> Iterator[Losses]:
-        shares = self.examples.shares(chosen, self.equal)
-        for piece in micro_batches(chosen, self.settings.micro_batch_size):
-            losses = {
-                name: self._loss(name, self.examples.parts[name].training, part, self.settings.label_smoothing)
-                * shares[name]
-                for name, part in piece.items()
-            }
-            yield SharedLosses(losses, self.examples.weights(piece, shares))
-
-    def _loss(self, objective: str, windows: Windows | SearchWindows, chosen: np.ndarray, smoothing: float) -> Tensor:
-        with record_function("driftrec/batches"):
-            batch = self.examples.parts[objective].batch(windows, chosen).to(self.model.device)
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return self.model.loss(batch, self.settings.temperature if self.model.training else 1.0, smoothing)
-
-    def validate(self) -> float | None:
-        """Mean cross-entropy (nats a code token) on the stage's validation targets; None where there are none.
-
-        With `search.mix = "equal"` it is the mean of the objectives' means.
-        """
-        self.model.eval()
-        with torch.no_grad():
-            found = [
-                (self._validation_loss(name, part.validation), part.validation.targets * self.examples.levels)
-                for name, part in self.examples.parts.items()
-                if len(part.validation)
-            ]
-        if not found:
-            return None
-        if self.equal:
-            return sum(total / codes for total, codes in found) / len(found)
-        return sum(total for total, _ in found) / sum(codes for _, codes in found)
-
-    def _validation_loss(self, objective: str, windows: Windows | SearchWindows) -> float:
-        parts = validation_batches(windows, 2 * self.settings.batch_size)
-        return sum(float(self._loss(objective, windows, part, 0.0)) for part in parts)
-
-
-@contextmanager
-def _reproducible(seed: int) -> Iterator[None]:
-    """Deterministic kernels and a seeded global generator (dropout draws from it), both put back afterwards."""
-    before = torch.are_deterministic_algorithms_enabled()
-    own: Any = deterministic  # a module that is more than its stubs say
-    filling = own.fill_uninitialized_memory
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True)
-        # Nothing here reads memory before writing it; filling every new tensor costs a pass over it.
-        own.fill_uninitialized_memory = False
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before)
-            own.fill_uninitialized_memory = filling
-
-
 def derived_seed(seed: int, *place: int | str) -> int:
     """A 63-bit seed that depends on the run's seed and the place it is used at, and on nothing else."""
     return int(digest_of([seed, *place])[:15], 16)
-
-
-def _first_windows(chosen: Mapping[str, np.ndarray]) -> str:
-    return " and ".join(f"{name} windows {rows[0]}, ..." for name, rows in chosen.items() if len(rows))
-
-
-def _moving(model: GenerativeModel) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-
-
-def _put_back(model: GenerativeModel, values: Mapping[str, Tensor]) -> None:
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in values.items():
-            own[name].copy_(value)
-
-
-def _drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
-    """How far a stage moved its weights: root mean square, mean, and what is left without each matrix's mean."""
-    gaps = {name: (after[name] - value).flatten() for name, value in before.items()}
-    rows = [gap for name, gap in gaps.items() if name in TOKEN_ROWS]
-    rest = [gap for name, gap in gaps.items() if name not in TOKEN_ROWS]
-    numbers = {}
-    if rest:
-        numbers["drift_rms"] = float(torch.cat(rest).square().mean().sqrt())
-        numbers["drift_mean"] = float(torch.stack([gap.mean() for gap in rest]).mean())
-        numbers["drift_centred_rms"] = float(torch.cat([gap - gap.mean() for gap in rest]).square().mean().sqrt())
-    if rows:
-        numbers["token_row_drift"] = float(torch.cat(rows).square().mean().sqrt())
-    return numbers
 
 
 def training_log(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from flows import cli
+from flows import cli, endings, environment
 from flows.experiment import exclusive
 from stages.errors import UserError
 from stages.workspace import read_json
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _leave_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "set_defaults", lambda root=None: None)
-    monkeypatch.setattr(cli, "_running_in", [])
-    monkeypatch.setattr(cli, "_own_process", lambda: None)
+    environment.RUNNING_IN.clear()
+    monkeypatch.setattr(endings, "own_process", lambda: None)
     monkeypatch.setenv("DRIFTREC_LOG_FORMAT", "text")
 
 

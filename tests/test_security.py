@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from flows import cli
+from flows import endings
 from stages.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
@@ -162,10 +162,10 @@ def test_a_new_workspace_is_its_users_own(tmp_path: Path) -> None:
     assert (tmp_path / "w").stat().st_mode & 0o777 == 0o700
     before = os.umask(0o022)
     try:
-        signals = cli.logs.end_on_signals
-        cli.logs.end_on_signals = lambda: None
-        cli._own_process()
+        signals = endings.logs.end_on_signals
+        endings.logs.end_on_signals = lambda: None
+        endings.own_process()
         assert os.umask(0o022) == 0o077
     finally:
-        cli.logs.end_on_signals = signals
+        endings.logs.end_on_signals = signals
         os.umask(before)
