@@ -112,7 +112,7 @@ def _strongest(links: sparse.csr_array, count: int) -> sparse.csr_array:
     place = np.arange(len(order)) - np.searchsorted(row, row)  # `row` rises, before the sort and after it
     kept = np.ones(len(rows), dtype=bool)
     kept[long[order[place >= count]]] = False
-    return _sparse(rows[kept], columns[kept], weights[kept], links.shape[0])
+    return _sparse(rows[kept], columns[kept], weights[kept], len(links.indptr) - 1)
 
 
 def _sparse(rows: IntArray, columns: IntArray, weights: npt.NDArray[np.float64], size: int) -> sparse.csr_array:
