@@ -84,6 +84,8 @@ def test_mlflow_serves_the_exported_model(model: Path, trained: Trained) -> None
     # From another folder and without the sources on the path: what the model needs lies in it.
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(model), "-p", str(port)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # With --env-manager local MLflow starts the uvicorn that it finds on the path.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     words = ["--env-manager", "local", "--host", "127.0.0.1", "--workers", "1"]
     with subprocess.Popen([*command, *words], cwd=model.parent, env=environment) as process:
         try:
