@@ -319,6 +319,13 @@ def test_a_pretrained_backbone_protects_the_inputs_of_a_text(reader: Path, board
     torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-3, rtol=0)
 
 
+def test_reading_a_corpus_is_logged_by_tenths(board: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    model, past = at_start(tiny.config(**QUICK), board, job(1))
+    with caplog.at_level("INFO", logger="stages.protection"):
+        protections(model, GemsConfig(corpus_tokens=500, k_rule="fixed", k_value=3), past)
+    assert caplog.messages == [f"null space: {n} of at most 500 corpus tokens read" for n in (168, 504)]
+
+
 def test_a_missing_text_and_a_backbone_without_words_are_said(reader: Path, board: Workspace, tmp_path: Path) -> None:
     config = tiny.config(backbone={"path": str(reader)}, **QUICK)
     past = Past(tokens=lambda: iter(()), folder=tmp_path / "kept")

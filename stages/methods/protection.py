@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from stages.method_config import GemsConfig
 from stages.methods.contract import Past
 from stages.workspace import digest_of, read_json, replacing, sha256_file, write_json
 
+log = logging.getLogger("stages.protection")
 TEXT_LENGTH, TEXT_BATCH = 256, 8
 """Tokens of a row of text, and rows of a batch."""
 CROWDED = 0.9
@@ -27,7 +29,7 @@ CROWDED = 0.9
 
 
 def protections(
-    model: GenerativeModel, settings: GemsConfig, past: Past | None, progress: Callable[[int], None] = lambda _: None
+    model: GenerativeModel, settings: GemsConfig, past: Past | None, progress: Callable[[int], None] | None = None
 ) -> dict[str, Protection]:
     """The protected inputs of every linear map, by its name; maps that read the same input share one tensor.
 
@@ -35,7 +37,7 @@ def protections(
         model: the one the stage starts from.
         settings: corpus, its size and the rule for k.
         past: the previous stage's windows, and the folder results are kept in.
-        progress: called with the corpus tokens seen.
+        progress: called with the corpus tokens seen; absent: every tenth of them is logged.
 
     Returns:
         Empty where `null_space = "off"`.
@@ -63,7 +65,7 @@ def protections(
     if not file.exists():
         training = model.training
         model.eval()
-        _store(file, key, _found(model, forward, stream, settings, progress))
+        _store(file, key, _found(model, forward, stream, settings, progress or _logged(settings.corpus_tokens)))
         model.train(training)
     return read_protections(file, key)
 
@@ -88,6 +90,18 @@ def _found(
                 stacklevel=2,
             )
     return found
+
+
+def _logged(total: int) -> Callable[[int], None]:
+    tenths = 0
+
+    def progress(seen: int) -> None:
+        nonlocal tenths
+        if seen * 10 // total > tenths:
+            tenths = seen * 10 // total
+            log.info("null space: %d of at most %d corpus tokens read", seen, total)
+
+    return progress
 
 
 def _store(file: Path, key: str, found: dict[tuple[str, ...], Protection]) -> None:
