@@ -256,6 +256,7 @@ def other_processor(bench: Bench, count: int, rng: Random) -> Iterator[str]:
 
 def soak(bench: Bench, count: int, rng: Random) -> Iterator[str]:
     """One lineage of `count` stages in one process: memory, descriptors and disk a stage."""
+    count = max(count, 12)  # fewer would say nothing
     settings, place = board(bench.place(), count)
     memory, descriptors, seconds = [], [], []
     for stage in range(count):
