@@ -12,8 +12,9 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,17 @@ def learn(task: dict[str, Any]) -> None:
         for method, seed, protocol, last in task["jobs"]:
             for stage in range(last + 1):
                 job = jobs.Job(method, seed, protocol, stage)
-                done = train_stage(config, place, job)
+                done = train_stage(config, place, job, progress=partial(_pause, task.get("pause")))
                 remember_trained(place, done)
                 if protocol == "same_stage" and task.get("test", True):
                     evaluate.evaluate_stage(config, place, job, tested=stage)
                 sys.stdout.write(f"{'found' if done.reused else 'trained'} {done.key}\n")
+
+
+def _pause(stage: int | None, news: Mapping[str, Any]) -> None:
+    """Stop at the second optimiser step of `stage`, until somebody lets the process go on."""
+    if (news["stage"], news["step"]) == (stage, 2):
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def answers(task: dict[str, Any]) -> None:

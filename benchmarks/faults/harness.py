@@ -122,6 +122,15 @@ class Child:
             time.sleep(0.02)
         return words in self.said
 
+    def stops(self, limit: float = LIMIT) -> bool:
+        """Whether it is stopped by a signal before it ends or the time is up."""
+        until = time.monotonic() + limit
+        while time.monotonic() < until and self.process.is_alive():
+            if "\nState:\tT" in Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8"):
+                return True
+            time.sleep(0.02)
+        return False
+
     @property
     def said(self) -> str:
         """Both output streams."""

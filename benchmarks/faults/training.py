@@ -190,7 +190,7 @@ def leakage(bench: Bench, count: int, rng: Random) -> Iterator[str]:
         yield "" if before == [tensors_digest(path) for path in folders(other, twin, early)] else "the future leaked"
         dataset = load_dataset(settings, place)
         trained = training_targets(dataset.interactions, range(2), "next_stage", 0)
-        queries = test_queries(settings, dataset, last, 2, None)
+        queries = test_queries(settings, dataset, last, 2, None, "recommendation")
         latest = dataset.interactions.stages[trained].max()
         yield "" if latest < dataset.interactions.stages[queries.cut].min() else "trained on what is tested"
         begin = bench.learned.root
@@ -256,6 +256,7 @@ def other_processor(bench: Bench, count: int, rng: Random) -> Iterator[str]:
 
 def soak(bench: Bench, count: int, rng: Random) -> Iterator[str]:
     """One lineage of `count` stages in one process: memory, descriptors and disk a stage."""
+    count = max(count, 12)  # fewer would say nothing
     settings, place = board(bench.place(), count)
     memory, descriptors, seconds = [], [], []
     for stage in range(count):
