@@ -34,7 +34,7 @@ class _Targets:
 
 
 @dataclass(frozen=True)
-class _Asking:
+class Asking:
     """Test queries as a recommender is asked them.
 
     Attributes:
@@ -113,7 +113,7 @@ def rank_queries(
     """
     targets = _targets(interactions, queries)
     names = pl.Series(interactions.user_ids, dtype=pl.String)
-    asking = _asking(interactions, queries, objective, history, exclude_history)
+    asking = as_asked(interactions, queries, objective, history, exclude_history)
     ranks, tied = _ranks(recommender, asking, targets, known, k, batch_size, progress)
     familiar = _familiar_items(interactions, seen_stage, trained)
     reachable = (targets.item < known) & ~(targets.repeat & exclude_history)
@@ -135,9 +135,10 @@ def rank_queries(
     )
 
 
-def _asking(
+def as_asked(
     interactions: Interactions, queries: Queries, objective: str, history: str, exclude_history: bool
-) -> _Asking:
+) -> Asking:
+    """The queries as a recommender gets them; arguments as in `rank_queries`."""
     events, cut, texts = interactions, queries.cut, None
     if events.query is not None and objective == "search":
         texts = events.queries(queries.first)
@@ -145,7 +146,7 @@ def _asking(
         cut, events = events.recommendations_before[cut], events.recommendations
     start = events.offsets[queries.user]
     newest = start if exclude_history else np.maximum(start, cut - HISTORY_ITEMS)
-    return _Asking(events, queries.user, newest, cut, cut - start, texts)
+    return Asking(events, queries.user, newest, cut, cut - start, texts)
 
 
 def _targets(interactions: Interactions, queries: Queries) -> _Targets:
@@ -174,7 +175,7 @@ def _any(targets: _Targets, flags: BoolArray) -> BoolArray:
 
 def _ranks(
     recommender: Recommender,
-    asking: _Asking,
+    asking: Asking,
     targets: _Targets,
     known: int,
     k: int,

@@ -121,7 +121,7 @@ def test_mlflow_and_prefect_show_every_decision(shop: tuple[Path, Workspace, lis
     assert "gate/low" in promoted.data.metrics
     version = client.get_model_version_by_alias(registry.model_name("growing"), registry.ALIAS)
     assert version.tags["checkpoint"] == read_json(workspace.root / "champion.json")["key"]
-    registry.record_decision(workspace, "growing", read_history(workspace)[0][1])
+    registry.record_decisions(workspace, "growing")
     assert len(client.search_runs([place.experiment_id], "tags.role = 'decision'")) == 3
     with get_client(sync_client=True) as prefect:
         shown = [str(artifact.data) for artifact in prefect.read_artifacts() if artifact.key == "decision"]
