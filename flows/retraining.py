@@ -16,6 +16,7 @@ from flows.gate import verdict
 from flows.history import Entry, read_history
 from flows.plan import Lineage, Plan
 from flows.recommending import favourite
+from flows.steps import evaluate, train
 from flows.terminal import watcher
 from stages.config import load_config
 from stages.jobs import BASELINES, SEARCH_BASELINES, Checkpoint, Evaluation, Job
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from stages.append import Intake
     from stages.contest import Difference, Probe
 
+__all__ = ["answers", "decide", "evaluate", "grow", "mirror", "rebuild", "take", "train"]
+"""What `flows.retrain.work` asks of whoever does the steps: this module, or `flows.tasks` with the same as tasks."""
 log = logging.getLogger("flows.retraining")
 
 
@@ -85,7 +88,7 @@ def look(plan: Plan, new: str | None = None, close_now: bool = False) -> Intake:
     return take_new_rows(plan.config, plan.workspace, new, close_now, dry_run=True, progress=watcher().say)
 
 
-def identify(plan: Plan) -> None:
+def grow(plan: Plan) -> None:
     """Codes for the items of new stages; nobody's codes move."""
     from stages.append import grow_catalogue
 

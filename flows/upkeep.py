@@ -50,10 +50,11 @@ def run_retrain(config: Path, workspace: Path, new: str | None = None, close_now
     with exclusive(Workspace(workspace)), terminal.watching() as watcher:
         watcher.label = "starting Prefect"
         watcher.expect(0)
-        from flows.retrain import retrain as flow
+        from flows.running import run
 
         given = str(Path(new).expanduser().absolute()) if new is not None else None
-        said = flow(str(config.resolve()), given, close_now, str(workspace))
+        arguments = {"config": str(config.resolve()), "new": given, "close_now": close_now}
+        said = run("retrain", {**arguments, "workspace": str(workspace)})
     terminal.stdout().print(said, soft_wrap=True, markup=False)
 
 
