@@ -230,30 +230,6 @@ def doctor(
     raise typer.Exit(0 if healthy(checks) else 1)
 
 
-@app.command()
-def gc(
-    workspace: ThisFolder,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
-    keep: Annotated[int, typer.Option(help="Newest checkpoints kept of each method, seed and protocol.")] = 2,
-    forget_report: Annotated[bool, typer.Option(help="Also what only the latest report names.")] = False,
-) -> None:
-    """Remove what nothing rests on: never the champion's lineage, never what the latest report names."""
-    _start(workspace)
-    from flows import terminal
-    from flows.experiment import exclusive, remembered_config
-    from flows.retention import removable, remove
-
-    _, place = remembered_config(workspace)
-    console = terminal.stdout()
-    with exclusive(place):
-        found = removable(place, keep, forget_report)
-        for removal in found:
-            where = removal.path.relative_to(place.root)
-            console.print(f"{removal.size / 2**20:8.1f} MiB  {where}  ({removal.why})", soft_wrap=True, markup=False)
-        size = sum(removal.size for removal in found) if dry_run else remove(found)
-    console.print(f"{len(found)} {'to remove' if dry_run else 'removed'}, {size / 2**20:.1f} MiB")
-
-
 def _list(
     workspace: Path,
     user: str | None,

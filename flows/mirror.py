@@ -35,7 +35,7 @@ def record(workspace: Workspace, folder: Path) -> str | None:
         Address of the chart of `folder`'s report, or None where it could not be recorded.
     """
     try:
-        seconds = _seconds()
+        seconds = patience()
         within(seconds, partial(_answers, workspace))
         chart = within(WHOLE * seconds, partial(_copied, workspace, folder))
         for missed in missing(workspace):
@@ -78,7 +78,12 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     return results[0]
 
 
-def _seconds() -> float:
+def patience() -> float:
+    """Seconds MLflow may take to answer.
+
+    Raises:
+        UserError: DRIFTREC_MLFLOW_SECONDS is no number above 0.
+    """
     text = os.environ.get("DRIFTREC_MLFLOW_SECONDS", str(SECONDS))
     try:
         seconds = float(text)

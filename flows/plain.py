@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from flows import experiment, steps
+from flows import experiment, retraining, steps
 from flows.continual import follow_all
+from flows.retrain import work
 from flows.steps import make_plan
 
-KNOWN = ("compare", "continual")
+KNOWN = ("compare", "continual", "retrain")
 
 
 def run_plainly(name: str, arguments: dict[str, Any]) -> str:
-    """`compare` or `continual` as plain functions; what a broken-off flow committed is looked up, not made again.
+    """A flow as plain functions; what a broken-off flow committed is looked up, not made again.
 
     Args:
         name: one of KNOWN.
         arguments: the flow's parameters.
 
     Returns:
-        The report's folder.
+        What the flow returns.
     """
+    if name == "retrain":
+        return _retrain_plainly(**arguments)
     wanted = {**arguments}
     method = wanted.pop("method", None)
     methods = [method] if method is not None else wanted.pop("methods", None)
@@ -36,3 +40,10 @@ def run_plainly(name: str, arguments: dict[str, Any]) -> str:
     folder = steps.summarise(plan, [*baselines, *tests], trained)
     steps.record(plan.workspace, folder)
     return str(folder)
+
+
+def _retrain_plainly(config: str, new: str | None, close_now: bool, workspace: str) -> str:
+    plan = steps.claimed(retraining.retrain_plan(Path(config), Path(workspace)))
+    arguments = {"config": config, "new": new, "close_now": close_now}
+    experiment.remember_command(plan.workspace, "retrain", arguments, None)
+    return retraining.summary(*work(plan, new, close_now, retraining))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from flows import tracking
-from flows.history import Entry
+from flows.champion import Champion, in_service
+from flows.history import Entry, read_history
 from stages.workspace import Workspace, digest_of
 
 ALIAS = "champion"
@@ -14,26 +17,35 @@ LONGEST = 5000
 """Characters MLflow keeps of a tag."""
 
 
-def record_decision(workspace: Workspace, experiment: str, line: Entry) -> str:
-    """Record one line of the history; the same line again changes nothing.
+def record_decisions(workspace: Workspace, experiment: str) -> None:
+    """Record every line of the history that MLflow does not have, and point the alias at the champion.
 
     Args:
-        workspace: holds the store and the checkpoints.
+        workspace: holds history, champion and checkpoints.
         experiment: the config's name.
-        line: of `history.jsonl`.
-
-    Returns:
-        The run's id.
     """
-    client = tracking.MlflowClient(workspace.mlflow_uri)
-    place = tracking.experiment_of(client, experiment, workspace.mlflow_artifacts)
-    key = digest_of(line)[:32]
-    found = client.search_runs([place], f'tags.`driftrec.key` = "{key}"', max_results=1)
-    run = str(found[0].info.run_id) if found else _run(client, place, key, line)
-    if line["decision"] in SERVED:
-        _point(client, model_name(experiment), workspace, line["champion"], run)
-    client.set_terminated(run)
-    return run
+    client = tracking.MlflowClient(tracking.store(workspace))
+    own = tracking.store(workspace) == workspace.mlflow_uri
+    place = tracking.experiment_of(client, experiment, workspace.mlflow_artifacts if own else None)
+    known = {run.data.tags.get("driftrec.key"): str(run.info.run_id) for run in _decisions(client, place)}
+    runs: dict[str, str] = {}
+    for line in read_history(workspace)[0]:
+        key = digest_of(line)[:32]
+        run = known.get(key) or _run(client, place, key, line)
+        if line["decision"] in SERVED:
+            runs[line["champion"]["digest"]] = run
+    present = in_service(workspace)
+    if present is not None and present.digest in runs:
+        _point(client, model_name(experiment), workspace, present, runs[present.digest])
+
+
+def _decisions(client: tracking.MlflowClient, place: str) -> Iterator[Any]:
+    """Every run of a decision, page by page."""
+    token: str | None = None
+    while token != "":
+        page = client.search_runs([place], 'tags.role = "decision"', page_token=token)
+        yield from page
+        token = page.token or ""
 
 
 def model_name(experiment: str) -> str:
@@ -50,6 +62,7 @@ def _run(client: tracking.MlflowClient, place: str, key: str, line: Entry) -> st
     name = f"{line['decision']} at stage {line['stage']}"
     run = client.create_run(place, run_name=name, tags=tags)
     client.log_batch(run.info.run_id, metrics=[_metric(line["stage"], *pair) for pair in _numbers(line).items()])
+    client.set_terminated(run.info.run_id)
     return str(run.info.run_id)
 
 
@@ -68,17 +81,16 @@ def _numbers(line: Entry) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _point(client: tracking.MlflowClient, name: str, workspace: Workspace, champion: dict[str, Any], run: str) -> None:
+def _point(client: tracking.MlflowClient, name: str, workspace: Workspace, champion: Champion, run: str) -> None:
     """Register the champion's checkpoint where it is not yet, and move the alias to it."""
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description="The model in service; champion.json is the truth.")
     versions = client.search_model_versions(f"name = '{name}'")
-    known = [version for version in versions if version.tags.get("digest") == champion["digest"]]
-    if known:
-        version = known[0].version
-    else:
-        source = (workspace.checkpoints / champion["key"]).resolve().as_uri()
-        tags = {"digest": champion["digest"], "checkpoint": champion["key"]}
-        tags |= {field: str(value) for field, value in champion["job"].items()}
-        version = client.create_model_version(name, source, run_id=run, tags=tags).version
-    client.set_registered_model_alias(name, ALIAS, str(version))
+    found = next((version for version in versions if version.tags.get("digest") == champion.digest), None)
+    if found is None:
+        source = (workspace.checkpoints / champion.key).resolve().as_uri()
+        tags = {"digest": champion.digest, "checkpoint": champion.key}
+        tags |= {field: str(value) for field, value in asdict(champion.job).items()}
+        found = client.create_model_version(name, source, run_id=run, tags=tags)
+    if client.get_registered_model(name).aliases.get(ALIAS) != str(found.version):
+        client.set_registered_model_alias(name, ALIAS, str(found.version))

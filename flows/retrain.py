@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow
 
@@ -12,6 +13,9 @@ from flows.history import Entry
 from flows.plan import Plan
 from flows.retraining import Match
 from flows.steps import claimed
+
+if TYPE_CHECKING:
+    from stages.append import Intake
 
 
 @flow(name="retrain")
@@ -35,35 +39,47 @@ def retrain(config: str, new: str | None = None, close_now: bool = False, worksp
         crashed.clear_last(plan.workspace)
         plan = claimed(plan)
         artifacts.remember(plan, "retrain")
-        intake = tasks.take(plan, new, close_now)
-        tasks.grow(plan)
-        lines = [*rebuilt(plan), *decisions(plan)]
+        intake, lines = work(plan, new, close_now, tasks)
         artifacts.publish_decisions(intake, lines)
         return retraining.summary(intake, lines)
 
 
-def rebuilt(plan: Plan) -> list[Entry]:
+def work(plan: Plan, new: str | None, close_now: bool, doing: Any) -> tuple[Intake, list[Entry]]:
+    """Everything a retraining does.
+
+    Args:
+        plan: claimed, its workspace held.
+        new: as in `retrain`.
+        close_now: as in `retrain`.
+        doing: `flows.tasks`, or `flows.retraining` to do without Prefect.
+    """
+    intake = doing.take(plan, new, close_now)
+    doing.grow(plan)
+    return intake, [*rebuilt(plan, doing), *decisions(plan, doing)]
+
+
+def rebuilt(plan: Plan, doing: Any) -> list[Entry]:
     """The champion trained anew, where its data or settings changed."""
     job = retraining.outdated(plan)
     if job is None:
         return []
-    line = tasks.rebuild(plan, tasks.train(plan, job))
-    tasks.mirror(plan, line)
+    line = doing.rebuild(plan, doing.train(plan, job))
+    doing.mirror(plan, line)
     return [line]
 
 
-def decisions(plan: Plan) -> list[Entry]:
+def decisions(plan: Plan, doing: Any) -> list[Entry]:
     """Every decision that is due, oldest stage first."""
     lines: list[Entry] = []
     while (match := retraining.next_match(plan)) is not None:
-        lines.append(decided(plan, match))
+        lines.append(decided(plan, match, doing))
     return lines
 
 
-def decided(plan: Plan, match: Match) -> Entry:
+def decided(plan: Plan, match: Match, doing: Any) -> Entry:
     """One decision: train, ask everybody about the same users, judge, record."""
-    checkpoints = [tasks.train(plan, job) for job in match.trained()]
-    tests = [tasks.evaluate(plan, job, match.stage) for job in (*match.trained(), *match.baselines)]
-    line = tasks.decide(plan, match, checkpoints[0], tests, tasks.answers(plan, match))
-    tasks.mirror(plan, line)
+    checkpoints = [doing.train(plan, job) for job in match.trained()]
+    tests = [doing.evaluate(plan, job, match.stage) for job in (*match.trained(), *match.baselines)]
+    line = doing.decide(plan, match, checkpoints[0], tests, doing.answers(plan, match))
+    doing.mirror(plan, line)
     return line

@@ -5,24 +5,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows import champion, steps
+from flows import mirror as mirror_store
 from flows.experiment import trained_jobs
 from flows.gate import verdict
 from flows.history import Entry, read_history
 from flows.plan import Lineage, Plan
 from flows.recommending import favourite
+from flows.steps import evaluate, train
 from flows.terminal import watcher
 from stages.config import load_config
-from stages.jobs import BASELINES, Checkpoint, Evaluation, Job
+from stages.jobs import BASELINES, SEARCH_BASELINES, Checkpoint, Evaluation, Job
 from stages.workspace import Workspace, read_json
 
 if TYPE_CHECKING:
     from stages.append import Intake
     from stages.contest import Difference, Probe
 
+__all__ = ["answers", "decide", "evaluate", "grow", "mirror", "rebuild", "take", "train"]
+"""What `flows.retrain.work` asks of whoever does the steps: this module, or `flows.tasks` with the same as tasks."""
 log = logging.getLogger("flows.retraining")
 
 
@@ -83,7 +88,7 @@ def look(plan: Plan, new: str | None = None, close_now: bool = False) -> Intake:
     return take_new_rows(plan.config, plan.workspace, new, close_now, dry_run=True, progress=watcher().say)
 
 
-def identify(plan: Plan) -> None:
+def grow(plan: Plan) -> None:
     """Codes for the items of new stages; nobody's codes move."""
     from stages.append import grow_catalogue
 
@@ -134,7 +139,9 @@ def _lineage(plan: Plan) -> Lineage:
 
 
 def _match(plan: Plan, stage: int, challenger: Job, present: Job | None) -> Match:
-    baselines = tuple(replace(challenger, method=name) for name in BASELINES)
+    searching = plan.config.retrain.gate.objective == "search"
+    names = (name for name in BASELINES if searching or name not in SEARCH_BASELINES)
+    baselines = tuple(replace(challenger, method=name) for name in names)
     return Match(stage, challenger, present, baselines)
 
 
@@ -142,7 +149,7 @@ def _first(plan: Plan, last: int, ahead: int) -> Match | None:
     """A champion to begin with: the best method of the last report, or the configured one trained up to here."""
     trained = [job for job in trained_jobs(plan.workspace) if job.protocol == plan.config.retrain.protocol]
     if trained:
-        best = favourite(plan.workspace.root)
+        best = favourite(plan.workspace.root, plan.config.retrain.gate.objective)
         job = max(trained, key=lambda job: (job.method == best, job.stage, -job.seed))
         return _match(plan, min(job.stage + ahead, last), job, None)
     return _match(plan, last, _lineage(plan).at(last - ahead), None) if last >= ahead else None
@@ -176,9 +183,9 @@ def decide(plan: Plan, match: Match, checkpoint: Checkpoint, tests: Sequence[Eva
     found: dict[str, Difference] | None = None
     if match.champion is not None:
         pair = by_job[match.challenger], by_job[match.champion]
-        found = differences(plan.workspace, *pair, own.metric, plan.config.evaluation.bootstrap)
+        found = differences(plan.workspace, *pair, own, plan.config.evaluation.bootstrap)
     judged = verdict(found, answered, own)
-    scores = {name(test.job): mean_scores(plan.workspace, [test], own.metric)[test.job.method] for test in tests}
+    scores = {name(test.job): mean_scores(plan.workspace, [test], own)[test.job.method] for test in tests}
     line: Entry = {
         "stage": match.stage,
         "why": _sentence(match, judged.passed, judged.why),
@@ -221,13 +228,14 @@ def mirror(plan: Plan, line: Entry) -> None:
 
 
 def mirrored(workspace: Workspace, experiment: str, line: Entry) -> None:
-    """Copy a decision into MLflow; the history is the truth, so a store that fails only costs a warning."""
+    """Copy a decision into MLflow, and earlier ones it missed; a store that fails only costs a warning."""
     from flows import registry
 
     try:
-        registry.record_decision(workspace, experiment, line)
+        mirror_store.within(mirror_store.patience(), partial(registry.record_decisions, workspace, experiment))
     except Exception as error:
-        log.warning("MLflow does not have the decision on stage %s (%s); history.jsonl has it", line["stage"], error)
+        words = " ".join(str(error).split())[:300] or type(error).__name__
+        log.warning("MLflow does not have the decision on stage %s (%s); the next run records it", line["stage"], words)
 
 
 def summary(intake: Intake, lines: Sequence[Entry]) -> str:

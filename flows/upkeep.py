@@ -50,10 +50,11 @@ def run_retrain(config: Path, workspace: Path, new: str | None = None, close_now
     with exclusive(Workspace(workspace)), terminal.watching() as watcher:
         watcher.label = "starting Prefect"
         watcher.expect(0)
-        from flows.retrain import retrain as flow
+        from flows.running import run
 
         given = str(Path(new).expanduser().absolute()) if new is not None else None
-        said = flow(str(config.resolve()), given, close_now, str(workspace))
+        arguments = {"config": str(config.resolve()), "new": given, "close_now": close_now}
+        said = run("retrain", {**arguments, "workspace": str(workspace)})
     terminal.stdout().print(said, soft_wrap=True, markup=False)
 
 
@@ -101,6 +102,30 @@ def history(workspace: ThisFolder) -> None:
         console.print(f"{torn} line(s) of {history_file(place)} cannot be read; a kill tears one", soft_wrap=True)
     shown = "nothing" if present is None else f"{retraining.name(present.job)}, since {present.since}"
     console.print(f"in service: {shown}", soft_wrap=True)
+
+
+@app.command()
+def gc(
+    workspace: ThisFolder,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+    keep: Annotated[int, typer.Option(help="Newest checkpoints kept of each method, seed and protocol.")] = 2,
+    forget_report: Annotated[bool, typer.Option(help="Also what only the latest report names.")] = False,
+) -> None:
+    """Remove what nothing rests on: never the champion's lineage, never what the latest report names."""
+    started_in(workspace)
+    from flows import terminal
+    from flows.experiment import exclusive, remembered_config
+    from flows.retention import removable, remove
+
+    _, place = remembered_config(workspace)
+    console = terminal.stdout()
+    with exclusive(place):
+        found = removable(place, keep, forget_report)
+        for removal in found:
+            where = removal.path.relative_to(place.root)
+            console.print(f"{removal.size / 2**20:8.1f} MiB  {where}  ({removal.why})", soft_wrap=True, markup=False)
+        size = sum(removal.size for removal in found) if dry_run else remove(found)
+    console.print(f"{len(found)} {'to remove' if dry_run else 'removed'}, {size / 2**20:.1f} MiB")
 
 
 @app.command("serve-flows")

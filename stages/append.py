@@ -239,7 +239,7 @@ def _commit(
     found = described(starts, users, items, digests, spans)
     manifest |= {"digest": digest_of_stages(found), "stages": [asdict(stage) for stage in found]}
     # From here on the commit is decided: `finish_commit` ends it after a kill.
-    write_json(workspace.stages / "next.json", manifest)
+    write_json(workspace.stages / "next.json", manifest, seal=True)
     finish_commit(workspace)
 
 
@@ -278,7 +278,7 @@ def finish_commit(workspace: Workspace) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, target)
                 sync_folder(target.parent)
-        write_json(workspace.stages / "manifest.json", manifest)
+        write_json(workspace.stages / "manifest.json", manifest, seal=True)
         decided.unlink()
     shutil.rmtree(workspace.stages / ".next", ignore_errors=True)
 

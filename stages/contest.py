@@ -15,7 +15,8 @@ from stages.dataset import load_dataset
 from stages.evaluate import recommender, test_queries
 from stages.jobs import Evaluation, Job
 from stages.metrics import FloatArray, user_means
-from stages.ranking import HISTORY_ITEMS
+from stages.ranking import asking_of
+from stages.retrain_config import GateConfig
 from stages.statistics import bootstrap_means, interval, paired_differences
 from stages.workspace import Workspace
 
@@ -23,7 +24,7 @@ SLICES = ("all", "new_item", "new_user", "returning_user")
 SEED = 20_240
 """Of the bootstrap and of the users probed: a repeated decision sees the same draws."""
 PROBED = 50
-"""Users asked one at a time."""
+"""Users of whom are asked, and queries at most."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Probe:
     """How a model answers single users, as a service would ask it.
 
     Attributes:
-        users: histories asked, one at a time; the first answer warms up and is not timed.
+        users: queries asked, one at a time, after one that warms up; 0 where the stage tests nobody, and then the rest
+            is 0, too.
         p50_ms: median milliseconds an answer.
         p95_ms: their 95th percentile.
         invalid_rate: share of the returned items that are not in the catalogue, an empty list counting as one.
@@ -65,9 +67,9 @@ class Probe:
 
 
 def differences(
-    workspace: Workspace, challenger: Evaluation, champion: Evaluation, metric: str, draws: int
+    workspace: Workspace, challenger: Evaluation, champion: Evaluation, gate: GateConfig, draws: int
 ) -> dict[str, Difference]:
-    """Slice by slice, what the challenger gains.
+    """Slice by slice, what the challenger gains in the gate's metric and objective.
 
     Both answered the same queries. Slices are the champion's: an item is new where the champion never trained on it.
 
@@ -75,12 +77,12 @@ def differences(
         UserError: an evaluation file is missing or changed.
         ValueError: the two were not asked the same.
     """
-    mine, theirs = (_recommendations(workspace, evaluation, metric) for evaluation in (challenger, champion))
+    mine, theirs = (_asked_about(workspace, evaluation, gate) for evaluation in (challenger, champion))
     if not mine.select("user", "cut").equals(theirs.select("user", "cut")):
         raise ValueError(f"{challenger.path} and {champion.path} hold different queries; delete both and run again")
     names, user = np.unique(mine["user"].to_numpy(), return_inverse=True)
     masks = _masks(theirs)
-    columns = [np.where(mask, frame[metric].to_numpy(), np.nan) for frame in (mine, theirs) for mask in masks]
+    columns = [np.where(mask, frame[gate.metric].to_numpy(), np.nan) for frame in (mine, theirs) for mask in masks]
     means = user_means(user, np.stack(columns, axis=1), len(names))
     return _summed_up(means, draws)
 
@@ -103,12 +105,12 @@ def _summed_up(means: FloatArray, draws: int) -> dict[str, Difference]:
     return found
 
 
-def mean_scores(workspace: Workspace, evaluations: Sequence[Evaluation], metric: str) -> dict[str, float | None]:
+def mean_scores(workspace: Workspace, evaluations: Sequence[Evaluation], gate: GateConfig) -> dict[str, float | None]:
     """Mean over users of each evaluation, by method; None without a query."""
     found: dict[str, float | None] = {}
     for evaluation in evaluations:
-        by_user = _recommendations(workspace, evaluation, metric).group_by("user").agg(pl.col(metric).mean())
-        mean = by_user[metric].mean()
+        by_user = _asked_about(workspace, evaluation, gate).group_by("user").agg(pl.col(gate.metric).mean())
+        mean = by_user[gate.metric].mean()
         found[evaluation.job.method] = float(mean) if isinstance(mean, float) else None
     return found
 
@@ -119,30 +121,32 @@ def probe(config: Config, workspace: Workspace, job: Job, tested: int) -> Probe:
     Raises:
         UserError: the lineage is not trained or is damaged.
     """
-    dataset = load_dataset(config, workspace)
-    queries = test_queries(config, dataset, job, tested, PROBED, "recommendation")
-    model, known = recommender(config, workspace, dataset, job), dataset.catalogue.known(job.stage)
-    limit = None if config.evaluation.exclude_history else HISTORY_ITEMS
-    histories = [
-        dataset.interactions.history(int(user), int(cut), limit)
-        for user, cut in zip(queries.user[:PROBED], queries.cut[:PROBED], strict=True)
-    ] or [np.empty(0, dtype=np.int64)]
-    model.recommend(histories[:1], config.evaluation.k)
+    dataset, objective = load_dataset(config, workspace), config.retrain.gate.objective
+    own, known = config.evaluation, dataset.catalogue.known(job.stage)
+    queries = test_queries(config, dataset, job, tested, PROBED, objective)
+    alone = objective == "recommendation" and config.search.rec_history == "recommendation"
+    history = "recommendation" if alone else "both"
+    asking = asking_of(dataset.interactions, queries, objective, history, own.exclude_history)
+    model = recommender(config, workspace, dataset, job, objective)
     seconds, returned, invalid = [], 0, 0
-    for history in histories:
+    for place in [0, *range(len(queries))][: PROBED + 1] if len(queries) else []:
+        one = np.array([place])
         started = time.perf_counter()
-        items = model.recommend([history], config.evaluation.k).items[0]
+        items = model.recommend(asking.histories(one), own.k, **asking.request(one)).items[0]
         seconds.append(time.perf_counter() - started)
         listed = items[items != -1]
         returned += max(len(listed), 1)
         invalid += int(((listed < 0) | (listed >= known)).sum()) if len(listed) else 1
-    p50, p95 = (float(value) for value in 1000 * np.quantile(seconds, (0.5, 0.95)))
-    return Probe(len(histories), p50, p95, invalid / returned)
+    timed = seconds[1:]
+    if not timed:
+        return Probe(0, 0.0, 0.0, 0.0)
+    p50, p95 = (float(value) for value in 1000 * np.quantile(timed, (0.5, 0.95)))
+    return Probe(len(timed), p50, p95, invalid / returned)
 
 
-def _recommendations(workspace: Workspace, evaluation: Evaluation, metric: str) -> pl.DataFrame:
-    frame = read_frame(workspace, evaluation, ["cut", metric])
-    return frame.filter(pl.col("objective") == "recommendation")
+def _asked_about(workspace: Workspace, evaluation: Evaluation, gate: GateConfig) -> pl.DataFrame:
+    frame = read_frame(workspace, evaluation, ["cut", gate.metric])
+    return frame.filter(pl.col("objective") == gate.objective)
 
 
 def _masks(frame: pl.DataFrame) -> list[np.ndarray]:

@@ -33,6 +33,8 @@ class GateConfig(Settings):
     metric: Literal[
         "hit_at_1", "hit_at_5", "hit_at_10", "hit_at_20", "ndcg_at_5", "ndcg_at_10", "ndcg_at_20", "mrr"
     ] = "hit_at_10"
+    objective: Literal["recommendation", "search"] = "recommendation"
+    """Which queries decide, in a log that holds searches."""
     minimum: Share = 0.0
     """Challenger minus champion must reach this; below 0 it is a margin of non-inferiority."""
     decide_by: Literal["interval", "mean"] = "interval"

@@ -7,6 +7,7 @@ is in exactly one stage.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
@@ -265,7 +266,7 @@ def described(
     users: Encoded,
     items: Encoded,
     digests: list[tuple[str, str]],
-    spans: list[tuple[str | None, str | None]],
+    spans: Sequence[tuple[str | None, str | None]],
 ) -> list[Stage]:
     """The stages of a table whose rows stand stage by stage.
 

@@ -53,7 +53,7 @@ def store_waiting(workspace: Workspace, waiting: Waiting) -> None:
     before = read_json(path)["parts"] if path.is_file() else dict.fromkeys(FOLDERS)
     after = {part: _write(workspace, part, getattr(waiting, part), before[part]) for part in FOLDERS}
     if after != before:
-        write_json(path, {"schema": SCHEMA, "parts": after})
+        write_json(path, {"schema": SCHEMA, "parts": after}, seal=True)
         _sweep(workspace, after)
 
 

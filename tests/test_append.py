@@ -235,11 +235,11 @@ def test_a_commit_killed_at_any_write_ends_as_if_it_had_not_been(
         left = [place]
 
         def dying(name: str, left: list[int] = left) -> Any:
-            def call(*arguments: Any) -> Any:
+            def call(*arguments: Any, **more: Any) -> Any:
                 if left[0] == 0:
                     raise KeyboardInterrupt
                 left[0] -= 1
-                return real[name](*arguments)
+                return real[name](*arguments, **more)
 
             return call
 

@@ -94,19 +94,19 @@ def test_the_difference_is_a_mean_over_users_with_a_paired_interval(workspace: W
     users = ["a", "a", "b", "c"]
     mine = evaluation(workspace, "mine", [1.0, 0.0, 1.0, 0.0], users)
     theirs = evaluation(workspace, "theirs", [0.0, 0.0, 1.0, 0.0], users, new_user=[False, False, True, False])
-    found = differences(workspace, mine, theirs, "hit_at_10", 200)
+    found = differences(workspace, mine, theirs, GateConfig(), 200)
     assert found["all"].value == pytest.approx(0.5 / 3)
     assert (found["all"].challenger, found["all"].champion) == (pytest.approx(0.5), pytest.approx(1 / 3))
     assert (found["all"].low, found["all"].users) == (0.0, 3)
     assert (found["new_user"].value, found["new_user"].users, found["new_item"].users) == (0.0, 1, 0)
-    assert differences(workspace, theirs, mine, "hit_at_10", 200)["all"].value == pytest.approx(-0.5 / 3)
-    assert mean_scores(workspace, [mine], "hit_at_10") == {"mine": pytest.approx(0.5)}
+    assert differences(workspace, theirs, mine, GateConfig(), 200)["all"].value == pytest.approx(-0.5 / 3)
+    assert mean_scores(workspace, [mine], GateConfig()) == {"mine": pytest.approx(0.5)}
 
 
 def test_slices_are_those_of_the_champion(workspace: Workspace) -> None:
     mine = evaluation(workspace, "mine", [1.0, 0.0], ["a", "b"])
     theirs = evaluation(workspace, "theirs", [0.0, 0.0], ["a", "b"], new_item=[True, False])
-    found = differences(workspace, mine, theirs, "hit_at_10", 100)
+    found = differences(workspace, mine, theirs, GateConfig(), 100)
     assert (found["new_item"].value, found["new_item"].users) == (1.0, 1)
 
 
@@ -114,7 +114,7 @@ def test_models_asked_different_questions_are_not_compared(workspace: Workspace)
     mine = evaluation(workspace, "mine", [1.0, 0.0], ["a", "b"])
     theirs = evaluation(workspace, "theirs", [1.0, 0.0], ["a", "c"])
     with pytest.raises(ValueError, match="different queries"):
-        differences(workspace, mine, theirs, "hit_at_10", 100)
+        differences(workspace, mine, theirs, GateConfig(), 100)
 
 
 def test_no_test_user_gives_no_number(workspace: Workspace) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from flows import champion, cli, crashed, experiment, registry
 from flows.history import read_history
+from flows.plain import run_plainly
 from stages import contest
 from stages.dataset import load_dataset
 from stages.errors import UserError
@@ -121,7 +122,7 @@ def test_mlflow_and_prefect_show_every_decision(shop: tuple[Path, Workspace, lis
     assert "gate/low" in promoted.data.metrics
     version = client.get_model_version_by_alias(registry.model_name("growing"), registry.ALIAS)
     assert version.tags["checkpoint"] == read_json(workspace.root / "champion.json")["key"]
-    registry.record_decision(workspace, "growing", read_history(workspace)[0][1])
+    registry.record_decisions(workspace, "growing")
     assert len(client.search_runs([place.experiment_id], "tags.role = 'decision'")) == 3
     with get_client(sync_client=True) as prefect:
         shown = [str(artifact.data) for artifact in prefect.read_artifacts() if artifact.key == "decision"]
@@ -138,6 +139,32 @@ def test_compare_uses_grown_stages_as_they_are(shop: tuple[Path, Workspace, list
     assert steps.split(plan).count == 4
     assert load_stages(workspace) == before
     assert (experiment.read_json(workspace.root / "config.json").get("log_digest")) is not None
+
+
+def test_decisions_that_mlflow_missed_are_recorded_once_when_it_is_back(
+    shop: tuple[Path, Workspace, list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    from flows.retraining import mirrored
+
+    _, workspace, _ = shop
+    last = read_history(workspace)[0][-1]
+
+    def down(*_: object) -> None:
+        raise OSError("nobody answers")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "record_decisions", down)
+        mirrored(workspace, "missed", last)
+    assert "MLflow does not have the decision on stage 3 (nobody answers)" in caplog.text
+    for _ in range(2):
+        mirrored(workspace, "missed", last)
+    client = MlflowClient(workspace.mlflow_uri)
+    place = client.get_experiment_by_name("missed")
+    assert place is not None
+    runs = client.search_runs([place.experiment_id])
+    assert sorted(run.data.tags["decision"] for run in runs) == ["first", "kept", "promoted"]
 
 
 @pytest.fixture
@@ -212,7 +239,9 @@ def test_a_run_killed_before_its_decision_goes_on_and_decides_the_same(
     monkeypatch.setattr(contest, "probe", real)
     retrain(str(config), workspace=str(workspace.root))
     other = tmp_path / "undisturbed"
-    retrain(str(other / config.name), workspace=str(other / workspace.root.name))
+    # Without Prefect, besides: the same steps as plain functions.
+    arguments = {"config": str(other / config.name), "new": None, "close_now": False}
+    assert "**" in run_plainly("retrain", {**arguments, "workspace": str(other / workspace.root.name)})
     mine, theirs = (read_history(Workspace(place))[0] for place in (workspace.root, other / workspace.root.name))
     same = ("decision", "stage", "scores", "differences")
     assert [[line[name] for name in same] for line in mine] == [[line[name] for name in same] for line in theirs]
