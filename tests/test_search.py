@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.baselines.bm25 import K1, B, Bm25
+from stages.checkpoint import ADAPTER, ROWS, read_tensors
 from stages.commit import checkpoint_folder
 from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.evaluate import evaluate_stage, recommender
+from stages.evaluate import test_queries as asked
 from stages.item_vectors import training_events
 from stages.jobs import Evaluation, Job
 from stages.train import train_stage, training_log
@@ -151,3 +159,43 @@ def test_a_log_of_searches_alone_is_trained_and_tested(tmp_path: Path) -> None:
         assert set(rows(workspace, done)["objective"]) == {"search"}
     items = pl.read_parquet(workspace.catalogue / "items.parquet")
     assert len(training_events(config, workspace, items, 0)[0]) > 0
+
+
+def test_a_pretrained_backbone_reads_queries_with_its_own_words_and_leaves_them_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "backbone"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=60, bos_token_id=1, **sizes)).save_pretrained(folder)
+    words = {"<unk>": 0, "find": 2, **{f"thing{item}": 10 + item for item in range(tiny.ITEMS)}}
+    core = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(folder)
+    workspace = searching.ring(tmp_path / "ring", stages=2)
+    config = tiny.config(**QUICK, backbone={"path": str(folder), "precision": "float32"})
+    train_stage(config, workspace, job("single", 1))
+    own = load_dataset(config, workspace)
+    stored = checkpoint_folder(config, workspace, own, job("single", 1))
+    assert {path.name for path in stored.glob("*.safetensors")} == {ADAPTER, ROWS}
+    assert set(read_tensors(stored).rows) == {"input_rows", "output_rows", "marker_rows"}
+    model = recommender(config, workspace, own, job("single", 1))
+    lists = model.recommend([np.array([1])] * 2, 5, ["find thing3", "find thing9"])
+    assert lists.scores[0].tolist() != lists.scores[1].tolist()
+
+
+def test_repeats_are_asked_for_on_request(ring: Workspace) -> None:
+    own = load_dataset(tiny.config(), ring)
+    counts = []
+    for repeats in ("leave_out", "ask"):
+        config = tiny.config(search={"repeats": repeats})
+        counts.append(
+            [len(asked(config, own, job("single", 0), 0, None, name)) for name in own.interactions.objectives]
+        )
+    assert counts[0] == counts[1]  # nine steps on a ring of sixteen repeat nothing
+    once = own.interactions
+    twice = replace(own, interactions=replace(once, items=np.where(once.searched, once.items, 0)))
+    leaving, asking = (
+        len(asked(tiny.config(search={"repeats": repeats}), twice, job("single", 0), 0, None, "recommendation"))
+        for repeats in ("leave_out", "ask")
+    )
+    assert leaving == 0
+    assert asking == counts[0][0]
