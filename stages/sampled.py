@@ -273,7 +273,13 @@ def sampled_rows(config: Config, workspace: Workspace, evaluations: Sequence[Eva
             rank, alone = part["rank"].to_numpy(), np.ones(len(part), dtype=np.int64)
             columns = {f"hit_at_{k}": hit_at_k(rank, alone, k) for k in (5, 10)}
             columns |= {f"ndcg_at_{k}": ndcg_at_k(rank, alone, k) for k in (5, 10)}
-            means = part.select("user").with_columns(**columns).group_by("user").mean().select(pl.col(METRICS).mean())
+            means = (
+                part.select("user")
+                .with_columns(**columns)
+                .group_by("user", maintain_order=True)
+                .mean()
+                .select(pl.col(METRICS).mean())
+            )
             values = {name: float(value) for name, value in zip(METRICS, means.row(0), strict=True)}
             check_identities(values)
             job = evaluation.job
