@@ -24,6 +24,7 @@ USERS, ITEMS, MEAN_EVENTS = 50_000, 25_000, 12
 
 
 def main() -> None:
+    """Measure the fit of the item graph beside others', and record the rows."""
     rng = np.random.default_rng(0)
     lengths = 3 + rng.geometric(1 / (MEAN_EVENTS - 3), USERS)
     users = np.repeat(np.arange(USERS), lengths)
@@ -68,6 +69,7 @@ def strongest(matrix: sparse.csr_array) -> sparse.csr_array:
 
 
 def check(mine: sparse.csr_array, theirs: sparse.csr_array) -> None:
+    """See that both sides hold the same links."""
     gap = abs(mine - theirs)
     if gap.nnz and gap.max() > 0:
         raise SystemExit("the two sides hold different links; a time would mean nothing")

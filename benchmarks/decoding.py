@@ -50,6 +50,7 @@ class Task:
 
 
 def main() -> None:
+    """Measure both beam widths, and the share of masking, and record the rows."""
     backbone = small_backbone(hidden=192, layers=4, heads=4, feed_forward=512, seed=0)
     model = spread_out(GenerativeModel(backbone, codes=sum(SIZES), seed=0, full_vocabulary=False, dropout=0.0))
     rows = []

@@ -18,6 +18,7 @@ USERS, WIDTH = 2, 10
 
 
 def main() -> None:
+    """Measure decoding on a pretrained backbone, and record the rows."""
     path = pretrained_folder(SCRIPT)
     whole, codes = (
         GenerativeModel(pretrained_backbone(path), sum(SIZES), seed=0, full_vocabulary=full, dropout=0.0)

@@ -21,6 +21,7 @@ Example = tuple[list[int], list[int]]
 
 
 def main() -> None:
+    """Measure both ways of making the same windows, and record the row."""
     rng = np.random.default_rng(0)
     lengths = 3 + rng.geometric(1 / (MEAN_EVENTS - 3), USERS)
     items = rng.integers(0, ITEMS, lengths.sum())

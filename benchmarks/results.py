@@ -97,6 +97,7 @@ def benchmark_line(row: dict[str, Any]) -> str:
 
 
 def section(root: Path) -> str:
+    """One workspace's newest report as a section of the page."""
     newest = read_json(root / "runs" / "reports" / "latest.json")["report"]
     found = Findings(read_json(root / "runs" / "reports" / newest / "report.json"))
     lines = [f"## {found.report['name']}", "", *facts(found), ""]
@@ -107,6 +108,7 @@ def section(root: Path) -> str:
 
 
 def facts(found: Findings) -> list[str]:
+    """What the numbers rest on: data, command, machine, time."""
     report = found.report
     command, wall = report["command"], report["wall_seconds"]
     machine = report["machine"]
@@ -129,10 +131,12 @@ def facts(found: Findings) -> list[str]:
 
 
 def rules(rule: Any) -> str:
+    """A boundary rule in words."""
     return "; ".join(f"{key}: {value}" for key, value in rule.items()) if isinstance(rule, dict) else str(rule)
 
 
 def table(found: Findings, protocol: str) -> list[str]:
+    """The headline of one protocol."""
     oracle = found.oracle(protocol)
     title = protocol.replace("_", "-")
     rows = [
@@ -154,6 +158,7 @@ def table(found: Findings, protocol: str) -> list[str]:
 
 
 def interval(cell: Cell | Difference | None, sign: bool = False) -> str:
+    """A value with its 95 % interval."""
     if cell is None or cell.value is None:
         return "–"
     form = "+.4f" if sign else ".4f"
@@ -162,10 +167,12 @@ def interval(cell: Cell | Difference | None, sign: bool = False) -> str:
 
 
 def chance(gap: Difference | None) -> str:
+    """A p-value after Holm."""
     return "–" if gap is None or gap.p_holm is None else f"{gap.p_holm:.3f}"
 
 
 def slices(found: Findings) -> list[str]:
+    """Who is served how well."""
     rows = ["**Slices**, Hit@10, mean over the incremental stages", ""]
     rows += ["| method | protocol | " + " | ".join(found.slices) + " |", "|---|---|" + "---|" * len(found.slices)]
     for protocol in found.protocols:
@@ -177,6 +184,7 @@ def slices(found: Findings) -> list[str]:
 
 
 def continual(found: Findings) -> list[str]:
+    """What is kept and what is learnt over the stages."""
     known = {method: found.continual(method) for method in found.methods}
     names = list(dict.fromkeys(name for values in known.values() for name in values))
     rows = ["**Over the stages** (Hit@10; R[i][j] on the seeded sample of users named above)", ""]
@@ -189,6 +197,7 @@ def continual(found: Findings) -> list[str]:
 
 
 def costs(found: Findings) -> list[str]:
+    """What one update costs."""
     rows = [
         "**Cost of one update**, mean over the later stages and both protocols",
         "",
@@ -210,6 +219,7 @@ def costs(found: Findings) -> list[str]:
 
 
 def number(value: float | None, unit: float, form: str) -> str:
+    """A value in a unit, or a dash."""
     return "–" if value is None else form.format(value / unit)
 
 

@@ -57,6 +57,7 @@ class Curve:
 
 
 def main() -> None:
+    """Measure every curve, draw them, and write the page."""
     with using_threads(1):
         curves = [*by_items(), *by_model()]
     curves += by_rows()
@@ -116,6 +117,7 @@ def by_model() -> list[Curve]:
 
 
 def searching(users: int = 16, width: int = 20, history: int = 20, codes: int = 256) -> float:
+    """Seconds to search for one batch of users."""
     backbone = small_backbone(HIDDEN, LAYERS, 4, FEED_FORWARD, seed=0)
     model = GenerativeModel(backbone, codes * LEVELS, seed=0, full_vocabulary=False, dropout=0.0).eval()
     rows = catalogue(20_000, codes)
@@ -150,6 +152,7 @@ def repeated(call: Callable[[], object]) -> float:
 
 
 def draw(curves: Sequence[Curve]) -> None:
+    """All curves in one picture."""
     figure = Figure(figsize=(9, 8), layout="constrained")
     FigureCanvasSVG(figure)
     for axes, curve in zip(figure.subplots(4, 3).flat, curves, strict=False):
@@ -167,11 +170,13 @@ def draw(curves: Sequence[Curve]) -> None:
 
 
 def page(curves: Sequence[Curve]) -> str:
+    """The page's text with a table for every curve."""
     tables = "\n".join(table(curve) for curve in curves)
     return f"{TEXT}\nMachine: {machine()}; one thread, processor time.\n\n{tables}"
 
 
 def table(curve: Curve) -> str:
+    """One curve as a table."""
     sizes = " | ".join(f"{size:,}" for size in curve.sizes)
     values = " | ".join(f"{value:,.3g}" for value in curve.values)
     rule = "|---" * (len(curve.sizes) + 1)

@@ -281,6 +281,7 @@ def in_words(clients: int, loads: list[Load]) -> str:
 
 
 def latency_row(own: list[float], loads: dict[int, list[Load]]) -> Row:
+    """The slowest twentieth of one client's answers beside the model's own time for one user."""
     tails = [one.quantile(0.95) for one in loads[1]]
     ratios = [tail / alone for tail, alone in zip(tails, own, strict=True)]
     return Row(
@@ -300,6 +301,7 @@ def latency_row(own: list[float], loads: dict[int, list[Load]]) -> Row:
 
 
 def throughput_row(loads: dict[int, list[Load]]) -> Row:
+    """Answers a second of 32 clients beside those of one."""
     pairs = [(many.rate, one.rate) for many, one in zip(loads[32], loads[1], strict=True)]
     ratios = [many / one for many, one in pairs]
     return Row(
@@ -318,6 +320,7 @@ def throughput_row(loads: dict[int, list[Load]]) -> Row:
 
 
 def swap_row(loads: dict[int, list[Load]], under: Load, swaps: int) -> Row:
+    """Wrong, failed and missing answers, of all loads and of the one under which champions changed."""
     every = [under, *(one for found in loads.values() for one in found)]
     faults = sum(one.wrong + one.failed for one in every) + (SWAPS - swaps)
     return Row(
@@ -335,6 +338,7 @@ def swap_row(loads: dict[int, list[Load]], under: Load, swaps: int) -> Row:
 
 
 def main() -> None:
+    """Put a service under load and record the rows."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--workspace", type=Path, help="a workspace trained with this script earlier; absent: a new one"

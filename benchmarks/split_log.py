@@ -36,6 +36,7 @@ SHARES = (0.6, 0.7, 0.8, 0.9)
 
 
 def main() -> None:
+    """Measure the split, or be one side of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--side", choices=["ours", "duckdb"], help="one run in this process; prints its figures")
@@ -61,6 +62,7 @@ def alone(folder: Path, log: Path, rows: int) -> None:
 
 
 def beside(folder: Path, log: Path, rows: int) -> None:
+    """Run both sides in turn, each in a process of its own, and record the rows."""
     if importlib.util.find_spec("duckdb") is None:
         skip(SCRIPT, "duckdb is not installed; pip install duckdb")
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "duckdb": []}
@@ -100,12 +102,14 @@ def beside(folder: Path, log: Path, rows: int) -> None:
 
 
 def child(side: str, log: Path, folder: Path) -> dict[str, float]:
+    """Figures of one side, from a process of its own."""
     arguments = ["--side", side, "--log", str(log), "--folder", str(folder / side)]
     command = [sys.executable, "-m", f"benchmarks.{SCRIPT}", *arguments]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def measured(run: Callable[[Path, Path], dict[str, int]], log: Path, folder: Path) -> dict[str, float]:
+    """Seconds and peak bytes of one side."""
     wall, cpu = time.perf_counter(), time.process_time()
     counts = run(log, folder)
     used = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
@@ -138,6 +142,7 @@ def write_log(folder: Path, rows: int) -> None:
 
 
 def ours(log: Path, folder: Path) -> dict[str, int]:
+    """Read and split with driftrec."""
     source = {"path": str(log), "time_unit": "s"}
     config = Config.model_validate({"name": "split", "workspace": "unused", "log": {"sources": [source]}})
     workspace = Workspace(folder / "workspace")
@@ -149,6 +154,7 @@ def ours(log: Path, folder: Path) -> dict[str, int]:
 
 
 def duckdb(log: Path, folder: Path) -> dict[str, int]:
+    """The same sort and cut with DuckDB."""
     import duckdb as engine
 
     folder.mkdir(parents=True, exist_ok=True)

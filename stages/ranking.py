@@ -112,25 +112,37 @@ def rank_queries(
         ValueError: the recommender returned an item outside its catalogue (an invalid item).
     """
     targets = targets_of(interactions, queries)
-    names = pl.Series(interactions.user_ids, dtype=pl.String)
     asking = asking_of(interactions, queries, objective, history, exclude_history)
     ranks, tied = _ranks(recommender, asking, targets, known, k, batch_size, progress)
-    familiar = _familiar_items(interactions, seen_stage, trained)
-    reachable = (targets.item < known) & ~(targets.repeat & exclude_history)
+    rows = _slices(interactions, queries, targets, _familiar_items(interactions, seen_stage, trained), tested_stage)
     first_rank, first_tied, _ = first_groups(targets.query, ranks, tied, len(queries))
+    return rows.select(
+        "user",
+        "cut",
+        "targets",
+        pl.Series("rank", first_rank.astype(np.float64)),
+        pl.Series("tied", first_tied),
+        *(pl.Series(name, values) for name, values in query_metrics(targets.query, ranks, tied, targets.sizes).items()),
+        "new_item",
+        "new_user",
+        pl.Series("reachable", _any(targets, (targets.item < known) & ~(targets.repeat & exclude_history))),
+        "repeat",
+        objective=pl.lit(objective, pl.String),
+    )
+
+
+def _slices(
+    interactions: Interactions, queries: Queries, targets: Targets, familiar: BoolArray, tested_stage: int
+) -> pl.DataFrame:
+    """What is known of every query before anybody answers it."""
     return pl.DataFrame(
         {
-            "user": names.gather(queries.user),
+            "user": pl.Series(interactions.user_ids, dtype=pl.String).gather(queries.user),
             "cut": queries.cut,
             "targets": targets.sizes,
-            "rank": first_rank.astype(np.float64),
-            "tied": first_tied,
-            **query_metrics(targets.query, ranks, tied, targets.sizes),
             "new_item": ~_any(targets, familiar[targets.item]),
             "new_user": interactions.stages[interactions.offsets[queries.user]] >= tested_stage,
-            "reachable": _any(targets, reachable),
             "repeat": _any(targets, targets.repeat),
-            "objective": pl.Series([objective] * len(queries), dtype=pl.String),
         }
     )
 
