@@ -297,7 +297,8 @@ def _flow(name: str, config: Path, workspace: Path | None, arguments: dict[str, 
         watcher.expect(0)
         from flows.running import run
 
-        everything = {"config": config.resolve(), "workspace": place.root, **arguments}
+        # Texts: Prefect cannot rebuild a scheduled run's parameters of any other type.
+        everything = {"config": str(config.resolve()), "workspace": str(place.root), **arguments}
         return Path(run(name, everything, last_flow_run(place)))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prefect import flow
 
 from flows import artifacts, tasks
@@ -13,12 +11,12 @@ from flows.steps import make_plan
 
 @flow(name="compare")
 def compare(
-    config: Path,
+    config: str,
     methods: list[str] | None = None,
     seeds: list[int] | None = None,
     stages: int | None = None,
     users: int | None = None,
-    workspace: Path | None = None,
+    workspace: str | None = None,
     workers: int | None = 1,
 ) -> str:
     """Train every method and seed over the stages, test all of them and the baselines alike, and report.

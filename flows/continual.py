@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import ModuleType
 
 from prefect import flow
@@ -16,12 +15,12 @@ from stages.jobs import Checkpoint, Evaluation
 
 @flow(name="continual", flow_run_name="continual-{method}")
 def continual(
-    config: Path,
+    config: str,
     method: str = "single",
     seeds: list[int] | None = None,
     stages: int | None = None,
     users: int | None = None,
-    workspace: Path | None = None,
+    workspace: str | None = None,
     workers: int | None = 1,
     profile: bool = False,
 ) -> str:

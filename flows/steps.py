@@ -25,8 +25,8 @@ log = logging.getLogger("flows.steps")
 
 
 def make_plan(
-    config: Path,
-    workspace: Path | None = None,
+    config: Path | str,
+    workspace: Path | str | None = None,
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     stages: int | None = None,
@@ -46,7 +46,8 @@ def make_plan(
         UserError: also where the workspace belongs to another experiment or other data.
     """
     workers = 1 if profile else workers
-    plan = claimed(draft_plan(config, workspace, methods, seeds, stages, users, comparison, workers))
+    place = None if workspace is None else Path(workspace)
+    plan = claimed(draft_plan(Path(config), place, methods, seeds, stages, users, comparison, workers))
     return replace(plan, profile=profile)
 
 

@@ -57,7 +57,7 @@ def trained(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> T
 
     folder = tmp_path_factory.mktemp("compared")
     config = write_tiny_experiment(folder / "source")
-    state = compare(config, methods=["frozen", "single"], workspace=folder / "workspace", return_state=True)
+    state = compare(str(config), methods=["frozen", "single"], workspace=str(folder / "workspace"), return_state=True)
     return Trained(Workspace(folder / "workspace"), config, Path(state.result()), state.name)
 
 

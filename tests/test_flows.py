@@ -174,7 +174,7 @@ def test_a_second_run_trains_nothing_and_gives_the_same_report(trained: Trained)
 
     before = (trained.report / "report.json").read_bytes()
     files = {path: path.stat().st_mtime_ns for path in trained.workspace.checkpoints.rglob("*")}
-    again = compare(trained.config, methods=["frozen", "single"], workspace=trained.workspace.root)
+    again = compare(str(trained.config), methods=["frozen", "single"], workspace=str(trained.workspace.root))
     assert Path(again) == trained.report
     assert {path: path.stat().st_mtime_ns for path in trained.workspace.checkpoints.rglob("*")} == files
     assert (trained.report / "report.json").read_bytes() == before
@@ -198,5 +198,5 @@ def test_a_user_s_mistake_ends_the_flow_at_once_with_its_own_message(prefect_ser
 
     (tmp_path / "empty.toml").write_text('name = "x"\nworkspace = "w"\n[[log.sources]]\npath = "missing.csv"\n')
     with pytest.raises(UserError, match=r"missing\.csv"):
-        compare(tmp_path / "empty.toml", workspace=tmp_path / "w")
+        compare(str(tmp_path / "empty.toml"), workspace=str(tmp_path / "w"))
     assert not (tmp_path / "w" / "stages").exists()
