@@ -43,7 +43,7 @@ demo: install ## train and compare on a generated shop log, a few minutes
 	$(BIN)/driftrec demo
 
 test: lint ## lint, types, tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: install ## ruff and basedpyright
 	$(BIN)/ruff check .
