@@ -98,7 +98,7 @@ def split(config: ConfigFile, workspace: Folder = None) -> None:
         rows = drift_table(plan.workspace)
         picture = draw_drift(plan.workspace, plan.workspace.stages / "drift.png")
     console = terminal.stdout()
-    console.print(tables.drift(rows))
+    console.print(tables.drift(rows, console.width))
     console.print(f"picture: {picture}", soft_wrap=True)
 
 

@@ -215,6 +215,11 @@ def sample_note(report: dict[str, Any]) -> str | None:
     return f"Quick look: a seeded sample of {users} test users, not all of them." if users else None
 
 
+def minute(instant: str | None) -> str | None:
+    """An ISO instant to the minute, for people."""
+    return instant.replace("T", " ")[:16] if instant else None
+
+
 def metric_title(metric: str) -> str:
     """`hit_at_10` as people write it: Hit@10."""
     name, _, cutoff = metric.partition("_at_")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flows.findings import HEADLINE, PROTOCOL_TITLES, Cell, Difference, Findings, metric_title, sample_note
+from flows.findings import HEADLINE, PROTOCOL_TITLES, Cell, Difference, Findings, metric_title, minute, sample_note
 from flows.page import Content, Markup, TableRow, element, figure, join, table
 
 CONTINUAL = {
@@ -202,17 +202,13 @@ def log(findings: Findings, figures: dict[str, Path]) -> Markup:
     rows = [
         TableRow(
             stage["index"],
-            [(_day(stage["start"]), ""), (_day(stage["end"]), ""), *((f"{stage[name]:,}", "") for name in names)],
+            [(minute(stage["start"]), ""), (minute(stage["end"]), ""), *((f"{stage[name]:,}", "") for name in names)],
         )
         for stage in stages
     ]
     head = ["stage", "from", "before", *(name.replace("_", " ") for name in names)]
     drift = figure(figures["drift"], None, "Drift of the log over its stages", "") if "drift" in figures else ""
     return join(element("h2", "The log and its drift"), table(head, rows), drift)
-
-
-def _day(instant: str | None) -> str | None:
-    return instant.replace("T", " ")[:16] if instant else None
 
 
 def notes(findings: Findings) -> Markup:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flows.findings import HEADLINE, PROTOCOL_TITLES, REFERENCE, Difference, Findings, Line, metric_title, sample_note
+from flows.findings import (
+    HEADLINE,
+    PROTOCOL_TITLES,
+    REFERENCE,
+    Difference,
+    Findings,
+    Line,
+    metric_title,
+    minute,
+    sample_note,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,23 +83,65 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def drift(rows: list[dict[str, Any]]) -> Table:
-    """Spans, events, users and items of the stages, with whatever else the drift table holds."""
-    table = _empty("Stages")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="left" if name in ("start", "end") else "right")
+DRIFT_HEADS = (
+    ("stage",),
+    ("from", "before"),
+    ("events",),
+    ("users", "new", "returning"),
+    ("items", "new", "known"),
+    ("on new",),
+    ("drift",),
+    ("history",),
+)
+"""Columns of `drift`, grouped by what stands under one another on a narrow terminal."""
+
+
+def drift(rows: list[dict[str, Any]], width: int = WIDE) -> Table:
+    """Spans, events, users, items and drift of the stages.
+
+    Args:
+        rows: of `stages.drift.drift_table`.
+        width: of the terminal, in characters; below `WIDE` the columns of a group become one.
+    """
+    table = _empty("Stages, times in UTC")
+    table.caption = (
+        "on new: share of the events on items first met in the stage; drift: Jensen-Shannon distance from the stage "
+        "before, 0 to 1; history: median events a user has so far"
+    )
+    table.caption_justify, table.caption_style = "left", "dim"
+    narrow = width < WIDE
+    if narrow:
+        table.padding, table.show_lines = (0, 0, 0, 1), True
+    for heads in DRIFT_HEADS:
+        for head in ["\n".join(heads)] if narrow else heads:
+            table.add_column(head, justify="left" if "from" in heads else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(_brief(row.get(name)) for name in names))
+        groups = _drift_cells(row)
+        table.add_row(
+            *("\n".join(group) for group in groups) if narrow else (cell for group in groups for cell in group)
+        )
     return table
 
 
-def _brief(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return f"{value:,}" if isinstance(value, int) else escaped(str(value))
+def _drift_cells(row: dict[str, Any]) -> list[list[str]]:
+    """A stage's cells, by the groups of `DRIFT_HEADS`."""
+
+    def counts(*names: str) -> list[str]:
+        return [f"{row[name]:,}" for name in names]
+
+    def measured(name: str, form: str) -> list[str]:
+        return ["–" if row[name] is None else format(row[name], form)]
+
+    return [
+        [str(row["index"])],
+        [minute(row["start"]) or "–", minute(row["end"]) or "–"],
+        counts("events"),
+        counts("users", "new_users", "returning_users"),
+        counts("items", "new_items", "known_items"),
+        measured("new_item_events", ".1%"),
+        measured("drift", ".3f"),
+        measured("median_history", "g"),
+    ]
 
 
 def recommendations(rows: list[tuple[str, str, float]], title: str) -> Table:

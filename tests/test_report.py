@@ -200,9 +200,20 @@ def test_metric_titles_are_the_field_s() -> None:
     assert [metric_title(name) for name in ("hit_at_10", "ndcg_at_5", "mrr")] == ["Hit@10", "NDCG@5", "MRR"]
 
 
-def printed(found: list[Any]) -> str:
-    console = Console(width=200, no_color=True)
+def printed(found: list[Any], width: int = 200) -> str:
+    console = Console(width=width, no_color=True)
     with console.capture() as capture:
         for table in found:
             console.print(table)
     return capture.get()
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_table_of_stages_shows_every_span_whole_at_any_width(width: int) -> None:
+    counts = {"events": 1_800_000, "users": 12_080, "new_users": 80, "returning_users": 12_000}
+    items = {"items": 60, "new_items": 7, "known_items": 53, "new_item_events": 0.125, "drift": None}
+    span = {"start": "2023-11-14T23:10:00+00:00", "end": "2023-12-27T06:27:00+00:00"}
+    row = {"index": 1, **span, **counts, **items, "median_history": 2.5}
+    text = printed([tables.drift([row, row], width)], width)
+    shown = ("2023-11-14 23:10", "2023-12-27 06:27", "1,800,000", "12,080", "80", "12,000", "7", "53", "12.5%", "2.5")
+    assert [value for value in shown if text.count(value) < 2] == []
