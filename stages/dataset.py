@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from pathlib import Path
 
 from stages.config import Config
 from stages.errors import UserError
 from stages.interactions import Catalogue, Interactions, load_catalogue, load_interactions
+from stages.search_config import Objective
 from stages.workspace import Workspace, digest_of, read_json, sha256_file
 
 
@@ -42,23 +44,31 @@ class Dataset:
 def load_dataset(config: Config, workspace: Workspace) -> Dataset:
     """Read what `split` and `build_semantic_ids` left in the workspace.
 
+    The files are hashed at every call, and parsed again only where one is another than at the last call: the trainings
+    and tests of a run share one copy.
+
     Raises:
         UserError: they have not run, or a file is not the one its manifest names.
     """
-    manifest = read_json(workspace.stages / "manifest.json")
-    _check_files(workspace, manifest)
-    return Dataset(
-        interactions=load_interactions(workspace, config.evaluation.baskets, config.search.objectives),
-        catalogue=load_catalogue(workspace),
-        stage_digests=tuple(stage["digest"] for stage in manifest["stages"]),
-    )
-
-
-def _check_files(workspace: Workspace, stages: dict[str, Any]) -> None:
-    """Parquet reads a flipped bit without complaint more often than not, so every file is hashed first."""
+    stages = read_json(workspace.stages / "manifest.json")["stages"]
     items = read_json(workspace.catalogue / "manifest.json")
-    expected = {workspace.catalogue / "items.parquet": items["digest"]}
-    expected |= {workspace.stage_file(index): row.get("sha256") for index, row in enumerate(stages["stages"])}
-    for path, digest in expected.items():
-        if digest is not None and (not path.is_file() or sha256_file(path) != digest):
-            raise UserError(f"{path}: missing, or not the file that its manifest names; run the same command again")
+    named = {workspace.catalogue / "items.parquet": items["digest"]}
+    named |= {workspace.stage_file(index): row.get("sha256") for index, row in enumerate(stages)}
+    content = digest_of([items, stages, [_checked(path, digest) for path, digest in named.items()]])
+    return _parsed(workspace.root.resolve(), content, config.evaluation.baskets, config.search.objectives)
+
+
+def _checked(path: Path, digest: str | None) -> str:
+    """SHA-256 of a file: Parquet reads a flipped bit without complaint more often than not."""
+    found = sha256_file(path) if path.is_file() else None
+    if found is None or (digest is not None and found != digest):
+        raise UserError(f"{path}: missing, or not the file that its manifest names; run the same command again")
+    return found
+
+
+@lru_cache(maxsize=1)
+def _parsed(root: Path, content: str, baskets: bool, objectives: tuple[Objective, ...] | None) -> Dataset:
+    """The files of `root`, whose bytes `content` names; nobody writes to what it returns."""
+    workspace = Workspace(root)
+    digests = tuple(stage["digest"] for stage in read_json(workspace.stages / "manifest.json")["stages"])
+    return Dataset(load_interactions(workspace, baskets, objectives), load_catalogue(workspace), digests)

@@ -9,8 +9,11 @@ import numpy as np
 import polars as pl
 import pytest
 
+from stages.dataset import load_dataset
+from stages.errors import UserError
 from stages.interactions import load_interactions, stage_events
 from stages.workspace import Workspace, write_json
+from tests.tiny import checkerboard, config, write_stage
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 
@@ -66,3 +69,22 @@ def test_left_out_searches_are_as_if_they_were_not_in_the_log(tmp_path: Path) ->
     own = load_interactions(workspace, baskets=False, objectives=["recommendation"])
     assert own.items.tolist() == [0, 2]
     assert own.query is None
+
+
+def test_the_log_is_parsed_once_and_its_files_are_checked_every_time(tmp_path: Path) -> None:
+    workspace = checkerboard(tmp_path / "w")
+    found = load_dataset(config(), workspace)
+    assert load_dataset(config(), workspace) is found
+    assert load_dataset(config(), checkerboard(tmp_path / "other", stages=2)).stages == 2
+    items = workspace.catalogue / "items.parquet"
+    load_dataset(config(), workspace)
+    items.write_bytes(items.read_bytes() + b"?")
+    with pytest.raises(UserError, match="not the file that its manifest names"):
+        load_dataset(config(), workspace)
+
+
+def test_another_stage_file_is_read_anew_even_under_the_old_name(tmp_path: Path) -> None:
+    workspace = checkerboard(tmp_path / "w")
+    before = load_dataset(config(), workspace).interactions.items
+    write_stage(workspace, 1, [("s1u000", "i03"), ("s1u000", "i07")])
+    assert len(load_dataset(config(), workspace).interactions.items) < len(before)
