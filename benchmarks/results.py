@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flows.findings import Cell, Difference, Findings
+from flows.reporting.findings import Cell, Difference, Findings
 from stages.workspace import read_json, replacing
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"

@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from measure import Row, median, report  # noqa: E402
 
 from flows.experiment import remember_trained, trained_jobs  # noqa: E402
-from flows.serving import Served, load_served  # noqa: E402
+from flows.serving.served import Served, load_served  # noqa: E402
 from stages.jobs import Job  # noqa: E402
 from stages.workspace import Workspace, write_json  # noqa: E402
 

@@ -16,9 +16,9 @@ from prefect.artifacts import (
 from prefect.runtime import flow_run
 
 from flows import experiment, retraining, steps
-from flows.findings import HEADLINE, PROTOCOL_TITLES, Findings, Line, metric_title, sample_note
-from flows.history import Entry
 from flows.plan import Plan
+from flows.promotion.history import Entry
+from flows.reporting.findings import HEADLINE, PROTOCOL_TITLES, Findings, Line, metric_title, sample_note
 from flows.terminal import watcher
 
 if TYPE_CHECKING:

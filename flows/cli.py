@@ -13,7 +13,7 @@ from flows.environment import RUNNING_IN, set_defaults
 from stages.errors import UserError
 
 if TYPE_CHECKING:
-    from flows.findings import Findings
+    from flows.reporting.findings import Findings
 
 app = typer.Typer(
     name="driftrec",
@@ -85,8 +85,9 @@ def ingest(config: ConfigFile, workspace: Folder = None) -> None:
 @app.command()
 def split(config: ConfigFile, workspace: Folder = None) -> None:
     """Cut the log into stages; print how it drifts and where the picture is."""
-    from flows import steps, tables, terminal
+    from flows import steps, terminal
     from flows.experiment import exclusive
+    from flows.reporting import tables
     from stages.drift import draw_drift, drift_table
 
     plan = steps.draft_plan(config, _start(workspace))
@@ -185,7 +186,7 @@ def report(
     """Draw a report anew from its report.json, record it in MLflow, and print its tables."""
     _start(workspace)
     from flows import steps, terminal
-    from flows.report import write_page
+    from flows.reporting.report import write_page
     from stages.workspace import Workspace, read_json
 
     place = Workspace(workspace)
@@ -217,8 +218,9 @@ def doctor(
 ) -> None:
     """Check versions, pins, processor, threads, memory, disk and a workspace; say what to do."""
     _start(workspace)
-    from flows import tables, terminal
+    from flows import terminal
     from flows.doctor import examine, healthy, repaired
+    from flows.reporting import tables
 
     checks = [*examine(workspace), *(repaired(workspace) if repair else ())]
     console = terminal.stdout()
@@ -241,8 +243,9 @@ def _list(
 ) -> None:
     """Print what one model ranks first."""
     _start(workspace)
-    from flows import tables, terminal
+    from flows import terminal
     from flows.recommending import recommend as ranked
+    from flows.reporting import tables
 
     found = ranked(workspace, user, _words(history), k, method, seed, query)
     job = found.job
@@ -304,7 +307,8 @@ def _flow(name: str, config: Path, workspace: Path | None, arguments: dict[str, 
 
 def _show(folder: Path, best: dict[str, dict[str, float]] | None = None, chart: str | None = None) -> None:
     """The report's tables and where everything is."""
-    from flows import steps, tables, terminal
+    from flows import steps, terminal
+    from flows.reporting import tables
 
     found: Findings = steps.findings(folder)
     console = terminal.stdout()

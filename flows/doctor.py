@@ -53,8 +53,8 @@ def repaired(root: Path | None) -> Iterator[Check]:
         UserError: no workspace was named.
     """
     from flows import crashed
-    from flows.champion import settle
     from flows.experiment import exclusive
+    from flows.promotion.champion import settle
     from stages.append import finish_commit
     from stages.errors import UserError
     from stages.workspace import Workspace

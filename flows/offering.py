@@ -28,7 +28,7 @@ def serve(
     """Answer recommendations and searches over HTTP, with a page to try them."""
     started_in(workspace)
     from flows import terminal
-    from flows.guarding import access
+    from flows.serving.guarding import access
 
     rule = access(host, allowed_hosts)
     from flows.service import serve as run_service

@@ -22,11 +22,11 @@ from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
-from flows.champion import FILE
 from flows.experiment import remembered_config
+from flows.promotion.champion import FILE
 from flows.recommending import job_in_service
-from flows.searching import Past, Ranking
-from flows.serving import FALLBACK, Served, load_served
+from flows.serving.searching import Past, Ranking
+from flows.serving.served import FALLBACK, Served, load_served
 from stages.checkpoint import MANIFEST
 from stages.dataset import load_dataset
 from stages.errors import UserError

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flows.champion import champion
 from flows.experiment import remembered_config, trained_jobs
+from flows.promotion.champion import champion
 from stages.errors import UserError
 from stages.jobs import BASELINES, Job
 from stages.settings import nearest

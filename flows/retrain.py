@@ -9,8 +9,8 @@ from prefect import flow
 
 from flows import artifacts, crashed, retraining, tasks
 from flows.experiment import exclusive
-from flows.history import Entry
 from flows.plan import Plan
+from flows.promotion.history import Entry
 from flows.retraining import Match
 from flows.steps import claimed
 

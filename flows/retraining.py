@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import champion, steps
 from flows import mirror as mirror_store
+from flows import steps
 from flows.experiment import trained_jobs
-from flows.gate import verdict
-from flows.history import Entry, read_history
 from flows.plan import Lineage, Plan
+from flows.promotion import champion
+from flows.promotion.gate import verdict
+from flows.promotion.history import Entry, read_history
 from flows.recommending import favourite
 from flows.steps import evaluate, train
 from flows.terminal import watcher
@@ -229,7 +230,7 @@ def mirror(plan: Plan, line: Entry) -> None:
 
 def mirrored(workspace: Workspace, experiment: str, line: Entry) -> None:
     """Copy a decision into MLflow, and earlier ones it missed; a store that fails only costs a warning."""
-    from flows import registry
+    from flows.promotion import registry
 
     try:
         mirror_store.within(mirror_store.patience(), partial(registry.record_decisions, workspace, experiment))

@@ -1,7 +1,7 @@
 """The HTTP service: recommendations and search by the champion, on this machine unless told otherwise.
 
-The only module that imports fastapi. It parses and answers; `flows.serving` holds the model, `flows.batching` ranks
-what arrives together, `flows.guarding` keeps strangers out.
+The only module that imports fastapi. It parses and answers; of its parts in `flows.serving`, `served` holds the model,
+`batching` ranks what arrives together, and `guarding` keeps strangers out.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as PlainHTTPException
 
-from flows import service_page
-from flows.answers import item_reply, model_reply, recommend_reply, search_reply
-from flows.batching import Batcher, BusyError, Rank
-from flows.guarding import SHUT, Access, Guard, Scope
-from flows.searching import Ranking
-from flows.service_metrics import CONTENT_TYPE, ServiceMetrics
-from flows.service_schema import (
+from flows.serving import pages
+from flows.serving.answers import item_reply, model_reply, recommend_reply, search_reply
+from flows.serving.batching import Batcher, BusyError, Rank
+from flows.serving.guarding import SHUT, Access, Guard, Scope
+from flows.serving.metrics import CONTENT_TYPE, ServiceMetrics
+from flows.serving.schema import (
     LONGEST_ID,
     Error,
     ItemReply,
@@ -38,7 +37,8 @@ from flows.service_schema import (
     SearchRequest,
     State,
 )
-from flows.serving import NOBODY, InService, Served
+from flows.serving.searching import Ranking
+from flows.serving.served import NOBODY, InService, Served
 from stages.errors import UserError
 
 LOOK = 1.0
@@ -174,7 +174,7 @@ def serve(
         root: workspace.
         host: address to listen on.
         port: where; 0 takes a free one.
-        rule: from `flows.guarding.access`.
+        rule: from `flows.serving.guarding.access`.
         method: always this method's newest model; absent: the champion.
         seed: of the method.
         say: told the address once the model is loaded.
@@ -226,7 +226,7 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
 
 
 def _add_pages(app: FastAPI) -> None:
-    page, policy = service_page.try_page()
+    page, policy = pages.try_page()
 
     async def try_it() -> Response:
         """A page to try the service in a browser."""
@@ -234,7 +234,7 @@ def _add_pages(app: FastAPI) -> None:
 
     async def documentation() -> Response:
         """What can be asked, from the OpenAPI description; it loads nothing from elsewhere."""
-        text, rule = service_page.docs_page(app.openapi())
+        text, rule = pages.docs_page(app.openapi())
         return Response(text, media_type="text/html", headers={SHUT[0].decode(): rule})
 
     app.add_api_route("/", try_it, include_in_schema=False)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows import experiment, machine, mirror
-from flows.findings import Findings
 from flows.plan import Plan
+from flows.reporting.findings import Findings
 from flows.terminal import watcher
 from flows.workers import fitting
 from stages.config import load_config
@@ -202,7 +202,7 @@ def summarise(plan: Plan, evaluations: list[Evaluation], checkpoints: list[Check
     Returns:
         The report's folder.
     """
-    from flows.report import write_report
+    from flows.reporting.report import write_report
     from stages import summary
     from stages.drift import draw_drift
 

@@ -18,8 +18,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.entities.run_inputs import RunInputs
 
-from flows.charts import LIGHT, matrix_chart
-from flows.findings import HEADLINE, Findings
+from flows.reporting.charts import LIGHT, matrix_chart
+from flows.reporting.findings import HEADLINE, Findings
 from stages.jobs import Checkpoint, Evaluation
 from stages.workspace import Workspace, digest_of, read_json
 

@@ -71,9 +71,10 @@ def _foretold(plan: Plan, new: str | None, close_now: bool) -> str:
 def rollback(workspace: ThisFolder) -> None:
     """Put the champion before the present one back into service."""
     started_in(workspace)
-    from flows import champion, retraining, terminal
+    from flows import retraining, terminal
     from flows.experiment import exclusive, remembered_config
-    from flows.history import read_history
+    from flows.promotion import champion
+    from flows.promotion.history import read_history
 
     config, place = remembered_config(workspace)
     with exclusive(place):
@@ -88,8 +89,10 @@ def rollback(workspace: ThisFolder) -> None:
 def history(workspace: ThisFolder) -> None:
     """Print every decision about the champion, and which model is in service."""
     started_in(workspace)
-    from flows import champion, retraining, tables, terminal
-    from flows.history import history_file, read_history
+    from flows import retraining, terminal
+    from flows.promotion import champion
+    from flows.promotion.history import history_file, read_history
+    from flows.reporting import tables
     from stages.workspace import Workspace
 
     place = Workspace(workspace)
@@ -115,7 +118,7 @@ def gc(
     started_in(workspace)
     from flows import terminal
     from flows.experiment import exclusive, remembered_config
-    from flows.retention import removable, remove
+    from flows.promotion.retention import removable, remove
 
     _, place = remembered_config(workspace)
     console = terminal.stdout()

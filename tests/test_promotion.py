@@ -8,8 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from flows import champion, history
-from flows.gate import verdict
+from flows.promotion import champion, history
+from flows.promotion.gate import verdict
 from stages import contest
 from stages.contest import Difference, Probe, differences, mean_scores
 from stages.errors import UserError

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flows import tables
 from flows.artifacts import described, stage_rows, summary
-from flows.charts import LIGHT, cost_chart, matrix_chart, stage_chart
-from flows.findings import Findings, metric_title
-from flows.page import interval
-from flows.report import render, write_page, write_report
-from flows.sections import number
+from flows.reporting import tables
+from flows.reporting.charts import LIGHT, cost_chart, matrix_chart, stage_chart
+from flows.reporting.findings import Findings, metric_title
+from flows.reporting.page import interval
+from flows.reporting.report import render, write_page, write_report
+from flows.reporting.sections import number
 from stages.workspace import read_json
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from flows import logs, mirror
-from flows.history import append_line
-from flows.retention import removable, remove
+from flows.promotion.history import append_line
+from flows.promotion.retention import removable, remove
 from stages.checkpoint import fault_of
 from stages.commit import checkpoint_folders
 from stages.config import Config

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from flows import champion, cli, crashed, experiment, registry
-from flows.history import read_history
+from flows import cli, crashed, experiment
 from flows.plain import run_plainly
+from flows.promotion import champion, registry
+from flows.promotion.history import read_history
 from stages import contest
 from stages.dataset import load_dataset
 from stages.errors import UserError

@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 import torch
 
-from flows import sections
-from flows.findings import Findings
+from flows.reporting import sections
+from flows.reporting.findings import Findings
 from models.backbone import small_backbone
 from models.beam import beam_search
 from models.candidates import score_codes

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flows import schedule
-from flows.history import read_history
+from flows.promotion.history import read_history
 from stages.errors import UserError
 from stages.workspace import Workspace
 from tests.growing import write_shop

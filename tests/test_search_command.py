@@ -8,11 +8,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from flows import steps, tables
-from flows.charts import draw_charts
-from flows.findings import Findings
+from flows import steps
 from flows.recommending import recommend
-from flows.report import render
+from flows.reporting import tables
+from flows.reporting.charts import draw_charts
+from flows.reporting.findings import Findings
+from flows.reporting.report import render
 from stages.errors import UserError
 from stages.workspace import Workspace, read_json
 from tests import conftest

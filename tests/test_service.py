@@ -14,15 +14,15 @@ import polars as pl
 import pytest
 from fastapi.testclient import TestClient
 
-from flows.batching import Batcher, BusyError
-from flows.champion import champion
-from flows.guarding import LARGEST_BODY, Access, access
-from flows.reasons import Reason, Reasons
+from flows.promotion.champion import champion
 from flows.recommending import recommend
-from flows.searching import TitleWords
 from flows.service import build_app
-from flows.service_page import docs_page, try_page
-from flows.serving import NOBODY, InService, Served, load_served
+from flows.serving.batching import Batcher, BusyError
+from flows.serving.guarding import LARGEST_BODY, Access, access
+from flows.serving.pages import docs_page, try_page
+from flows.serving.reasons import Reason, Reasons
+from flows.serving.searching import TitleWords
+from flows.serving.served import NOBODY, InService, Served, load_served
 from models.baselines.item_graph import ItemGraph
 from stages.dataset import load_dataset
 from stages.errors import UserError

@@ -18,10 +18,10 @@ import polars as pl
 import pytest
 import uvicorn
 
-from flows.guarding import Access
 from flows.recommending import recommend
 from flows.service import build_app
-from flows.serving import InService
+from flows.serving.guarding import Access
+from flows.serving.served import InService
 from stages.workspace import Workspace, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:

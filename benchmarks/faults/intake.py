@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from benchmarks.faults.harness import Bench, Row, refused, sound, tree, user_error
-from flows.page import element
+from flows.reporting.page import element
 from stages.config import Config
 from stages.items import build_semantic_ids
 from stages.log import LogReport, read_log

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flows.findings import (
+from flows.reporting.findings import (
     HEADLINE,
     PROTOCOL_TITLES,
     REFERENCE,

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from flows.searching import Ranking
+from flows.serving.searching import Ranking
 
 Rank = Callable[[Sequence[Any], int], list[Ranking]]
 """Answers a batch of questions (histories, or queries with histories) with as many lists of at most that length."""

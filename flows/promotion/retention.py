@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.history import read_history
+from flows.promotion.history import read_history
 from stages.checkpoint import MANIFEST
 from stages.errors import UserError
 from stages.workspace import Workspace, left_overs, read_json

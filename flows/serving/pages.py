@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.page import Markup, TableRow, document, element, join, table
+from flows.reporting.page import Markup, TableRow, document, element, join, style_sheet, table
 
 DOCS_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 
 def try_page() -> tuple[str, str]:
     """The page to try the service, and the policy that lets exactly its own script and style run."""
-    style = _read("report.css") + _read("service.css")
-    script = _read("service.js")
-    page = _read("service.html").replace("STYLE", style).replace("SCRIPT", script)
+    style = style_sheet() + _read("page.css")
+    script = _read("page.js")
+    page = _read("page.html").replace("STYLE", style).replace("SCRIPT", script)
     policy = (
         f"default-src 'none'; script-src 'sha256-{_hash(script)}'; style-src 'sha256-{_hash(style)}'; img-src data:; "
         "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"

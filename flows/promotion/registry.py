@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from flows import tracking
-from flows.champion import Champion, in_service
-from flows.history import Entry, read_history
+from flows.promotion.champion import Champion, in_service
+from flows.promotion.history import Entry, read_history
 from stages.workspace import Workspace, digest_of
 
 ALIAS = "champion"

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flows.history import Entry, append_line, read_history
+from flows.promotion.history import Entry, append_line, read_history
 from stages.checkpoint import fault_of
 from stages.errors import UserError
 from stages.jobs import Checkpoint, Job

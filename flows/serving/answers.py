@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flows.searching import Past, Ranking
-from flows.service_schema import (
+from flows.serving.schema import (
     Item,
     ItemReply,
     Model,
@@ -15,7 +14,8 @@ from flows.service_schema import (
     SearchReply,
     Why,
 )
-from flows.serving import FALLBACK, Served
+from flows.serving.searching import Past, Ranking
+from flows.serving.served import FALLBACK, Served
 
 SHOWN = 20
 """History items a reply repeats; their number is given besides."""

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from flows.champion import FILE
 from flows.experiment import remembered_config
-from flows.reasons import Reasons
+from flows.promotion.champion import FILE
 from flows.recommending import job_in_service
-from flows.searching import ModelSearch, Past, Ranking, Searcher, TitleWords, listed
+from flows.serving.reasons import Reasons
+from flows.serving.searching import ModelSearch, Past, Ranking, Searcher, TitleWords, listed
 from models.baselines.item_graph import ItemGraph
 from models.recommender import Recommender
 from stages.baselines import fit_baseline

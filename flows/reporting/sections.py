@@ -6,8 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flows.findings import HEADLINE, PROTOCOL_TITLES, Cell, Difference, Findings, metric_title, minute, sample_note
-from flows.page import Content, Markup, TableRow, element, figure, join, table
+from flows.reporting.findings import (
+    HEADLINE,
+    PROTOCOL_TITLES,
+    Cell,
+    Difference,
+    Findings,
+    metric_title,
+    minute,
+    sample_note,
+)
+from flows.reporting.page import Content, Markup, TableRow, element, figure, join, table
 
 CONTINUAL = {
     "next_perf": "NextPerf",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.findings import HEADLINE, PROTOCOL_TITLES, Cell, Findings, metric_title, sample_note
+from flows.reporting.findings import HEADLINE, PROTOCOL_TITLES, Cell, Findings, metric_title, sample_note
 from stages.jobs import BASELINES
 from stages.workspace import replacing
 

@@ -96,11 +96,15 @@ def interval(value: float | None, low: float | None, high: float | None, top: fl
 
 def document(title: str, body: Markup) -> str:
     """The whole page with its style inside; it loads nothing from anywhere and runs no script."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style}</style></head>\n<body>{body.html}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{style_sheet()}</style></head>\n<body>{body.html}</body></html>\n"
     )
+
+
+def style_sheet() -> str:
+    """The style of every page driftrec writes or serves."""
+    return Path(__file__).with_name("report.css").read_text(encoding="utf-8")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flows import sections
-from flows.charts import draw_charts
-from flows.findings import (
+from flows.reporting import sections
+from flows.reporting.charts import draw_charts
+from flows.reporting.findings import (
     HEADLINE,
     PROTOCOL_TITLES,
     REFERENCE,
@@ -18,8 +18,8 @@ from flows.findings import (
     metric_title,
     sample_note,
 )
-from flows.page import Content, Markup, TableRow, document, element, interval, join, table
-from flows.sections import number, span
+from flows.reporting.page import Content, Markup, TableRow, document, element, interval, join, table
+from flows.reporting.sections import number, span
 from stages.workspace import replacing, write_json
 
 PROTOCOL_NOTES = {

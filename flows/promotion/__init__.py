@@ -1,0 +1,1 @@
+"""Which model is in service: the gate, the decisions, and what they keep from removal."""

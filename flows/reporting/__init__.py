@@ -1,0 +1,1 @@
+"""A report, from its rows to the page, the terminal's tables and the charts."""
