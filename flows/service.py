@@ -21,7 +21,6 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as PlainHTTPException
 
-from flows.serving import pages
 from flows.serving.answers import item_reply, model_reply, recommend_reply, search_reply
 from flows.serving.batching import Batcher, BusyError, Rank
 from flows.serving.guarding import SHUT, Access, Guard, Scope
@@ -38,11 +37,13 @@ from flows.serving.schema import (
     State,
 )
 from flows.serving.searching import Ranking
-from flows.serving.served import NOBODY, InService, Served
+from flows.serving.served import NOBODY, InService, Served, one_thread_a_pass, pages
 from stages.errors import UserError
 
 LOOK = 1.0
 """Seconds between two looks for a new champion."""
+LARGEST = 32
+"""Requests being ranked at once, over all threads that rank."""
 PATIENCE = 30.0
 """Seconds after which a request is given up."""
 UNROUTED = {
@@ -63,7 +64,8 @@ class Desk:
 
     def __init__(self, place: InService, metrics: ServiceMetrics) -> None:
         self.place, self.metrics = place, metrics
-        self.batcher = Batcher(observe=metrics.batch)
+        workers = place.current.side_by_side
+        self.batcher = Batcher(-(-LARGEST // workers), observe=metrics.batch, workers=workers)
 
     async def recommend(self, asked: RecommendRequest) -> Response:
         """The items most likely next for a user of the log, or for anybody with a history.
@@ -182,8 +184,9 @@ def serve(
     Raises:
         UserError: there is no model to serve, or the address cannot be used.
     """
-    with _listening(host, port) as listener:
+    with listening(host, port) as listener:
         place = InService(root, method, seed)
+        one_thread_a_pass(place.current)
         job, number = place.current.job, listener.getsockname()[1]
         name = f"[{host}]" if ":" in host else host
         listener.listen()  # from here on a client is not refused, it waits
@@ -196,9 +199,12 @@ def serve(
             uvicorn.Server(settings).run(sockets=[listener])
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
     """A bound socket; asked for before the model is loaded, so that a mistake is told at once."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Only of a socket that is said to be TCP does asyncio send small packets at once: an answer's body would otherwise
+    # wait 40 ms for the client to acknowledge its head.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flows.serving import batching
 from flows.serving.batching import Batcher, BusyError
 
 
@@ -58,3 +59,48 @@ def test_a_full_line_refuses_and_a_question_that_fails_spoils_no_other_answer() 
     assert waiting[2].result(10) == [(1, 0.0)]
     assert waiting[0].result(10) == waiting[3].result(10) == []
     batcher.close()
+
+
+def test_two_workers_rank_two_batches_at_once_and_both_end_when_told() -> None:
+    together = threading.Barrier(2, timeout=10)
+
+    def rank(questions: Any, k: int) -> list[list[tuple[int, float]]]:
+        together.wait()  # nobody goes on alone
+        return [[(int(question), 0.0)] for question in questions]
+
+    batcher = Batcher(largest=1, workers=2)
+    answers = [batcher.submit(rank, number, 1) for number in range(6)]
+    assert [answer.result(10) for answer in answers] == [[(number, 0.0)] for number in range(6)]
+    assert batcher.alive
+    batcher.close()
+    assert not batcher.alive
+
+
+def test_clients_answered_together_are_ranked_together_again_though_they_ask_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batching, "MOMENT", 5.0)  # this machine may be busy
+    batches: list[int] = []
+    started, release = threading.Event(), threading.Event()
+
+    def rank(questions: Any, k: int) -> list[list[tuple[int, float]]]:
+        batches.append(len(questions))
+        started.set()
+        assert release.wait(10)
+        return [[] for _ in questions]
+
+    batcher = Batcher()
+    waiting = [batcher.submit(rank, 0, 1)]
+    assert started.wait(10)
+    waiting += [batcher.submit(rank, number, 1) for number in range(3)]
+    release.set()
+    for answer in waiting:
+        answer.result(10)
+    again = []
+    for number in range(3):
+        again.append(batcher.submit(rank, number, 1))
+        time.sleep(0.01)
+    for answer in again:
+        answer.result(10)
+    batcher.close()
+    assert batches == [1, 3, 3]

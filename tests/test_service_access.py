@@ -9,8 +9,8 @@ from urllib.parse import quote
 import pytest
 from fastapi.testclient import TestClient
 
-from flows.serving.guarding import LARGEST_BODY, access
 from flows.service import build_app
+from flows.serving.guarding import LARGEST_BODY, access
 from flows.serving.pages import docs_page, try_page
 from flows.serving.served import InService
 from stages.errors import UserError

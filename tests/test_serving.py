@@ -12,11 +12,11 @@ import pytest
 from fastapi.testclient import TestClient
 
 from flows.promotion.champion import champion
+from flows.recommending import recommend
+from flows.service import build_app
 from flows.serving.guarding import Access
 from flows.serving.reasons import Reason, Reasons
-from flows.recommending import recommend
 from flows.serving.searching import TitleWords
-from flows.service import build_app
 from flows.serving.served import NOBODY, InService, Served, load_served
 from models.baselines.item_graph import ItemGraph
 from stages.dataset import load_dataset
