@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as PlainHTTPException
 
+from flows.serving import pages
 from flows.serving.answers import item_reply, model_reply, recommend_reply, search_reply
 from flows.serving.batching import Batcher, BusyError, Rank
 from flows.serving.guarding import SHUT, Access, Guard, Scope
@@ -37,7 +39,7 @@ from flows.serving.schema import (
     State,
 )
 from flows.serving.searching import Ranking
-from flows.serving.served import NOBODY, InService, Served, one_thread_a_pass, pages
+from flows.serving.served import NOBODY, InService, Served, one_thread_a_pass
 from stages.errors import UserError
 
 LOOK = 1.0
@@ -170,7 +172,7 @@ def serve(
     seed: int | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Serve a workspace's champion until interrupted.
+    """Serve a workspace's champion until Ctrl-C or SIGTERM; what was asked by then is still answered.
 
     Args:
         root: workspace.
@@ -184,7 +186,7 @@ def serve(
     Raises:
         UserError: there is no model to serve, or the address cannot be used.
     """
-    with listening(host, port) as listener:
+    with _ends_well(), listening(host, port) as listener:
         place = InService(root, method, seed)
         one_thread_a_pass(place.current)
         job, number = place.current.job, listener.getsockname()[1]
@@ -194,9 +196,25 @@ def serve(
         settings = uvicorn.Config(
             build_app(place, rule), log_level="warning", server_header=False, timeout_graceful_shutdown=30
         )
-        # Ctrl-C has ended the service well when it arrives here for the second time.
-        with suppress(KeyboardInterrupt):
-            uvicorn.Server(settings).run(sockets=[listener])
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+@contextmanager
+def _ends_well() -> Iterator[None]:
+    """A service that is told to stop has done its work: SIGTERM and Ctrl-C end the process with code 0.
+
+    While it answers, uvicorn takes the signal, lets the last answers go, and then raises the signal again.
+    """
+
+    def end(*_: object) -> None:
+        raise SystemExit(0)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def listening(host: str, port: int) -> socket.socket:

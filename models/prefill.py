@@ -8,11 +8,12 @@ laid out a row a prompt, as the beams expect them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from models.generative import GenerativeModel
 
@@ -35,7 +36,8 @@ def prefill(model: GenerativeModel, cache: DynamicCache, prompts: Tensor, length
     rows, place = source.unique(return_inverse=True)
     shelves = shared_rows(lengths[rows].tolist(), prompts.shape[1])
     fewer = 1 + max(row for row, _ in shelves) <= (1 - SAVED) * len(rows)
-    if fewer and prompts.shape[1] <= WIDEST and not any(layer.is_sliding for layer in cache.layers):
+    # A layer that forgets what slid out of its window keeps other columns than it read.
+    if fewer and prompts.shape[1] <= WIDEST and all(type(layer) is DynamicLayer for layer in cache.layers):
         return _side_by_side(model, cache, prompts[rows], lengths[rows], shelves, place, lengths)
     vectors = model.embed(prompts[rows])
     states = model.stack(inputs_embeds=vectors, past_key_values=cache, use_cache=True).last_hidden_state
@@ -127,7 +129,9 @@ def _side_by_side(
         use_cache=True,
     ).last_hidden_state
     cells = cells.clamp(max=count - 1)[place]  # (B, P)
-    for layer in cache.layers:
-        layer.keys = layer.keys[cells // width, :, cells % width].transpose(1, 2)  # (B, heads, P, d / heads)
-        layer.values = layer.values[cells // width, :, cells % width].transpose(1, 2)
+    line, column = cells // width, cells % width
+    for layer in cast(list[DynamicLayer], cache.layers):
+        keys, values = cast(Tensor, layer.keys), cast(Tensor, layer.values)
+        layer.keys = keys[line, :, column].transpose(1, 2)  # (B, heads, P, d / heads)
+        layer.values = values[line, :, column].transpose(1, 2)
     return states.flatten(0, 1)[cells.gather(1, lengths[:, None] - 1)[:, 0]]

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -140,3 +146,27 @@ def test_the_nearest_history_item_is_equal_then_linked_then_similar() -> None:
     assert reasons.nearest(np.array([0]), np.array([2, 1])) == [Reason(1, "similar", 2)]
     assert reasons.nearest(np.array([0]), np.array([], dtype=np.int64)) == [None]
     assert reasons.neighbours(3, 5) == [0]
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+def test_a_service_told_to_stop_gives_the_last_answer_and_ends_without_a_word(shop: Path, number: int) -> None:
+    command = [sys.executable, "-m", "flows.cli", "serve", "--workspace", str(shop), "--port", "0"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "500"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        port = int(process.stdout.readline().rpartition(":")[2])
+        body = json.dumps({"user": user_of(shop)}).encode()
+        head = f"POST /recommend HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(body)}\r\n"
+        with socket.create_connection(("127.0.0.1", port)) as line:
+            line.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body[:5])
+            time.sleep(0.5)  # it has read the head when it is told
+            process.send_signal(number)
+            time.sleep(0.5)
+            line.sendall(body[5:])
+            answer = b"".join(iter(lambda: line.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert ids(json.loads(answer.partition(b"\r\n\r\n")[2])) == [
+            row[0] for row in recommend(shop, user_of(shop)).rows
+        ]
+        said, complained = process.communicate(timeout=60)
+    assert (process.returncode, said, complained) == (0, "", "")
