@@ -80,7 +80,7 @@ class RecommenderModel(PythonModel):
         self.served = load_served(Path(context.artifacts[WORKSPACE]))
 
     # A frame is the one annotation from which MLflow derives no signature of its own, without our `params`.
-    def predict(
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
     ) -> pandas.DataFrame:
         """One row of the output for each row of the input.

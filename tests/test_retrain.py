@@ -134,7 +134,7 @@ def test_mlflow_and_prefect_show_every_decision(shop: tuple[Path, Workspace, lis
 
 
 def test_the_registered_champion_is_a_model_that_loads_and_recommends(
-    shop: tuple[Path, Workspace, list[str]],
+    shop: tuple[Path, Workspace, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow.pyfunc
     import pandas
@@ -143,17 +143,17 @@ def test_the_registered_champion_is_a_model_that_loads_and_recommends(
     from flows.recommending import recommend
 
     _, workspace, _ = shop
-    client = MlflowClient(workspace.mlflow_uri)
-    for version in client.search_model_versions("name = 'driftrec-growing'"):
-        folder = Path(unquote(urlsplit(client.get_model_version_download_uri(version.name, version.version)).path))
-        assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
-        if "champion" in version.aliases:
-            break
-    found = mlflow.pyfunc.load_model(str(folder)).predict(pandas.DataFrame({"user": ["u03"]}), params={"k": 5})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", workspace.mlflow_uri)
+    loaded = mlflow.pyfunc.load_model("models:/driftrec-growing@champion")
+    found = loaded.predict(pandas.DataFrame({"user": ["u03"]}), params={"k": 5})
     plain = recommend(workspace.root, user="u03", k=5)
     assert found["item_ids"][0] == [row[0] for row in plain.rows]
     assert found["method"][0] == plain.job.method == "single"
+    client = MlflowClient(workspace.mlflow_uri)
+    run = client.get_run(client.get_model_version_by_alias("driftrec-growing", "champion").run_id)
+    folder = Path(unquote(urlsplit(run.info.artifact_uri).path)) / "model"
     assert read_json(folder / "artifacts" / "workspace" / "champion.json")["job"]["stage"] == 2
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
     assert not list(workspace.root.glob(".tmp-*"))
 
 
