@@ -6,8 +6,8 @@ stage 0 all the same thing: a look-up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,46 @@ def commit_key(config: Config, dataset: Dataset, job: Job) -> str:
 
 def commit_keys(config: Config, dataset: Dataset, job: Job) -> list[str]:
     """The key of every checkpoint in `job`'s lineage, stage 0 first."""
-    return [digest_of(inputs) for inputs in commit_inputs(config, dataset, job)]
+    return [link.key for link in links(config, dataset, job)]
 
 
-def commit_inputs(config: Config, dataset: Dataset, job: Job) -> list[dict[str, Any]]:
-    """What each key of `job`'s lineage is the digest of, stage 0 first: one pass, as each names the one before it."""
+@dataclass(frozen=True)
+class Link:
+    """One checkpoint of a lineage: what its key is the digest of, and that key."""
+
+    inputs: dict[str, Any]
+    key: str
+
+
+def links(config: Config, dataset: Dataset, job: Job) -> list[Link]:
+    """What each checkpoint of `job`'s lineage depends on, stage 0 first: one pass, as each names the one before it."""
+    common = _common(config, dataset, job)
+    own: dict[str, dict[str, Any]] = {}
+    for part in lineage_jobs(config, job):
+        if part.method not in own:
+            settings = None if part.method == FIRST else _method_settings(config.method(part.method))
+            training = config.training.model_dump(exclude=_unread(config, part))
+            own[part.method] = {**common, "method": settings, "training": training}
+    name = digest_of(own)
+    known, found = _known.get(name, []), []
+    for number, part in enumerate(lineage_jobs(config, job)):
+        data, parent = dataset.digest(part.stage), found[-1].key if found else None
+        if number < len(known) and (known[number].inputs["data"], known[number].inputs["parent"]) == (data, parent):
+            found.append(known[number])
+        else:
+            inputs = {**own[part.method], "data": data, "parent": parent}
+            found.append(Link(inputs, digest_of(inputs)))
+    _known[name] = found if len(found) >= len(known) else known
+    return found
+
+
+_known: dict[str, list[Link]] = {}
+"""The longest lineage met of each settings: the next stage's begins with it, and hundreds of digests are slow."""
+
+
+def _common(config: Config, dataset: Dataset, job: Job) -> dict[str, Any]:
     searching = {} if dataset.interactions.query is None else {"search": config.search.model_dump(exclude={"repeats"})}
-    common = {
+    return {
         **searching,
         "code": CODE_VERSION,
         "seed": job.seed,
@@ -80,18 +113,6 @@ def commit_inputs(config: Config, dataset: Dataset, job: Job) -> list[dict[str, 
         "weights": _weights_digest(config.backbone.path),
         "adapter": config.adapter.model_dump(),
     }
-    found: list[dict[str, Any]] = []
-    own: dict[str, dict[str, Any]] = {}  # by method: a lineage may have hundreds of stages
-    for part in lineage_jobs(config, job):
-        if part.method not in own:
-            settings = None if part.method == FIRST else _method_settings(config.method(part.method))
-            own[part.method] = {
-                "method": settings,
-                "training": config.training.model_dump(exclude=_unread(config, part)),
-            }
-        parent = digest_of(found[-1]) if found else None
-        found.append({**common, **own[part.method], "data": dataset.digest(part.stage), "parent": parent})
-    return found
 
 
 def _unread(config: Config, job: Job) -> set[str]:
@@ -112,15 +133,15 @@ def checkpoint_folder(config: Config, workspace: Workspace, dataset: Dataset, jo
 
 def checkpoint_folders(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> list[Path]:
     """Where the checkpoints of `job`'s lineage live once they are committed, stage 0 first."""
-    return folders_of(config, workspace, job, commit_inputs(config, dataset, job))
+    return folders_of(config, workspace, job, links(config, dataset, job))
 
 
-def folders_of(config: Config, workspace: Workspace, job: Job, inputs: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """`checkpoint_folders` where the lineage's `commit_inputs` are known."""
-    names = [
-        f"{part.protocol}-{part.method}-seed{part.seed}-stage{part.stage:02d}" for part in lineage_jobs(config, job)
+def folders_of(config: Config, workspace: Workspace, job: Job, chain: Sequence[Link]) -> list[Path]:
+    """`checkpoint_folders` where the lineage's `links` are known."""
+    return [
+        workspace.checkpoints / f"{part.protocol}-{part.method}-seed{part.seed}-stage{part.stage:02d}-{link.key[:16]}"
+        for part, link in zip(lineage_jobs(config, job), chain, strict=True)
     ]
-    return [workspace.checkpoints / f"{name}-{digest_of(own)[:16]}" for name, own in zip(names, inputs, strict=True)]
 
 
 def _method_settings(settings: MethodConfig) -> dict[str, Any]:

@@ -7,17 +7,18 @@ another process reads and hashes everything anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from stages.checkpoint import fault_of, other_inputs, stale_parent, tensors_digest
+from stages.commit import Link
 from stages.workspace import Stamp, digest_of, is_settled, stamp_of
 
 Stamps: TypeAlias = tuple[tuple[str, Stamp], ...]
 _good: dict[Path, tuple[Stamps, str, str]] = {}
-"""By folder: its files, the digest of what it was made with, and that of its parents, when it was found good."""
+"""By folder: its files, its key, and the digest of its parents, when it was found good."""
 
 
 @dataclass
@@ -38,20 +39,20 @@ class Parents:
         self.chain = digest_of([self.chain, folder.name, self.tensors[folder.name]])
 
 
-def fault_in_lineage(folder: Path, inputs: Mapping[str, Any], parents: Parents) -> str | None:
+def fault_in_lineage(folder: Path, link: Link, parents: Parents) -> str | None:
     """Why the checkpoint in `folder` cannot be used after `parents`, or None.
 
     Args:
         folder: where it should be.
-        inputs: what its key is the digest of.
+        link: what its key is the digest of.
         parents: the checkpoints before it, as they are now.
     """
     # Looked at before the files are read, so that a write meanwhile shows at the next look.
     stamps = _stamps(folder)
-    found = stamps, digest_of(inputs), parents.chain
+    found = stamps, link.key, parents.chain
     if stamps and _good.get(folder) == found:
         return None
-    fault = fault_of(folder) or other_inputs(folder, inputs) or stale_parent(folder, parents.tensors)
+    fault = fault_of(folder) or other_inputs(folder, link.inputs) or stale_parent(folder, parents.tensors)
     if fault is None and is_settled(*(stamp for _, stamp in stamps)):
         _good[folder] = found
     return fault
@@ -59,6 +60,7 @@ def fault_in_lineage(folder: Path, inputs: Mapping[str, Any], parents: Parents) 
 
 def _stamps(folder: Path) -> Stamps:
     try:
-        return tuple(sorted((path.name, stamp_of(path)) for path in folder.iterdir()))
+        with os.scandir(folder) as entries:
+            return tuple(sorted((entry.name, stamp_of(entry)) for entry in entries))
     except (FileNotFoundError, NotADirectoryError):
         return ()

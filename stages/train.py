@@ -18,7 +18,7 @@ from models.backbone import Backbone, compute_device, pretrained_backbone, small
 from models.generative import GenerativeModel
 from models.words import Vocabulary, WordVocabulary
 from stages.checkpoint import quarantine, size_of, tensors_digest, trained_tensors, write_checkpoint
-from stages.commit import FIRST, checkpoint_folder, commit_inputs, folders_of, lineage_jobs, method_of
+from stages.commit import FIRST, checkpoint_folder, folders_of, lineage_jobs, links, method_of
 from stages.config import Config
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
@@ -50,11 +50,11 @@ def train_stage(config: Config, workspace: Workspace, job: Job, progress: Progre
     if not 0 <= job.stage < dataset.stages:
         raise UserError(f"stage {job.stage} does not exist; the log has stages 0 to {dataset.stages - 1}")
     lineage = lineage_jobs(config, job)
-    inputs = commit_inputs(config, dataset, job)
-    folders = folders_of(config, workspace, job, inputs)
+    chain = links(config, dataset, job)
+    folders = folders_of(config, workspace, job, chain)
     parents, reused = Parents(), False
-    for part, own, folder in zip(lineage, inputs, folders, strict=True):
-        look = partial(fault_in_lineage, folder, own, parents)
+    for part, link, folder in zip(lineage, chain, folders, strict=True):
+        look = partial(fault_in_lineage, folder, link, parents)
         reused = _committed_or_trained(config, workspace, dataset, part, folder, look, progress)
         parents.add(folder)
     done = _checkpoint(job, folders[-1], reused)
@@ -69,10 +69,10 @@ def lineage_folders(config: Config, workspace: Workspace, dataset: Dataset, job:
     Raises:
         UserError: one is missing or damaged.
     """
-    inputs = commit_inputs(config, dataset, job)
-    folders, parents = folders_of(config, workspace, job, inputs), Parents()
-    for folder, own in zip(folders, inputs, strict=True):
-        if fault := fault_in_lineage(folder, own, parents):
+    chain = links(config, dataset, job)
+    folders, parents = folders_of(config, workspace, job, chain), Parents()
+    for folder, link in zip(folders, chain, strict=True):
+        if fault := fault_in_lineage(folder, link, parents):
             raise UserError(f"{folder}: {fault}; run the same command again to train this stage")
         parents.add(folder)
     return folders
@@ -193,12 +193,12 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         start = {name.removeprefix("stack."): value for name, value in before.items()}
         tensors = replace(tensors, backbone=step.stored(start, tensors.backbone), kept=step.kept())
         report = step.report()
-    inputs = commit_inputs(config, dataset, job)
+    chain = links(config, dataset, job)
     state = {
         "schema": 1,
         "job": asdict(job),
-        "key": digest_of(inputs[-1]),
-        "inputs": inputs[-1],
+        "key": chain[-1].key,
+        "inputs": chain[-1].inputs,
         "seconds": time.perf_counter() - started,
         "trained_parameters": moved,
         "targets": sum(examples.targets.values()),
@@ -216,7 +216,7 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
     }
     if dataset.interactions.query is not None:
         state["targets_by_objective"] = examples.targets
-    place = folders_of(config, workspace, job, inputs)[-1]
+    place = folders_of(config, workspace, job, chain)[-1]
     write_checkpoint(place, tensors, config.adapter, state, fence=partial(_same_parents, folders, parents))
 
 

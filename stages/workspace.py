@@ -230,7 +230,7 @@ def sha256_once(path: Path) -> str:
     return digest
 
 
-def stamp_of(path: Path) -> Stamp:
+def stamp_of(path: Path | os.DirEntry[str]) -> Stamp:
     """Number, size, and times of last writing and last change (ns) of a file: no write leaves all of them as they are.
 
     The time of last change cannot be set back.
