@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from random import Random
 
@@ -141,7 +141,7 @@ def killed_when(process: subprocess.Popen[bytes], met: Callable[[], bool]) -> No
 
 def points(root: Path) -> dict[tuple[str, str, int], int]:
     """How many values MLflow holds of each (run, key, step)."""
-    with sqlite3.connect(root / "mlflow.db") as store:
+    with closing(sqlite3.connect(root / "mlflow.db")) as store:
         rows = store.execute("SELECT run_uuid, key, step, COUNT(*) FROM metrics GROUP BY run_uuid, key, step")
         return {(run, key, step): count for run, key, step, count in rows}
 
