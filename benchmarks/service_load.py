@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from measure import Row, median, report  # noqa: E402
 
 from flows.experiment import remember_trained, trained_jobs  # noqa: E402
+from flows.machine import cores  # noqa: E402
 from flows.serving.served import Served, load_served  # noqa: E402
 from stages.jobs import Job  # noqa: E402
 from stages.workspace import Workspace, write_json  # noqa: E402
@@ -48,7 +49,7 @@ TOLERANCE = 1e-4
 SHARES = (0.5, 0.95, 0.99)
 METHODS = ("single", "frozen")
 THREADS = "1"
-HOW = f"{ROUNDS} alternating rounds of {SECONDS:.0f} s, wall time, {THREADS} thread, clients on the same two cores"
+HOW = f"{ROUNDS} alternating rounds of {SECONDS:.0f} s, wall time, {THREADS} thread a pass, clients on the same cores"
 CONFIG = """
 name = "load"
 workspace = "unused"
@@ -89,6 +90,8 @@ class Load:
     span: float
     wrong: int
     failed: int
+    processor: float = 0.0
+    """Seconds of the service's process."""
 
     @property
     def rate(self) -> float:
@@ -157,8 +160,8 @@ def own_time(served: Served, count: int = 60) -> list[float]:
 
 
 @contextmanager
-def service(root: Path) -> Iterator[int]:
-    """`driftrec serve` as a process of its own; its port."""
+def service(root: Path) -> Iterator[tuple[int, int]]:
+    """`driftrec serve` as a process of its own; its port and its number."""
     command = [sys.executable, "-m", "flows.cli", "serve", "--workspace", str(root), "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": THREADS, "COLUMNS": "500"}
     environment["PYTHONUNBUFFERED"] = "1"
@@ -167,9 +170,22 @@ def service(root: Path) -> Iterator[int]:
             line = process.stdout.readline() if process.stdout else ""
             if "http://" not in line:
                 raise SystemExit(f"{SCRIPT}: the service did not start: {line}")
-            yield int(line.rpartition(":")[2])
+            yield int(line.rpartition(":")[2]), process.pid
         finally:
             process.terminate()
+
+
+def processor(process: int) -> float:
+    """Seconds of processor time a process has used, its threads and the kernel's work for it together."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def put(port: int, process: int, asked: list[Asked], clients: int, seconds: float) -> Load:
+    """`load` for so many seconds, with the processor time that the service took for it."""
+    before = processor(process)
+    found = asyncio.run(load(port, asked, clients, until(seconds)))
+    return replace(found, processor=processor(process) - before)
 
 
 async def load(port: int, asked: list[Asked], clients: int, over: Callable[[], bool]) -> Load:
@@ -250,12 +266,12 @@ def measured(root: Path) -> list[Row]:
     asked = questions(served, 200)
     own: list[float] = []
     loads: dict[int, list[Load]] = {clients: [] for clients in CLIENTS}
-    with service(root) as port:
-        asyncio.run(load(port, asked, 8, until(1.0)))  # the first passes through a model are slow
+    with service(root) as (port, process):
+        put(port, process, asked, 8, 1.0)  # the first passes through a model are slow
         for _ in range(ROUNDS):
             own.append(median(own_time(served[METHODS[0]])))
             for clients in CLIENTS:
-                loads[clients].append(asyncio.run(load(port, asked, clients, until(SECONDS))))
+                loads[clients].append(put(port, process, asked, clients, SECONDS))
         for clients, found in loads.items():
             print(in_words(clients, found))
         under, swaps = asyncio.run(swapped(port, root, asked))
@@ -277,7 +293,14 @@ def in_words(clients: int, loads: list[Load]) -> str:
     )
     faults = f"{sum(one.wrong for one in loads)} wrong, {sum(one.failed for one in loads)} failed"
     answers = sum(len(one.seconds) for one in loads)
-    return f"{clients} clients: {rate:.1f} answers/s, {', '.join(quantiles)}; {answers} answers, {faults}"
+    each = 1e3 * sum(one.processor for one in loads) / answers
+    cost = f", {each:.1f} ms of processor each" if each else ""
+    return f"{clients} clients: {rate:.1f} answers/s, {', '.join(quantiles)}; {answers} answers, {faults}{cost}"
+
+
+def busy() -> str:
+    """What else the machine does: with fewer cores to itself than threads a service gains less from many clients."""
+    return f"load average {os.getloadavg()[0]:.1f} on {cores()} cores, the measurement's own part included"
 
 
 def latency_row(own: list[float], loads: dict[int, list[Load]]) -> Row:
@@ -315,7 +338,7 @@ def throughput_row(loads: dict[int, list[Load]]) -> Row:
         ours=median([many for many, _ in pairs]),
         theirs=median([one for _, one in pairs]),
         how=HOW,
-        note=f"{in_words(8, loads[8])}; {in_words(32, loads[32])}",
+        note=f"{in_words(8, loads[8])}; {in_words(32, loads[32])}; {busy()}",
     )
 
 

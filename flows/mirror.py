@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,17 @@ def record(workspace: Workspace, folder: Path) -> str | None:
         log.warning("MLflow was not written (%s); `driftrec report` records it later", words)
         return None
     return chart
+
+
+def record_decisions(workspace: Workspace, experiment: str) -> None:
+    """Copy into MLflow what the history holds and MLflow does not, and the model in service.
+
+    Raises:
+        Exception: whatever MLflow fails with; the caller says so, and the next call makes up for it.
+    """
+    seconds = patience()
+    within(seconds, partial(_answers, workspace))
+    within(WHOLE * seconds, partial(_decided, workspace, experiment))
 
 
 def missing(workspace: Workspace) -> list[Path]:
@@ -100,14 +112,28 @@ def _answers(workspace: Workspace) -> bool:
     return tracking.answers(workspace)
 
 
-def _copied(workspace: Workspace, folder: Path) -> str:
-    """Record one report while holding the lock, which a thread left behind goes on holding: nothing comes twice."""
-    from flows import tracking
-
+@contextmanager
+def _recording(workspace: Workspace) -> Iterator[None]:
+    """Hold the lock, which a thread left behind goes on holding: nothing comes twice."""
     with (workspace.root / "mlflow.lock").open("a+", encoding="utf-8") as handle:
         if not try_lock(handle):
             raise TimeoutError(f"{holder_of(handle)} is recording already")
         sign(handle)
+        yield
+
+
+def _decided(workspace: Workspace, experiment: str) -> None:
+    from flows.promotion import registry
+
+    with _recording(workspace):
+        registry.record_decisions(workspace, experiment)
+
+
+def _copied(workspace: Workspace, folder: Path) -> str:
+    """Record one report."""
+    from flows import tracking
+
+    with _recording(workspace):
         found = read_json(folder / "jobs.json")
         evaluations = [Evaluation(**{**row, "job": Job(**row["job"])}) for row in found["evaluations"]]
         checkpoints = [Checkpoint(**{**row, "job": Job(**row["job"])}) for row in found["checkpoints"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -47,12 +46,7 @@ def export_model(
 ) -> None:
     """Write the model in service as an MLflow model, for `mlflow models serve`. It holds the log's histories."""
     started_in(workspace)
-    from flows import terminal
+    from flows import exporting, terminal
 
-    with warnings.catch_warnings():
-        # MLflow warns of its own type hints, and of the missing ones that would spoil our signature.
-        warnings.filterwarnings("ignore", message=".*type hint")
-        from flows import pyfunc
-
-        folder = pyfunc.export_model(workspace, to, method, seed)
+    folder = exporting.export_model(workspace, to, method, seed)
     terminal.stdout().print(f"model: {folder}", soft_wrap=True)

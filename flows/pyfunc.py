@@ -8,7 +8,6 @@ the part of the workspace that answering needs, each file checked against its di
 from __future__ import annotations
 
 import shutil
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pandas
 from mlflow.models import ModelSignature, set_model
 from mlflow.pyfunc import save_model
 from mlflow.pyfunc.model import PythonModel
@@ -32,7 +32,7 @@ from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.jobs import BASELINES
 from stages.train import lineage_folders
-from stages.workspace import sha256_file, write_json
+from stages.workspace import sha256_file, temporary_beside, write_json
 
 WORKSPACE = "workspace"
 """Name of the artifact."""
@@ -79,8 +79,10 @@ class RecommenderModel(PythonModel):
         """Load the workspace that lies in the model."""
         self.served = load_served(Path(context.artifacts[WORKSPACE]))
 
-    # An annotation of `model_input` would make MLflow derive a signature of its own, without `params`.
-    def predict(self, context, model_input, params=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    # A frame is the one annotation from which MLflow derives no signature of its own, without our `params`.
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
+    ) -> pandas.DataFrame:
         """One row of the output for each row of the input.
 
         Args:
@@ -91,8 +93,6 @@ class RecommenderModel(PythonModel):
         Raises:
             UserError: k is not what the model can give, or a row names neither user nor history.
         """
-        import pandas
-
         k = int((params or {}).get("k", 10))
         if not 1 <= k <= self.served.limit:
             raise UserError(f"k {k}: give a number from 1 to {self.served.limit}")
@@ -150,23 +150,26 @@ def export_model(root: Path, folder: Path, method: str | None = None, seed: int 
     """
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another folder for the model")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-export-") as place:
-        part = Path(place) / WORKSPACE
+    place = temporary_beside(folder)
+    place.mkdir(mode=0o700, parents=True)
+    try:
+        part = place / WORKSPACE
         _copy_part(root, part, method, seed)
         load_served(part)  # a model that cannot be loaded is not written
-        sources = [Path(place) / name for name in PACKAGES]
+        sources = [place / name for name in PACKAGES]
         for source in sources:
             shutil.copytree(
                 Path(__file__).parents[1] / source.name, source, ignore=shutil.ignore_patterns("__pycache__")
             )
         _save(folder, part, sources)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
     return folder
 
 
 def _save(folder: Path, part: Path, sources: Sequence[Path]) -> None:
     with warnings.catch_warnings():
-        # MLflow would have type hints, from which it would derive another signature, and an example beside ours.
+        # MLflow would have an example beside our signature.
         warnings.filterwarnings("ignore", message=".*(type hint|input example)")
         save_model(
             path=str(folder),

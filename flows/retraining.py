@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,10 +229,8 @@ def mirror(plan: Plan, line: Entry) -> None:
 
 def mirrored(workspace: Workspace, experiment: str, line: Entry) -> None:
     """Copy a decision into MLflow, and earlier ones it missed; a store that fails only costs a warning."""
-    from flows.promotion import registry
-
     try:
-        mirror_store.within(mirror_store.patience(), partial(registry.record_decisions, workspace, experiment))
+        mirror_store.record_decisions(workspace, experiment)
     except Exception as error:
         words = " ".join(str(error).split())[:300] or type(error).__name__
         log.warning("MLflow does not have the decision on stage %s (%s); the next run records it", line["stage"], words)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,13 @@ from flows.serving.schema import (
     State,
 )
 from flows.serving.searching import Ranking
-from flows.serving.served import NOBODY, InService, Served
+from flows.serving.served import NOBODY, InService, Served, one_thread_a_pass
 from stages.errors import UserError
 
 LOOK = 1.0
 """Seconds between two looks for a new champion."""
+LARGEST = 32
+"""Requests being ranked at once, over all threads that rank."""
 PATIENCE = 30.0
 """Seconds after which a request is given up."""
 UNROUTED = {
@@ -63,7 +66,8 @@ class Desk:
 
     def __init__(self, place: InService, metrics: ServiceMetrics) -> None:
         self.place, self.metrics = place, metrics
-        self.batcher = Batcher(observe=metrics.batch)
+        workers = place.current.side_by_side
+        self.batcher = Batcher(-(-LARGEST // workers), observe=metrics.batch, workers=workers)
 
     async def recommend(self, asked: RecommendRequest) -> Response:
         """The items most likely next for a user of the log, or for anybody with a history.
@@ -168,7 +172,7 @@ def serve(
     seed: int | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Serve a workspace's champion until interrupted.
+    """Serve a workspace's champion until Ctrl-C or SIGTERM; what was asked by then is still answered.
 
     Args:
         root: workspace.
@@ -182,8 +186,9 @@ def serve(
     Raises:
         UserError: there is no model to serve, or the address cannot be used.
     """
-    with _listening(host, port) as listener:
+    with _ends_well(), listening(host, port) as listener:
         place = InService(root, method, seed)
+        one_thread_a_pass(place.current)
         job, number = place.current.job, listener.getsockname()[1]
         name = f"[{host}]" if ":" in host else host
         listener.listen()  # from here on a client is not refused, it waits
@@ -191,14 +196,33 @@ def serve(
         settings = uvicorn.Config(
             build_app(place, rule), log_level="warning", server_header=False, timeout_graceful_shutdown=30
         )
-        # Ctrl-C has ended the service well when it arrives here for the second time.
-        with suppress(KeyboardInterrupt):
-            uvicorn.Server(settings).run(sockets=[listener])
+        uvicorn.Server(settings).run(sockets=[listener])
 
 
-def _listening(host: str, port: int) -> socket.socket:
+@contextmanager
+def _ends_well() -> Iterator[None]:
+    """A service that is told to stop has done its work: SIGTERM and Ctrl-C end the process with code 0.
+
+    While it answers, uvicorn takes the signal, lets the last answers go, and then raises the signal again.
+    """
+
+    def end(*_: object) -> None:
+        raise SystemExit(0)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def listening(host: str, port: int) -> socket.socket:
     """A bound socket; asked for before the model is loaded, so that a mistake is told at once."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Only of a socket that is said to be TCP does asyncio send small packets at once: an answer's body would otherwise
+    # wait 40 ms for the client to acknowledge its head.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -1,22 +1,21 @@
 """Beam search over a trie of the catalogue: one prefill a user, all beams on one shared prefix.
 
-Prompts that open a longer prompt of the batch (the same user asked again later) are read off that one's prefill. At
-each level the K beams of a user are fed as K tokens of one row; a mask lets each see the prompt and its own ancestors,
-whose keys and values stay in the cache where they were written, so nothing is ever reordered. Scores are sums of
-log-probabilities over all output tokens, not renormalised inside the trie (the convention of `generate()`); only paths
-of the trie are ever scored, so no invalid ID can be returned.
+At each level the K beams of a user are fed as K tokens of one row; a mask lets each see the prompt and its own
+ancestors, whose keys and values stay in the cache where they were written, so nothing is ever reordered. Scores are
+sums of log-probabilities over all output tokens, not renormalised inside the trie (the convention of `generate()`);
+only paths of the trie are ever scored, so no invalid ID can be returned.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from models.generative import GenerativeModel
+from models.prefill import added, prefill
 from models.trie import Paths, Trie
 
 
@@ -55,7 +54,7 @@ def beam_search(
         Leaves (B, K), -1 where fewer exist, and their log-probabilities (B, K), falling, ties by leaf number.
     """
     cache = DynamicCache(config=model.stack.config)
-    state = _prefill(model, cache, prompts, lengths)
+    state = prefill(model, cache, prompts, lengths)
     banned = [None] * trie.levels if forbidden is None else trie.covered(*forbidden)
     beams = _first_beams(model, trie, state, width, banned[0])
     visible = torch.arange(prompts.shape[1], device=prompts.device) < lengths[:, None]  # (B, P)
@@ -64,36 +63,6 @@ def beam_search(
         beams = _expand(model, trie, beams, states, int(offsets[depth]), width, banned[depth])
     leaves, scores = _ordered(beams)
     return torch.where(leaves < 0, leaves, leaves - trie.level_first[-2]), scores
-
-
-def _prefill(model: GenerativeModel, cache: DynamicCache, prompts: Tensor, lengths: Tensor) -> Tensor:
-    """Fill the cache with a row a prompt; returns the hidden state (B, d) behind each prompt's last token."""
-    source = shared_prompts(prompts, lengths)
-    rows, place = source.unique(return_inverse=True)
-    vectors = model.embed(prompts[rows])
-    states = model.stack(inputs_embeds=vectors, past_key_values=cache, use_cache=True).last_hidden_state
-    if len(rows) < len(prompts):
-        cache.batch_select_indices(place)
-    return states[place, lengths - 1]
-
-
-def shared_prompts(prompts: Tensor, lengths: Tensor) -> Tensor:
-    """(B,) for each prompt one of the batch that it opens (itself, if no other), which in turn opens no longer one.
-
-    Args:
-        prompts: (B, P) token numbers, padded on the right.
-        lengths: (B,) valid tokens.
-    """
-    valid = torch.arange(prompts.shape[1], device=prompts.device) < lengths[:, None]
-    table = torch.where(valid, prompts, -1).cpu().numpy()
-    # Sorted as words in a dictionary, a prompt is followed by those that it opens.
-    order = np.lexsort(table.T[::-1])
-    ordered = table[order]
-    opens = ((ordered[:-1] == ordered[1:]) | (ordered[:-1] < 0)).all(axis=1)
-    last = np.append(np.flatnonzero(~opens), len(order) - 1)  # the end of each run
-    source = np.empty_like(order)
-    source[order] = order[last[np.searchsorted(last, np.arange(len(order)))]]
-    return torch.from_numpy(source).to(prompts.device)
 
 
 def _first_beams(model: GenerativeModel, trie: Trie, state: Tensor, width: int, banned: Paths | None) -> _Beams:
@@ -115,11 +84,9 @@ def _advance(
     allowed[:, :, : visible.shape[1]] = visible[:, None]
     allowed.scatter_(2, beams.ancestors, True)
     vectors = model.embed(beams.tokens + offset)
-    mask = torch.zeros(allowed.shape, dtype=vectors.dtype, device=vectors.device)
-    mask.masked_fill_(~allowed, torch.finfo(vectors.dtype).min)
     return model.stack(
         inputs_embeds=vectors,
-        attention_mask=mask[:, None],
+        attention_mask=added(allowed, vectors.dtype)[:, None],
         position_ids=positions[:, None].expand(count, width),
         past_key_values=cache,
         use_cache=True,

@@ -24,7 +24,17 @@ from models import adapter as lora
 from models.generative import GenerativeModel
 from stages.config import AdapterConfig
 from stages.errors import UserError
-from stages.workspace import digest_of, need_space, read_json, sha256_file, sync_folder, temporary_beside
+from stages.workspace import (
+    Stamp,
+    digest_of,
+    is_settled,
+    need_space,
+    read_json,
+    sha256_file,
+    stamp_of,
+    sync_folder,
+    temporary_beside,
+)
 
 log = logging.getLogger("stages.checkpoint")
 MANIFEST = "manifest.json"
@@ -183,8 +193,20 @@ def tensors_digest(folder: Path) -> str:
     Raises:
         UserError: no readable manifest.
     """
-    rows = read_json(folder / MANIFEST)["files"]
-    return digest_of({row["name"]: row["sha256"] for row in rows if row["name"].endswith(".safetensors")})
+    path = folder / MANIFEST
+    stamp = stamp_of(path) if path.exists() else None
+    known = _tensors.get(path)
+    if known is not None and known[0] == stamp:
+        return known[1]
+    rows = read_json(path)["files"]
+    digest = digest_of({row["name"]: row["sha256"] for row in rows if row["name"].endswith(".safetensors")})
+    if stamp is not None and is_settled(stamp):
+        _tensors[path] = stamp, digest
+    return digest
+
+
+_tensors: dict[Path, tuple[Stamp, str]] = {}
+"""By manifest: what `tensors_digest` gave while the file was this one."""
 
 
 def other_inputs(folder: Path, inputs: Mapping[str, Any]) -> str | None:
@@ -192,7 +214,7 @@ def other_inputs(folder: Path, inputs: Mapping[str, Any]) -> str | None:
 
     Args:
         folder: a checkpoint whose files are as its manifest says.
-        inputs: what its key is the digest of, as `commit_inputs` says.
+        inputs: what its key is the digest of, as `stages.commit.links` says.
     """
     made_with = read_json(folder / "state.json").get("inputs")
     if not isinstance(made_with, dict):

@@ -6,8 +6,8 @@ stage 0 all the same thing: a look-up.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from stages.method_config import MethodConfig
 from stages.methods import build_method
 from stages.methods.contract import Method
 from stages.methods.first import FirstStage
-from stages.workspace import Workspace, digest_of, sha256_file
+from stages.workspace import Workspace, digest_of, sha256_once
 
 CODE_VERSION = 1
 """Raised whenever training would give other bytes for the same settings and data."""
@@ -64,32 +64,55 @@ def commit_key(config: Config, dataset: Dataset, job: Job) -> str:
 
 def commit_keys(config: Config, dataset: Dataset, job: Job) -> list[str]:
     """The key of every checkpoint in `job`'s lineage, stage 0 first."""
-    return [digest_of(inputs) for inputs in commit_inputs(config, dataset, job)]
+    return [link.key for link in links(config, dataset, job)]
 
 
-def commit_inputs(config: Config, dataset: Dataset, job: Job) -> list[dict[str, Any]]:
-    """What each key of `job`'s lineage is the digest of, stage 0 first: one pass, as each names the one before it."""
-    found: list[dict[str, Any]] = []
-    weights = _weights_digest(config.backbone.path)
-    searching = {} if dataset.interactions.query is None else {"search": config.search.model_dump(exclude={"repeats"})}
+@dataclass(frozen=True)
+class Link:
+    """One checkpoint of a lineage: what its key is the digest of, and that key."""
+
+    inputs: dict[str, Any]
+    key: str
+
+
+def links(config: Config, dataset: Dataset, job: Job) -> list[Link]:
+    """What each checkpoint of `job`'s lineage depends on, stage 0 first: one pass, as each names the one before it."""
+    common = _common(config, dataset, job)
+    own: dict[str, dict[str, Any]] = {}
     for part in lineage_jobs(config, job):
-        settings = None if part.method == FIRST else _method_settings(config.method(part.method))
-        inputs = {
-            **searching,
-            "code": CODE_VERSION,
-            "method": settings,
-            "seed": part.seed,
-            "protocol": part.protocol,
-            "baskets": config.evaluation.baskets,
-            "data": dataset.digest(part.stage),
-            "backbone": config.backbone.model_dump(exclude={"path", "device"}),
-            "weights": weights,
-            "adapter": config.adapter.model_dump(),
-            "training": config.training.model_dump(exclude=_unread(config, part)),
-            "parent": digest_of(found[-1]) if found else None,
-        }
-        found.append(inputs)
+        if part.method not in own:
+            settings = None if part.method == FIRST else _method_settings(config.method(part.method))
+            training = config.training.model_dump(exclude=_unread(config, part))
+            own[part.method] = {**common, "method": settings, "training": training}
+    name = digest_of(own)
+    known, found = _known.get(name, []), []
+    for number, part in enumerate(lineage_jobs(config, job)):
+        data, parent = dataset.digest(part.stage), found[-1].key if found else None
+        if number < len(known) and (known[number].inputs["data"], known[number].inputs["parent"]) == (data, parent):
+            found.append(known[number])
+        else:
+            inputs = {**own[part.method], "data": data, "parent": parent}
+            found.append(Link(inputs, digest_of(inputs)))
+    _known[name] = found if len(found) >= len(known) else known
     return found
+
+
+_known: dict[str, list[Link]] = {}
+"""The longest lineage met of each settings: the next stage's begins with it, and hundreds of digests are slow."""
+
+
+def _common(config: Config, dataset: Dataset, job: Job) -> dict[str, Any]:
+    searching = {} if dataset.interactions.query is None else {"search": config.search.model_dump(exclude={"repeats"})}
+    return {
+        **searching,
+        "code": CODE_VERSION,
+        "seed": job.seed,
+        "protocol": job.protocol,
+        "baskets": config.evaluation.baskets,
+        "backbone": config.backbone.model_dump(exclude={"path", "device"}),
+        "weights": _weights_digest(config.backbone.path),
+        "adapter": config.adapter.model_dump(),
+    }
 
 
 def _unread(config: Config, job: Job) -> set[str]:
@@ -110,11 +133,15 @@ def checkpoint_folder(config: Config, workspace: Workspace, dataset: Dataset, jo
 
 def checkpoint_folders(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> list[Path]:
     """Where the checkpoints of `job`'s lineage live once they are committed, stage 0 first."""
-    names = [
-        f"{part.protocol}-{part.method}-seed{part.seed}-stage{part.stage:02d}" for part in lineage_jobs(config, job)
+    return folders_of(config, workspace, job, links(config, dataset, job))
+
+
+def folders_of(config: Config, workspace: Workspace, job: Job, chain: Sequence[Link]) -> list[Path]:
+    """`checkpoint_folders` where the lineage's `links` are known."""
+    return [
+        workspace.checkpoints / f"{part.protocol}-{part.method}-seed{part.seed}-stage{part.stage:02d}-{link.key[:16]}"
+        for part, link in zip(lineage_jobs(config, job), chain, strict=True)
     ]
-    keys = commit_keys(config, dataset, job)
-    return [workspace.checkpoints / f"{name}-{key[:16]}" for name, key in zip(names, keys, strict=True)]
 
 
 def _method_settings(settings: MethodConfig) -> dict[str, Any]:
@@ -122,7 +149,7 @@ def _method_settings(settings: MethodConfig) -> dict[str, Any]:
     values = settings.model_dump()
     path = Path(str(values.get("corpus", "")))
     if path.is_file():
-        values["corpus"] = _file_digest(path, path.stat().st_mtime_ns, path.stat().st_size)
+        values["corpus"] = sha256_once(path)
     return values
 
 
@@ -131,10 +158,4 @@ def _weights_digest(path: str | None) -> str | None:
     if path is None or not Path(path).is_dir():
         return path
     files = sorted(file for file in Path(path).iterdir() if file.suffix in BACKBONE_FILES)
-    return digest_of({file.name: _file_digest(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files})
-
-
-@cache
-def _file_digest(path: Path, changed: int, size: int) -> str:
-    """Hashed once for each time and size a file was seen with: weights are large and every key asks for them."""
-    return sha256_file(path)
+    return digest_of({file.name: sha256_once(file) for file in files})

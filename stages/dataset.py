@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from stages.config import Config
 from stages.errors import UserError
 from stages.interactions import Catalogue, Interactions, load_catalogue, load_interactions
 from stages.search_config import Objective
-from stages.workspace import Workspace, digest_of, read_json, sha256_file
+from stages.workspace import Workspace, digest_of, read_json, sha256_once
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Dataset:
     interactions: Interactions
     catalogue: Catalogue
     stage_digests: tuple[str, ...]
+    _digests: dict[int, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def stages(self) -> int:
@@ -35,6 +36,11 @@ class Dataset:
 
     def digest(self, stage: int) -> str:
         """Names all that is known by the end of `stage`: its and earlier events, and the codes of the items in them."""
+        if stage not in self._digests:
+            self._digests[stage] = self._digest(stage)
+        return self._digests[stage]
+
+    def _digest(self, stage: int) -> str:
         known = self.catalogue.known(stage)
         items = hashlib.sha256("\0".join(self.catalogue.item_ids[:known]).encode())
         items.update(self.catalogue.codes[:known].tobytes())
@@ -60,7 +66,7 @@ def load_dataset(config: Config, workspace: Workspace) -> Dataset:
 
 def _checked(path: Path, digest: str | None) -> str:
     """SHA-256 of a file: Parquet reads a flipped bit without complaint more often than not."""
-    found = sha256_file(path) if path.is_file() else None
+    found = sha256_once(path) if path.is_file() else None
     if found is None or (digest is not None and found != digest):
         raise UserError(f"{path}: missing, or not the file that its manifest names; run the same command again")
     return found

@@ -17,30 +17,14 @@ from models import adapter as lora
 from models.backbone import Backbone, compute_device, pretrained_backbone, small_backbone, wants_bfloat16
 from models.generative import GenerativeModel
 from models.words import Vocabulary, WordVocabulary
-from stages.checkpoint import (
-    fault_of,
-    other_inputs,
-    quarantine,
-    size_of,
-    stale_parent,
-    tensors_digest,
-    trained_tensors,
-    write_checkpoint,
-)
-from stages.commit import (
-    FIRST,
-    checkpoint_folder,
-    checkpoint_folders,
-    commit_inputs,
-    commit_key,
-    lineage_jobs,
-    method_of,
-)
+from stages.checkpoint import quarantine, size_of, tensors_digest, trained_tensors, write_checkpoint
+from stages.commit import FIRST, checkpoint_folder, folders_of, lineage_jobs, links, method_of
 from stages.config import Config
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
 from stages.fit import Fit, Progress, drift, moving, reproducible
 from stages.jobs import Checkpoint, Job
+from stages.lineage import Parents, fault_in_lineage
 from stages.locks import held
 from stages.memory import forget_peak_memory, peak_memory
 from stages.methods.contract import Schedule, Stateful
@@ -66,16 +50,17 @@ def train_stage(config: Config, workspace: Workspace, job: Job, progress: Progre
     if not 0 <= job.stage < dataset.stages:
         raise UserError(f"stage {job.stage} does not exist; the log has stages 0 to {dataset.stages - 1}")
     lineage = lineage_jobs(config, job)
-    done: list[Checkpoint] = []
-    parents: dict[str, str] = {}
-    inputs = commit_inputs(config, dataset, job)
-    for number, folder in enumerate(checkpoint_folders(config, workspace, dataset, job)):
-        fault = partial(_fault, folder, inputs[number], dict(parents))
-        done.append(_committed_or_trained(config, workspace, dataset, lineage[number], folder, fault, progress))
-        parents[folder.name] = tensors_digest(folder)
+    chain = links(config, dataset, job)
+    folders = folders_of(config, workspace, job, chain)
+    parents, reused = Parents(), False
+    for part, link, folder in zip(lineage, chain, folders, strict=True):
+        look = partial(fault_in_lineage, folder, link, parents)
+        reused = _committed_or_trained(config, workspace, dataset, part, folder, look, progress)
+        parents.add(folder)
+    done = _checkpoint(job, folders[-1], reused)
     if lineage[-1].stage == job.stage:
-        return replace(done[-1], job=job)
-    return replace(done[-1], job=job, seconds=0.0, trained_parameters=0, bytes=0, targets=0)
+        return done
+    return replace(done, seconds=0.0, trained_parameters=0, bytes=0, targets=0)
 
 
 def lineage_folders(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> list[Path]:
@@ -84,18 +69,13 @@ def lineage_folders(config: Config, workspace: Workspace, dataset: Dataset, job:
     Raises:
         UserError: one is missing or damaged.
     """
-    folders = checkpoint_folders(config, workspace, dataset, job)
-    parents: dict[str, str] = {}
-    for folder, inputs in zip(folders, commit_inputs(config, dataset, job), strict=True):
-        if fault := _fault(folder, inputs, parents):
+    chain = links(config, dataset, job)
+    folders, parents = folders_of(config, workspace, job, chain), Parents()
+    for folder, link in zip(folders, chain, strict=True):
+        if fault := fault_in_lineage(folder, link, parents):
             raise UserError(f"{folder}: {fault}; run the same command again to train this stage")
-        parents[folder.name] = tensors_digest(folder)
+        parents.add(folder)
     return folders
-
-
-def _fault(folder: Path, inputs: Mapping[str, Any], parents: Mapping[str, str]) -> str | None:
-    """Why the checkpoint in `folder` cannot be used: its files, what it was made with, or what it was trained from."""
-    return fault_of(folder) or other_inputs(folder, inputs) or stale_parent(folder, parents)
 
 
 def restore_model(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> GenerativeModel:
@@ -151,7 +131,8 @@ def _committed_or_trained(
     folder: Path,
     look: Callable[[], str | None],
     progress: Progress,
-) -> Checkpoint:
+) -> bool:
+    """Whether the checkpoint was there already."""
     reused = look() is None
     if not reused:
         lock = workspace.locks / f"{job.protocol}-{job.method}-seed{job.seed}.lock"
@@ -162,6 +143,10 @@ def _committed_or_trained(
                 quarantine(folder, fault)
             if not reused:
                 _train(config, workspace, dataset, job, progress)
+    return reused
+
+
+def _checkpoint(job: Job, folder: Path, reused: bool) -> Checkpoint:
     state = read_json(folder / "state.json")
     return Checkpoint(
         job=job,
@@ -208,11 +193,12 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         start = {name.removeprefix("stack."): value for name, value in before.items()}
         tensors = replace(tensors, backbone=step.stored(start, tensors.backbone), kept=step.kept())
         report = step.report()
+    chain = links(config, dataset, job)
     state = {
         "schema": 1,
         "job": asdict(job),
-        "key": commit_key(config, dataset, job),
-        "inputs": commit_inputs(config, dataset, job)[-1],
+        "key": chain[-1].key,
+        "inputs": chain[-1].inputs,
         "seconds": time.perf_counter() - started,
         "trained_parameters": moved,
         "targets": sum(examples.targets.values()),
@@ -230,7 +216,7 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
     }
     if dataset.interactions.query is not None:
         state["targets_by_objective"] = examples.targets
-    place = checkpoint_folder(config, workspace, dataset, job)
+    place = folders_of(config, workspace, job, chain)[-1]
     write_checkpoint(place, tensors, config.adapter, state, fence=partial(_same_parents, folders, parents))
 
 

@@ -7,17 +7,22 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from stages.errors import UserError
 
 SCHEMA = 1
 SEAL = "seal"
 """Key of a sealed JSON file that holds the digest of the rest."""
+SETTLED = 100_000_000
+"""Nanoseconds after which a file's times tell a further write from the last one."""
+Stamp: TypeAlias = tuple[int, int, int, int]
+_hashed: dict[Path, tuple[Stamp, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,32 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """`sha256_file`, computed once in this process for as long as the file's number, size and times stay the same."""
+    stamp = stamp_of(path)
+    known = _hashed.get(path)
+    if known is not None and known[0] == stamp:
+        return known[1]
+    digest = sha256_file(path)
+    if is_settled(stamp):
+        _hashed[path] = stamp, digest
+    return digest
+
+
+def stamp_of(path: Path | os.DirEntry[str]) -> Stamp:
+    """Number, size, and times of last writing and last change (ns) of a file: no write leaves all of them as they are.
+
+    The time of last change cannot be set back.
+    """
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def is_settled(*stamps: Stamp) -> bool:
+    """Whether a later write would show in the stamps: the file system's clock moves in steps of milliseconds."""
+    return all(time.time_ns() - max(stamp[2:]) > SETTLED for stamp in stamps)
 
 
 def digest_of(value: Any) -> str:

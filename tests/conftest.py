@@ -2,17 +2,23 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from flows.environment import set_defaults
+from flows.serving.guarding import Access
 from stages.workspace import Workspace
+from tests.storefront import HERE, crown
+
+if TYPE_CHECKING:
+    from fastapi.testclient import TestClient
 
 set_defaults()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -59,6 +65,27 @@ def trained(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> T
     config = write_tiny_experiment(folder / "source")
     state = compare(str(config), methods=["frozen", "single"], workspace=str(folder / "workspace"), return_state=True)
     return Trained(Workspace(folder / "workspace"), config, Path(state.result()), state.name)
+
+
+@pytest.fixture
+def shop(trained: Trained, tmp_path: Path) -> Path:
+    """A copy of the trained workspace whose champion is `single`."""
+    root = tmp_path / "shop"
+    shutil.copytree(trained.workspace.root, root, ignore=shutil.ignore_patterns("prefect", "mlartifacts", "mlflow.db"))
+    crown(root, "single")
+    return root
+
+
+@pytest.fixture
+def client(shop: Path) -> Iterator[TestClient]:
+    """The service over that workspace."""
+    from fastapi.testclient import TestClient
+
+    from flows.service import build_app
+    from flows.serving.served import InService
+
+    with TestClient(build_app(InService(shop), Access()), base_url=HERE, raise_server_exceptions=False) as found:
+        yield found
 
 
 def write_tiny_experiment(folder: Path) -> Path:

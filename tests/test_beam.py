@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.backbone import small_backbone
-from models.beam import beam_search, shared_prompts
+from models.beam import beam_search
 from models.generative import GenerativeModel
 from models.generative_recommender import GenerativeRecommender
+from models.prefill import shared_prompts, shared_rows
 from models.trie import Trie
 from tests import reference
 
@@ -144,6 +147,41 @@ def test_rolling_histories_of_one_user_give_what_each_gives_alone() -> None:
     histories = [walk[:cut] for cut in (5, 12, 0, 7)] + [walk[::-1]]
     model = recommender(codes)
     together = model.recommend(histories, 10)
+    for row, history in enumerate(histories):
+        alone = model.recommend([history], 10)
+        assert together.items[row].tolist() == alone.items[0].tolist()
+        np.testing.assert_allclose(together.scores[row], alone.scores[0], atol=1e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=20))
+def test_prompts_in_shared_rows_stand_side_by_side_and_leave_no_row_that_another_could_hold(lengths: list[int]) -> None:
+    width = max(lengths)
+    taken: dict[int, list[int]] = {}
+    for length, (row, start) in zip(lengths, shared_rows(lengths, width), strict=True):
+        taken.setdefault(row, []).extend(range(start, start + length))
+    assert set(taken) == set(range(len(taken)))
+    assert all(sorted(cells) == list(range(len(cells))) for cells in taken.values())
+    assert all(len(cells) <= width for cells in taken.values())
+    assert sum(len(cells) <= width // 2 for cells in taken.values()) <= 1
+
+
+def test_unlike_prompts_share_rows_and_are_read_as_each_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = random_codes(np.random.default_rng(9), 50)
+    rng = np.random.default_rng(10)
+    histories = [rng.integers(0, 50, size) for size in (20, 3, 7, 8, 1, 3, 12, 0)]
+    histories.append(histories[2][:4])  # opens another one, which shares a row
+    model = recommender(codes)
+    rows = []
+    stack = model.model.stack.forward
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        rows.append(len(named["inputs_embeds"]))
+        return stack(*arguments, **named)
+
+    monkeypatch.setattr(model.model.stack, "forward", counted)
+    together = model.recommend(histories, 10)
+    assert rows == [3, 9, 9]
     for row, history in enumerate(histories):
         alone = model.recommend([history], 10)
         assert together.items[row].tolist() == alone.items[0].tolist()

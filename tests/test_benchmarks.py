@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import bench, results
@@ -105,3 +106,13 @@ def test_the_share_of_the_limit_is_one_for_the_arithmetic_that_sets_it(monkeypat
     monkeypatch.setattr(measure, "limits", lambda threads, clock: (1e9, 1e8))
     assert measure.share_of_limit(Work(flops=1e9), 1.0, 1) == 1.0
     assert measure.share_of_limit(Work(flops=1e9, bytes=4e8), 8.0, 1) == 0.5
+
+
+def test_a_slope_is_growth_by_100_stages_and_one_odd_stage_does_not_move_it() -> None:
+    from benchmarks.soak import Life, slope
+
+    assert slope(np.arange(40) * 0.5) == 50
+    flat = np.full(40, 9.0)
+    life = Life(memory=np.where(np.arange(40) == 20, 900.0, flat), files=flat, seconds=flat + np.arange(40))
+    assert life.slopes() == {"memory": 0.0, "files": 0.0, "seconds": 100.0}
+    assert life.halves("seconds") == (9 + 14.5, 9 + 34.5)

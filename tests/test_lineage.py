@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from stages import checkpoint, lineage
+from stages import workspace as places
 from stages.checkpoint import ROWS, _write_manifest, fault_of, tensors_digest
 from stages.commit import FIRST_ONLY, LATER_ONLY, checkpoint_folders, commit_keys
 from stages.config import Config, TrainingConfig
@@ -17,7 +20,7 @@ from stages.errors import UserError
 from stages.evaluate import evaluate_stage
 from stages.jobs import Job
 from stages.train import lineage_folders, train_stage
-from stages.workspace import Workspace, read_json, write_json
+from stages.workspace import Workspace, read_json, sha256_file, write_json
 from tests import tiny
 
 QUICK: dict[str, Any] = {"first_epochs": 1, "epochs": 1}
@@ -191,6 +194,66 @@ def test_a_measurement_of_other_tensors_or_of_a_damaged_file_is_made_again(copy:
     write_json(side, {**before, "model": "another"}, seal=True)
     assert evaluate_stage(config, copy, LAST, tested=2).digest == done.digest
     assert read_json(side)["model"] == before["model"]
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files hashed from now on; what this process knows is forgotten, and file times count at once."""
+    names: list[str] = []
+
+    def noted(path: Path) -> str:
+        names.append(path.name)
+        return sha256_file(path)
+
+    for module in (checkpoint, places):
+        monkeypatch.setattr(module, "sha256_file", noted)
+    monkeypatch.setattr(places, "SETTLED", -(10**18))
+    for known in (lineage._good, places._hashed, checkpoint._tensors):
+        known.clear()
+    return names
+
+
+def test_what_this_process_found_good_is_not_hashed_again_until_a_file_changes(
+    copy: Workspace, hashed: list[str]
+) -> None:
+    def look() -> None:
+        lineage_folders(quick(), copy, load_dataset(quick(), copy), LAST)
+
+    look()
+    assert {"adapter_model.safetensors", "backbone.safetensors", "state.json", "items.parquet"} <= set(hashed)
+    hashed.clear()
+    look()
+    assert hashed == []
+    damaged = folders(quick(), copy)[1] / "adapter_model.safetensors"
+    before, content = damaged.stat(), bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    os.utime(damaged, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a tool that restores times would leave it
+    with pytest.raises(UserError, match=r"altered: adapter_model\.safetensors"):
+        look()
+    with pytest.raises(UserError, match="altered"):
+        look()
+
+
+def test_a_file_written_a_moment_ago_is_hashed_again_since_its_times_could_hide_a_write(
+    copy: Workspace, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "SETTLED", 10**18)
+    for _ in range(2):
+        hashed.clear()
+        lineage_folders(quick(), copy, load_dataset(quick(), copy), LAST)
+        assert "adapter_model.safetensors" in hashed
+        assert "items.parquet" in hashed
+
+
+def test_a_good_checkpoint_is_looked_at_anew_where_its_parents_tensors_changed(
+    copy: Workspace, hashed: list[str]
+) -> None:
+    lineage_folders(quick(), copy, load_dataset(quick(), copy), LAST)
+    first, second, _ = folders(quick(), copy)
+    replace_with_other_tensors(first)
+    with pytest.raises(UserError, match=f"{second.name}.*holds other tensors"):
+        lineage_folders(quick(), copy, load_dataset(quick(), copy), LAST)
 
 
 def test_a_sealed_file_that_was_altered_is_refused(tmp_path: Path) -> None:

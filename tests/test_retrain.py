@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
@@ -123,11 +124,37 @@ def test_mlflow_and_prefect_show_every_decision(shop: tuple[Path, Workspace, lis
     assert "gate/low" in promoted.data.metrics
     version = client.get_model_version_by_alias(registry.model_name("growing"), registry.ALIAS)
     assert version.tags["checkpoint"] == read_json(workspace.root / "champion.json")["key"]
+    assert version.run_id == promoted.info.run_id
     registry.record_decisions(workspace, "growing")
     assert len(client.search_runs([place.experiment_id], "tags.role = 'decision'")) == 3
+    assert len(client.search_model_versions("name = 'driftrec-growing'")) == 2
     with get_client(sync_client=True) as prefect:
         shown = [str(artifact.data) for artifact in prefect.read_artifacts() if artifact.key == "decision"]
     assert any("goes into service" in text for text in shown)
+
+
+def test_the_registered_champion_is_a_model_that_loads_and_recommends(
+    shop: tuple[Path, Workspace, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.pyfunc
+    import pandas
+    from mlflow import MlflowClient
+
+    from flows.recommending import recommend
+
+    _, workspace, _ = shop
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", workspace.mlflow_uri)
+    loaded = mlflow.pyfunc.load_model("models:/driftrec-growing@champion")
+    found = loaded.predict(pandas.DataFrame({"user": ["u03"]}), params={"k": 5})
+    plain = recommend(workspace.root, user="u03", k=5)
+    assert found["item_ids"][0] == [row[0] for row in plain.rows]
+    assert found["method"][0] == plain.job.method == "single"
+    client = MlflowClient(workspace.mlflow_uri)
+    run = client.get_run(client.get_model_version_by_alias("driftrec-growing", "champion").run_id)
+    folder = Path(unquote(urlsplit(run.info.artifact_uri).path)) / "model"
+    assert read_json(folder / "artifacts" / "workspace" / "champion.json")["job"]["stage"] == 2
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
+    assert not list(workspace.root.glob(".tmp-*"))
 
 
 def test_compare_uses_grown_stages_as_they_are(shop: tuple[Path, Workspace, list[str]]) -> None:
@@ -166,6 +193,8 @@ def test_decisions_that_mlflow_missed_are_recorded_once_when_it_is_back(
     assert place is not None
     runs = client.search_runs([place.experiment_id])
     assert sorted(run.data.tags["decision"] for run in runs) == ["first", "kept", "promoted"]
+    (version,) = client.search_model_versions("name = 'driftrec-missed'")
+    assert (version.tags["stage"], version.tags["form"]) == ("2", "pyfunc")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -19,6 +18,7 @@ import polars as pl
 from benchmarks.faults.harness import LINEAGES, OFF, Bench, Row, fingerprint, refused, sound, user_error
 from benchmarks.faults.intake import config as log_config
 from benchmarks.faults.intake import written
+from benchmarks.soak import FEWEST, lived
 from stages.checkpoint import ADAPTER, tensors_digest
 from stages.commit import checkpoint_folders
 from stages.config import Config
@@ -255,25 +255,11 @@ def other_processor(bench: Bench, count: int, rng: Random) -> Iterator[str]:
 
 
 def soak(bench: Bench, count: int, rng: Random) -> Iterator[str]:
-    """One lineage of `count` stages in one process: memory, descriptors and disk a stage."""
-    count = max(count, 12)  # fewer would say nothing
-    settings, place = board(bench.place(), count)
-    memory, descriptors, seconds = [], [], []
-    for stage in range(count):
-        started = time.monotonic()
-        train_stage(settings, place, Job("single", 0, "same_stage", stage))
-        seconds.append(time.monotonic() - started)
-        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
-        descriptors.append(len(os.listdir("/proc/self/fd")))
-    early, late = slice(count // 4, count // 2), slice(-count // 4, None)
-    grown = float(np.median(memory[late]) - np.median(memory[early]))
-    more = max(descriptors[late]) - max(descriptors[early])
-    slower = float(np.median(seconds[late]) / np.median(seconds[early]))
-    if grown > 64 or more > 0:
-        yield f"memory grew by {grown:.0f} MiB, descriptors by {more}, time by {slower:.2f}"
-        return
-    # The lineage is read from its beginning at each stage, so time grows with it.
-    yield "" if slower < 3 else f"a stage takes {slower:.2f} times as long at the end"
+    """One lineage of `count` stages in one process: memory, descriptors and processor time a stage."""
+    life = lived(bench.place(), max(count, FEWEST))
+    grown, more, slower = (late - early for early, late in map(life.halves, ("memory", "files", "seconds")))
+    flat = grown <= 64 and more <= 0 and slower < 0.5 * life.halves("seconds")[0]
+    yield "" if flat else f"from early to late {grown:+.0f} MiB, {more:+.0f} descriptors, {slower:+.2f} s a stage"
 
 
 TABLE = (

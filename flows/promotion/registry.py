@@ -1,18 +1,26 @@
-"""MLflow's copy of the decisions: a run each, and the registered model whose alias `champion` follows champion.json."""
+"""MLflow's copy of the decisions: a run each, and the registered model whose alias `champion` follows champion.json.
+
+A registered version is the whole model, as `driftrec export-model` writes it: models from code, no pickle.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from flows import tracking
+from flows.exporting import export_model
 from flows.promotion.champion import Champion, in_service
 from flows.promotion.history import Entry, read_history
-from stages.workspace import Workspace, digest_of
+from stages.workspace import Workspace, digest_of, temporary_beside
 
 ALIAS = "champion"
 SERVED = ("first", "promoted", "rebuilt", "rolled_back")
+MODEL = "model"
+"""Name of the model below its run's files."""
+FORM = "pyfunc"
 LONGEST = 5000
 """Characters MLflow keeps of a tag."""
 
@@ -82,15 +90,29 @@ def _numbers(line: Entry) -> dict[str, float]:
 
 
 def _point(client: tracking.MlflowClient, name: str, workspace: Workspace, champion: Champion, run: str) -> None:
-    """Register the champion's checkpoint where it is not yet, and move the alias to it."""
+    """Register the model in service where it is not yet, and move the alias to it."""
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description="The model in service; champion.json is the truth.")
     versions = client.search_model_versions(f"name = '{name}'")
-    found = next((version for version in versions if version.tags.get("digest") == champion.digest), None)
+    found = next((version for version in versions if _holds(version.tags, champion)), None)
     if found is None:
-        source = (workspace.checkpoints / champion.key).resolve().as_uri()
-        tags = {"digest": champion.digest, "checkpoint": champion.key}
+        _log_model(client, workspace, run)
+        tags = {"digest": champion.digest, "checkpoint": champion.key, "form": FORM}
         tags |= {field: str(value) for field, value in asdict(champion.job).items()}
-        found = client.create_model_version(name, source, run_id=run, tags=tags)
+        found = client.create_model_version(name, f"runs:/{run}/{MODEL}", run_id=run, tags=tags)
     if client.get_registered_model(name).aliases.get(ALIAS) != str(found.version):
         client.set_registered_model_alias(name, ALIAS, str(found.version))
+
+
+def _holds(tags: Mapping[str, str], champion: Champion) -> bool:
+    """Whether a version is this champion, and can be loaded: earlier releases registered the checkpoint alone."""
+    return (tags.get("digest"), tags.get("form")) == (champion.digest, FORM)
+
+
+def _log_model(client: tracking.MlflowClient, workspace: Workspace, run: str) -> None:
+    """Write the model in service into the run that put it there; repeated after a kill, the same files come again."""
+    place = temporary_beside(workspace.root / MODEL)
+    try:
+        client.log_artifacts(run, str(export_model(workspace.root, place / MODEL)), artifact_path=MODEL)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Requests that arrive together are ranked together: one worker thread behind a bounded queue.
+"""Requests that arrive together are ranked together: worker threads behind one bounded queue.
 
-The worker never waits for company. While it ranks one batch the next requests queue up, and it takes them all at once:
+A worker never waits for company. While it ranks one batch the next requests queue up, and it takes them all at once:
 a single client pays nothing for it, many clients share the cost of each pass through the model.
 """
 
@@ -19,6 +19,9 @@ from flows.serving.searching import Ranking
 Rank = Callable[[Sequence[Any], int], list[Ranking]]
 """Answers a batch of questions (histories, or queries with histories) with as many lists of at most that length."""
 Observe = Callable[[int, float], None]
+
+MOMENT = 0.002
+"""Seconds between two requests of clients that were answered together and ask again."""
 
 
 class BusyError(Exception):
@@ -40,13 +43,16 @@ class Batcher:
         largest: questions a batch holds at most.
         waiting: requests in line at most; a further one is refused.
         observe: told (questions, seconds) after each batch.
+        workers: batches ranked at the same time, each in a thread of its own.
     """
 
-    def __init__(self, largest: int = 32, waiting: int = 256, observe: Observe | None = None) -> None:
+    def __init__(self, largest: int = 32, waiting: int = 256, observe: Observe | None = None, workers: int = 1) -> None:
         self.largest, self.observe = largest, observe
         self._line: queue.Queue[_Asked | None] = queue.Queue(waiting)
-        self._worker = threading.Thread(target=self._run, name="driftrec-ranking", daemon=True)
-        self._worker.start()
+        names = [f"driftrec-ranking-{number}" for number in range(workers)]
+        self._workers = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
+        for worker in self._workers:
+            worker.start()
 
     @property
     def waiting(self) -> int:
@@ -55,8 +61,8 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether the worker still takes requests."""
-        return self._worker.is_alive()
+        """Whether every worker still takes requests."""
+        return all(worker.is_alive() for worker in self._workers)
 
     def submit(self, rank: Rank, question: Any, k: int) -> Future[Ranking]:
         """Line up one question; the future holds its `k` best items.
@@ -75,24 +81,31 @@ class Batcher:
 
     def close(self) -> None:
         """Answer what is in line, then stop."""
-        self._line.put(None)
-        self._worker.join()
+        for _ in self._workers:
+            self._line.put(None)  # a worker that meets one takes no more
+        for worker in self._workers:
+            worker.join()
 
     def _run(self) -> None:
+        batch: list[_Asked] = []
         while (first := self._line.get()) is not None:
-            batch, ended = self._together(first)
+            batch, ended = self._together(first, len(batch))
             # A request keeps the model it came in under: after a swap a batch may hold both.
             for rank in dict.fromkeys(asked.rank for asked in batch):
                 self._answer(rank, [asked for asked in batch if asked.rank == rank])
             if ended:
                 return
 
-    def _together(self, first: _Asked) -> tuple[list[_Asked], bool]:
-        """Everything in line behind `first`, up to the largest batch; and whether the end was in it."""
+    def _together(self, first: _Asked, before: int) -> tuple[list[_Asked], bool]:
+        """Everything in line behind `first`, up to the largest batch; and whether the end was in it.
+
+        Clients answered together ask again one after the other: until as many are back as the batch `before` held, the
+        next one is given a moment.
+        """
         batch = [first]
         while len(batch) < self.largest:
             try:
-                asked = self._line.get_nowait()
+                asked = self._line.get(timeout=MOMENT) if len(batch) < before else self._line.get_nowait()
             except queue.Empty:
                 break
             if asked is None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from flows import machine
 from flows.experiment import remembered_config
 from flows.promotion.champion import FILE
 from flows.recommending import job_in_service
@@ -27,6 +30,8 @@ from stages.workspace import Workspace
 
 FALLBACK = "recent_popularity"
 """Who answers where nothing is known of a person."""
+MOST = 4
+"""Threads that rank at the same time, at most: Python runs one of them at a time between two operations of torch."""
 NOBODY = Past(np.empty(0, dtype=np.int64), np.empty(0, dtype=bool))
 Mark = tuple[tuple[int, int, int] | None, ...]
 log = logging.getLogger("flows")
@@ -72,6 +77,20 @@ class Served:
         searched = [past.searched[kept] for past, kept in zip(people, read, strict=True)]
         return listed(self.model.recommend(histories, k, searched=searched))
 
+    @property
+    def small(self) -> bool:
+        """Whether a pass gains little from a second thread, and nearly all of it from a second pass beside the first.
+
+        A large model fills the cores by itself.
+        """
+        own = self.config.backbone
+        return own.path is None and not (own.device != "cpu" and torch.cuda.is_available())
+
+    @property
+    def side_by_side(self) -> int:
+        """Batches worth ranking at the same time, a thread each."""
+        return max(1, min(machine.cores() // torch.get_num_threads(), MOST)) if self.small else 1
+
     def fallback(self, k: int) -> Ranking:
         """The `k` most taken items of the newest stages."""
         return listed(self.popular.recommend([np.empty(0, dtype=np.int64)], k))[0]
@@ -101,6 +120,12 @@ class Served:
         fitting = np.flatnonzero(lengths >= min(5, int(lengths.max(initial=0))))
         chosen = fitting[np.linspace(0, len(fitting) - 1, min(count, len(fitting))).astype(int)] if len(fitting) else []
         return [self.dataset.interactions.user_ids[row] for row in chosen]
+
+
+def one_thread_a_pass(served: Served) -> None:
+    """Leave the cores to passes beside each other where the model is small, unless OMP_NUM_THREADS says otherwise."""
+    if served.small and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(1)
 
 
 def load_served(root: Path, method: str | None = None, seed: int | None = None) -> Served:

@@ -1,0 +1,66 @@
+"""Whether a checkpoint can be used: its files, what it was made with, and what it was trained from.
+
+A lineage of hundreds of stages is looked through at each of them. What this process has found good is not read again
+while every file of the folder keeps its number, size and times, and while the checkpoints before it keep their tensors;
+another process reads and hashes everything anew.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from stages.checkpoint import fault_of, other_inputs, stale_parent, tensors_digest
+from stages.commit import Link
+from stages.workspace import Stamp, digest_of, is_settled, stamp_of
+
+Stamps: TypeAlias = tuple[tuple[str, Stamp], ...]
+_good: dict[Path, tuple[Stamps, str, str]] = {}
+"""By folder: its files, its key, and the digest of its parents, when it was found good."""
+
+
+@dataclass
+class Parents:
+    """The checkpoints of a lineage so far.
+
+    Attributes:
+        tensors: digest of their tensors by name, oldest first.
+        chain: one digest of all of them, made anew with each.
+    """
+
+    tensors: dict[str, str] = field(default_factory=dict)
+    chain: str = ""
+
+    def add(self, folder: Path) -> None:
+        """The next checkpoint, whose files are as its manifest says."""
+        self.tensors[folder.name] = tensors_digest(folder)
+        self.chain = digest_of([self.chain, folder.name, self.tensors[folder.name]])
+
+
+def fault_in_lineage(folder: Path, link: Link, parents: Parents) -> str | None:
+    """Why the checkpoint in `folder` cannot be used after `parents`, or None.
+
+    Args:
+        folder: where it should be.
+        link: what its key is the digest of.
+        parents: the checkpoints before it, as they are now.
+    """
+    # Looked at before the files are read, so that a write meanwhile shows at the next look.
+    stamps = _stamps(folder)
+    found = stamps, link.key, parents.chain
+    if stamps and _good.get(folder) == found:
+        return None
+    fault = fault_of(folder) or other_inputs(folder, link.inputs) or stale_parent(folder, parents.tensors)
+    if fault is None and is_settled(*(stamp for _, stamp in stamps)):
+        _good[folder] = found
+    return fault
+
+
+def _stamps(folder: Path) -> Stamps:
+    try:
+        with os.scandir(folder) as entries:
+            return tuple(sorted((entry.name, stamp_of(entry)) for entry in entries))
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
