@@ -85,11 +85,13 @@ class Coded:
         path: Parquet file of `NUMBERS`.
         height: N.
         names: by `user`, `item` and `query`, the distinct texts, sorted (and some that no row has any more).
+        step: divides every time.
     """
 
     path: Path
     height: int
     names: dict[str, pl.Series]
+    step: int
 
     def columns(self, low: int = 0, high: int | None = None, only: Iterable[str] = NUMBERS) -> Iterator[Columns]:
         """Rows low to high, `CHUNK` at a time."""
@@ -102,6 +104,10 @@ class Coded:
     def column(self, name: str) -> pl.Series:
         """One column of numbers, whole."""
         return pl.read_parquet(self.path, columns=[name], glob=False)[name]
+
+    def time_at(self, row: int) -> int:
+        """One row's time."""
+        return pl.scan_parquet(self.path, glob=False).select("time").slice(row, 1).collect().item()
 
     def span(self) -> tuple[datetime | None, datetime | None]:
         """First and last time; None for a log without a clock."""
@@ -203,9 +209,9 @@ class Coder:
                 total += height(piece)
                 yield pl.DataFrame({"block": np.full(height(piece), -1, np.int32)} | piece).select(*NUMBERS)
 
-        sink(frames(), NUMBERS, path, compression="lz4")
+        sink(frames(), NUMBERS, path, plain=True)
         self._met.close()
-        return Coded(path, total, names)
+        return Coded(path, total, names, self._ticks.step)
 
 
 def fields(names: Mapping[str, pl.Series], ticks: Ticks) -> dict[str, Field]:

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -90,10 +89,15 @@ def digest_and_write(frame: pl.DataFrame, path: Path) -> tuple[str, str]:
         return digest.result(), sha256
 
 
-def sink(
-    frames: Iterable[pl.DataFrame], schema: pl.Schema, path: Path, compression: Literal["zstd", "lz4"] = "zstd"
-) -> None:
-    """Write a frame that comes in pieces; the file depends on the rows alone, not on the pieces."""
+def sink(frames: Iterable[pl.DataFrame], schema: pl.Schema, path: Path, plain: bool = False) -> None:
+    """Write a frame that comes in pieces; the file depends on the rows alone, not on the pieces.
+
+    Args:
+        frames: the pieces.
+        schema: of them.
+        path: the file.
+        plain: for speed, not for size.
+    """
 
     def source(*_: object) -> Iterator[pl.DataFrame]:
         # A file without rows is made of a piece without rows.
@@ -102,9 +106,9 @@ def sink(
 
     register_io_source(source, schema=schema).sink_parquet(
         path,
-        compression=compression,
-        compression_level=1 if compression == "zstd" else None,
-        statistics=True,
+        compression="lz4" if plain else "zstd",
+        compression_level=None if plain else 1,
+        statistics=not plain,
         row_group_size=ROW_GROUP,
         engine="streaming",
     )

@@ -29,7 +29,7 @@ def store_manifest(workspace: Workspace, log: Coded, report: dict[str, Any]) -> 
     names = [pl.DataFrame({"text": texts}).select(field=pl.lit(name), text="text") for name, texts in log.names.items()]
     hashes = {"names": write_parquet(pl.concat(names), folder / NAMES_FILE)}
     hashes |= {key: sha256_file(folder / file) for key, file in HASHES.items() if key not in hashes}
-    write_json(folder / "manifest.json", {"schema": SCHEMA, **hashes, **report}, seal=True)
+    write_json(folder / "manifest.json", {"schema": SCHEMA, **hashes, "step": log.step, **report}, seal=True)
 
 
 def checked_manifest(workspace: Workspace) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def checked_manifest(workspace: Workspace) -> dict[str, Any]:
     manifest = read_json(workspace.log.with_name("manifest.json"))
     if manifest.get("sha256") != sha256_file(workspace.log):
         raise UserError(f"{workspace.log}: the file is not the one its manifest describes; run driftrec ingest again")
-    return {key: value for key, value in manifest.items() if key not in ("schema", *HASHES)}
+    return {key: value for key, value in manifest.items() if key not in ("schema", "step", *HASHES)}
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def coded_log(workspace: Workspace) -> Iterator[Coded]:
     if all(_is_whole(folder / file, manifest.get(key)) for key, file in HASHES.items()):
         table = pl.read_parquet(folder / NAMES_FILE)
         names = {name: table.filter(pl.col("field") == name)["text"] for name in NAMED}
-        yield Coded(folder / NUMBERS_FILE, manifest["accepted"], names)
+        yield Coded(folder / NUMBERS_FILE, manifest["accepted"], names, manifest["step"])
         return
     coder, table = Coder(folder), pl.scan_parquet(workspace.log, glob=False)
     for start in range(0, manifest["accepted"], CHUNK):

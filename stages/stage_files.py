@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,10 @@ def write_stage(path: Path, rows: pl.DataFrame, users: npt.NDArray[Any]) -> tupl
 def write_run(log: Coded, path: Path, low: int, high: int) -> tuple[str, str]:
     """`write_stage` of rows low to high of a coded log."""
     schema = pl.Schema({name: LOG_SCHEMA[name] for name in COLUMNS})
-    ticks = reduce(Ticks.met, (piece["time"] for piece in log.columns(low, high, ("time",))), Ticks())
-    user, *rest = (fields(log.names, ticks)[name] for name in NUMBERED)
-    if ticks.low == NEVER:
+    # The log stands in the order of time.
+    first, last = (log.time_at(row) if low < high else 0 for row in (low, high - 1))
+    user, *rest = (fields(log.names, Ticks(first, last, log.step))[name] for name in NUMBERED)
+    if first == NEVER:
         # Without a clock only its place says which of a user's rows comes first.
         rest = [Field("place", np.int64, high, 0), *rest]
     pieces = sorted_rows(_numbered(log, low, high), Layout([user, *rest]), log.path.parent, CHUNK)
