@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from models.adapter import is_wide
 from stages.config import Config
 from stages.dataset import Dataset
 from stages.jobs import Job
@@ -87,9 +88,21 @@ def commit_inputs(config: Config, dataset: Dataset, job: Job) -> list[dict[str, 
             "adapter": config.adapter.model_dump(),
             "training": config.training.model_dump(exclude=_unread(config, part)),
             "parent": digest_of(found[-1]) if found else None,
+            **({"adapter_backward": "thin"} if _goes_back_thin(config, part) else {}),
         }
         found.append(inputs)
     return found
+
+
+def _goes_back_thin(config: Config, job: Job) -> bool:
+    """Whether adapters may go back by thin products (`models.adapter`), which gives other bytes than earlier versions.
+
+    Every pretrained backbone counts, wide or not; `small` where one of its layers is wide, but not its stage 0.
+    """
+    own = config.backbone
+    if own.path is not None:
+        return True
+    return job.method != FIRST and is_wide(own.hidden, max(own.hidden, own.feed_forward))
 
 
 def _unread(config: Config, job: Job) -> set[str]:
