@@ -18,6 +18,7 @@ import numpy.typing as npt
 import polars as pl
 
 from stages.content import CHUNK, sink
+from stages.names import Names
 from stages.packing import Columns, Field, Layout, Ticks
 from stages.spool import Spool, height, regular, sorted_rows
 
@@ -50,31 +51,6 @@ NEVER = np.iinfo(np.int64).min
 """The time of a row without one."""
 KEPT = 2**21
 """Rows that wait in memory, and not in a file, for the last one to come."""
-
-
-class Names:
-    """Numbers for texts in the order they are met; the same text has the same number in every batch."""
-
-    def __init__(self) -> None:
-        self._kind = pl.Categorical(pl.Categories.random())
-        # polars forgets the numbers once no column uses them.
-        self._kept = pl.Series([], dtype=self._kind)
-        self.size = 0
-
-    def codes(self, column: pl.Series) -> npt.NDArray[np.uint32]:
-        """(N,) the texts' numbers; those of null mean nothing."""
-        numbers = column.cast(self._kind).to_physical()
-        codes = (numbers.fill_null(0) if numbers.null_count() else numbers).to_numpy()
-        self.size = max(self.size, int(codes.max(initial=0)) + 1)
-        return codes
-
-    def ranked(self) -> tuple[pl.Series, npt.NDArray[np.uint32]]:
-        """The texts sorted, and (size,) the place of each number's text among them."""
-        texts = pl.Series(np.arange(self.size, dtype=np.uint32)).cat.to(self._kind).cast(pl.String)
-        order = texts.arg_sort()
-        places = np.empty(self.size, dtype=np.uint32)
-        places[order.to_numpy()] = np.arange(self.size, dtype=np.uint32)
-        return texts.gather(order), places
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal, assert_series_equal
 
+from stages import names as numbering
 from stages import spool
 from stages.coded import LOG_SCHEMA, ORDER, Coder
 from stages.content import content_digest, digest_and_sink
@@ -20,9 +21,9 @@ from stages.packing import Field, Layout, by_code, encoded, in_order, is_constan
 
 START = datetime(2020, 1, 1, tzinfo=UTC)
 words = st.one_of(st.none(), st.text(alphabet="ab!~ é😀", max_size=3))
-names = st.text(alphabet="ab!~ é😀", max_size=3)
+ids = st.text(alphabet="ab!~ é😀", max_size=3)
 kinds = st.sampled_from([("recommendation", None), ("recommendation", "q"), ("search", "r"), ("search", "q")])
-rows = st.lists(st.tuples(st.integers(-3, 9), names, names, kinds), min_size=1, max_size=30)
+rows = st.lists(st.tuples(st.integers(-3, 9), ids, ids, kinds), min_size=1, max_size=30)
 
 
 def framed(values: list, step: timedelta) -> pl.DataFrame:
@@ -92,6 +93,24 @@ def test_a_spool_gives_back_its_rows_in_pieces_of_any_size(tmp_path_factory, val
     pieces = [piece["x"].tolist() for piece in spool.regular(held.pieces(), size)]
     assert pieces == [values[start : start + size] for start in range(0, len(values), size)]
     held.close()
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(words, max_size=20), max_size=6), st.integers(1, 64))
+def test_a_text_has_one_number_whatever_the_batches_and_however_keys_collide(batches: list, keys: int) -> None:
+    met: dict[str, int] = {}
+    with pytest.MonkeyPatch.context() as patched:
+        # Few different keys: most texts share one with another text.
+        patched.setattr(numbering, "hashes", lambda column: column.hash().to_numpy() % np.uint64(keys))
+        numbers = numbering.Names()
+        for batch in batches:
+            codes = numbers.codes(pl.Series(batch, dtype=pl.String))
+            for text, code in zip(batch, codes.tolist(), strict=True):
+                assert met.setdefault(text or "", code) == code
+    assert sorted(met.values()) == list(range(numbers.size))
+    texts, places = numbers.ranked()
+    assert texts.to_list() == pl.Series(list(met), dtype=pl.String).sort().to_list()
+    assert all(texts[int(places[code])] == text for text, code in met.items())
 
 
 @settings(deadline=None)
