@@ -3,9 +3,9 @@
     python -m benchmarks.split_log                       # 10 million rows of Parquet, each run a process of its own
     python -m benchmarks.split_log --rows 100000000      # ours alone, once: time and peak memory
 
-Both sides (`benchmarks.split_sides`) read the rows, drop duplicates, store the sorted log, cut it at 60/70/80/90 % of the
-events, store every stage by user and time, and count users and items, new and known. driftrec also checks every row and
-digests what it wrote.
+Both sides (`benchmarks.split_sides`) read the rows, drop duplicates, store the sorted log, cut it at 60/70/80/90 % of
+the events, store every stage by user and time, and count users and items, new and known. driftrec also checks every row
+and digests what it wrote.
 """
 
 from __future__ import annotations

@@ -106,8 +106,7 @@ class Layout:
             values = (words[word] >> np.uint64(shift % BITS)) & np.uint64(2**width - 1)
             values = values.astype(field.dtype)
             if (field.low, field.step) != (0, 1):
-                values *= field.dtype(field.step)
-                values += field.dtype(field.low)
+                values = values * field.step + field.low
             found[field.name] = values
         return found
 
