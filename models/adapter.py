@@ -62,9 +62,9 @@ class FoldedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B."""
-        x, folded, a, b = ctx.saved_tensors
+        (grad,), (x, folded, a, b) = grad_outputs, ctx.saved_tensors
         rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)  # (N, d_out), (N, d_in)
         to_x, to_a, to_b = None, None, None
         if ctx.needs_input_grad[0]:

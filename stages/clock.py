@@ -124,7 +124,7 @@ def reading_of(raw: pl.Series, unit: Unit | None, place: str) -> Reading:
         whole = frame.filter(pl.col("unit").is_not_null())["whole"]
         dated = dated and (not len(whole) or _are_compact_dates(whole))
         first = whole[0] if first is None and len(whole) else first
-    counts = {each: met[each] for each in UNITS if each in met}
+    counts: dict[Unit, int] = {each: met[each] for each in UNITS if each in met}
     if unit is None:
         unit = _inferred(counts, place)
         if unit == "s" and dated and first is not None:

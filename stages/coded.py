@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,25 +72,36 @@ class Coded:
 
     def columns(self, low: int = 0, high: int | None = None, only: Iterable[str] = NUMBERS) -> Iterator[Columns]:
         """Rows low to high, `CHUNK` at a time."""
-        table = pl.scan_parquet(self.path, glob=False).select(*only)
         stop = self.height if high is None else high
         for start in range(low, stop, CHUNK):
-            rows = table.slice(start, min(CHUNK, stop - start)).collect()
+            rows = self._rows(start, min(CHUNK, stop - start), list(only))
             yield {column.name: column.to_numpy() for column in rows.iter_columns()}
+
+    def _rows(self, start: int, count: int, only: list[str]) -> pl.DataFrame:
+        if self._held is not None:
+            return self._held.slice(start, count).select(only)
+        return pl.scan_parquet(self.path, glob=False).select(only).slice(start, count).collect()
+
+    @cached_property
+    def _held(self) -> pl.DataFrame | None:
+        """All rows of a short log, which is read once."""
+        return pl.read_parquet(self.path, glob=False) if self.height <= CHUNK else None
 
     def column(self, name: str) -> pl.Series:
         """One column of numbers, whole."""
-        return pl.read_parquet(self.path, columns=[name], glob=False)[name]
+        return self._rows(0, self.height, [name])[name]
 
     def time_at(self, row: int) -> int:
         """One row's time."""
-        return pl.scan_parquet(self.path, glob=False).select("time").slice(row, 1).collect().item()
+        return self._rows(row, 1, ["time"]).item()
 
     def span(self) -> tuple[datetime | None, datetime | None]:
         """First and last time; None for a log without a clock."""
-        times = pl.scan_parquet(self.path, glob=False).select("time").filter(pl.col("time") != NEVER)
-        edges = times.select(first=pl.col("time").min(), last=pl.col("time").max()).cast(INSTANT).collect()
-        return edges.row(0)  # pyright: ignore
+        if not self.height or self.time_at(0) == NEVER:
+            return None, None
+        # The log stands in the order of time.
+        edges = pl.Series([self.time_at(0), self.time_at(self.height - 1)]).cast(INSTANT)
+        return edges[0], edges[1]
 
     def frame(self, columns: Columns) -> pl.DataFrame:
         """Rows of `NUMBERS` as rows of `LOG_SCHEMA`."""

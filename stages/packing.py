@@ -103,8 +103,8 @@ class Layout:
         """The fields of the rows."""
         found: Columns = {}
         for field, word, shift, width in self._places:
-            values = (words[word] >> np.uint64(shift % BITS)) & np.uint64(2**width - 1)
-            values = values.astype(field.dtype)
+            bits = (words[word] >> np.uint64(shift % BITS)) & np.uint64(2**width - 1)
+            values: npt.NDArray[Any] = bits.astype(field.dtype)
             if (field.low, field.step) != (0, 1):
                 values = values * field.step + field.low
             found[field.name] = values
