@@ -132,6 +132,8 @@ def digest_and_sink(frames: Iterable[pl.DataFrame], schema: pl.Schema, height: i
                 waiting.result()
             waiting = pool.submit(digest.add, frame)
             yield frame
+        if waiting is not None:
+            waiting.result()
 
     with ThreadPoolExecutor(1) as pool:
         sink(told(pool), schema, path)
