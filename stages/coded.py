@@ -143,11 +143,6 @@ class Coder:
         self._met = Spool(KEPT, folder)
         self._ticks = Ticks()
 
-    @property
-    def rows(self) -> int:
-        """How many were added."""
-        return self._met.rows
-
     def add(self, frame: pl.DataFrame) -> None:
         """Add rows with the columns of `LOG_SCHEMA`, or all of them but `block`."""
         if frame.is_empty():
