@@ -62,7 +62,9 @@ class FoldedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the context's name)
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B."""
         (grad,), (x, folded, a, b) = grad_outputs, ctx.saved_tensors
         rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)  # (N, d_out), (N, d_in)

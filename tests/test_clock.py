@@ -2,7 +2,7 @@ from datetime import UTC, date, datetime
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.clock import Times, Window, instant, iso_microseconds, microseconds, read_times, reading_of, window
@@ -18,6 +18,7 @@ def read(values: list, unit=None, dtype: pl.DataType | None = None, plausible: W
     return read_times(pl.Series(values, dtype=dtype), unit, plausible, "log.csv: timestamp")
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(sorted(PER_SECOND)),
     st.lists(st.integers(200_000_000, 4_000_000_000), min_size=1, max_size=20),
