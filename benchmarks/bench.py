@@ -32,7 +32,6 @@ SCRIPTS = (
     "baselines",
     "split_log",
     "scaling",
-    "gems_step",
 )
 """In this order; a name is a file beside this one."""
 LONGEST = 600

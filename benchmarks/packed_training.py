@@ -28,8 +28,8 @@ from stages.train import bare_model
 
 NAME = "packed_training"
 STAGES = (1, 2, 3, 4)
-USERS = 32
-"""Users drawn a stage: about 800 targets in all, so that a repetition of both takes some seconds."""
+USERS = 12
+"""Users drawn a stage: about 300 targets in all, so that a repetition of both takes few seconds."""
 
 
 def main() -> None:

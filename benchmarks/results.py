@@ -21,10 +21,10 @@ BENCHMARKS = PAGE.parent.parent / "benchmarks" / "results.json"
 INTRODUCTION = """# Results
 
 Full catalogue, every test user, trie-constrained beam, 95 % intervals by paired bootstrap over users. Means are over
-the incremental stages; per-stage values, slices and R[i][j] are in each run's `report.html`. Training seeds are the outer
-level of the bootstrap: with several of them an interval holds the methods' training noise too; with one it holds for
-these trained models only. The backbone is `small` with about a million weights (`[backbone]` of each config), half the
-default, so that a run fits two cores. PESO's paper reports other data sets (Instruments, Movies, Books), so none of
+the incremental stages; per-stage values, slices and R[i][j] are in each run's `report.html`. Training seeds are the
+outer level of the bootstrap: with several of them an interval holds the methods' training noise too; with one it holds
+for these trained models only. The backbone is `small` with about a million weights (`[backbone]` of each config), half
+the default, so that a run fits two cores. PESO's paper reports other data sets (Instruments, Movies, Books), so none of
 these numbers can be set beside its tables.
 
 Written by `python -m benchmarks.results WORKSPACE …` from the runs' `report.json`.

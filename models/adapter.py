@@ -2,6 +2,8 @@
 
 `y = (W + s·B·A)·x` is computed by forming `W + s·B·A` once a pass, which costs r·d_out·d_in multiply-adds however many
 tokens there are, instead of two thin products a token. The price is that adapter dropout cannot exist; it is 0.
+Going back, autograd would form the gradient of the whole weight, d_out·d_in multiply-adds a token, only to project it
+on A and B; a layer of at least `WIDE` weights takes that of A and B from thin products instead (`FoldedLinear`).
 Files are PEFT's: `adapter_model.safetensors` and `adapter_config.json`, loadable by `peft.PeftModel.from_pretrained`.
 """
 
@@ -9,11 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from types import MethodType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
+
+WIDE = 2**18
+"""Weights from which a layer's adapter goes back by thin products; below, they measured no faster (docs/log.md)."""
+
+
+def is_wide(d_out: int, d_in: int) -> bool:
+    """Whether an adapter on a layer of this shape goes back by thin products: it rounds, hence trains, differently."""
+    return d_out * d_in >= WIDE
 
 
 class LowRank(nn.Module):
@@ -30,6 +42,50 @@ class LowRank(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """(d_out, d_in) -> (d_out, d_in)."""
         return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scale)
+
+
+class FoldedLinear(torch.autograd.Function):
+    """`y = x·W'ᵀ + bias` with `W' = W + s·B·A` as given; going back, W' gets no gradient, but B and A do.
+
+    With D (N, d_out) the gradient of y: dx = D·W', dB = s·Dᵀ·(x·Aᵀ), dA = s·(D·B)ᵀ·x, which costs 2·r·(d_out + d_in)
+    multiply-adds a token in place of d_out·d_in. `bias` is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, folded: Tensor, a: Tensor, b: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+        """(..., d_in) -> (..., d_out)."""
+        out = torch.nn.functional.linear(x, folded, bias)
+        ctx.scale, ctx.kind = scale, x.dtype
+        # Under autocast `out` and the products below are in the narrower type.
+        ctx.save_for_backward(x.to(out.dtype), folded.to(out.dtype), a, b)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the context's name)
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of x, A and B."""
+        (grad,), (x, folded, a, b) = grad_outputs, ctx.saved_tensors
+        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)  # (N, d_out), (N, d_in)
+        to_x, to_a, to_b = None, None, None
+        if ctx.needs_input_grad[0]:
+            to_x = (grad @ folded).to(ctx.kind)
+        if ctx.needs_input_grad[2]:
+            to_a = ((rows @ b.to(rows.dtype)).mul_(ctx.scale).T @ inputs).to(a.dtype)
+        if ctx.needs_input_grad[3]:
+            to_b = (rows.T @ (inputs @ a.to(rows.dtype).T).mul_(ctx.scale)).to(b.dtype)
+        return to_x, None, to_a, to_b, None, None
+
+
+def _thin_forward(self: nn.Linear, x: Tensor) -> Tensor:
+    """`forward` of a wide layer with an adapter: the same function, another way back."""
+    part, original = _part_of(self), _original_of(self)
+    if not torch.is_grad_enabled() or original.requires_grad:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+    with torch.no_grad():
+        folded = self.weight
+    return cast(Tensor, FoldedLinear.apply(x, folded, part.lora_A, part.lora_B, part.scale, self.bias))
 
 
 def attach(stack: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
@@ -51,12 +107,15 @@ def attach(stack: nn.Module, rank: int, alpha: float, targets: Sequence[str], se
             raise ValueError(f"adapter.rank {rank} exceeds {name}, which is {d_out} x {d_in}; lower the rank")
         part = LowRank((d_out, d_in), rank, alpha, generator).to(module.weight.device)
         parametrize.register_parametrization(module, "weight", part)
+        if is_wide(d_out, d_in):
+            module.forward = MethodType(_thin_forward, module)
 
 
 def fold(stack: nn.Module) -> None:
     """Make the adapted weights plain weights; the function the model computes does not change."""
     for module in list(stack.modules()):
         if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight"):
+            vars(module).pop("forward", None)
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     stack.requires_grad_(False)
 
@@ -65,6 +124,7 @@ def detach(stack: nn.Module) -> None:
     """Take the adapter off; the weights below it are as they were."""
     for module in list(stack.modules()):
         if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight"):
+            vars(module).pop("forward", None)
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     stack.requires_grad_(False)
 
@@ -74,9 +134,17 @@ def adapter_of(stack: nn.Module) -> dict[str, LowRank]:
     parts = {}
     for name, module in stack.named_modules():
         if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight"):
-            chain = cast(nn.Sequential, cast(nn.ModuleDict, module.parametrizations)["weight"])
-            parts[name] = cast(LowRank, chain[0])
+            parts[name] = _part_of(module)
     return parts
+
+
+def _part_of(module: nn.Linear) -> LowRank:
+    chain = cast(nn.Sequential, cast(nn.ModuleDict, module.parametrizations)["weight"])
+    return cast(LowRank, chain[0])
+
+
+def _original_of(module: nn.Linear) -> Tensor:
+    return cast(Tensor, cast(nn.ModuleDict, module.parametrizations)["weight"].original)
 
 
 def matrices(stack: nn.Module) -> dict[str, nn.Parameter]:

@@ -25,7 +25,8 @@ from stages.content import content_digest, write_parquet
 from stages.errors import UserError
 from stages.log import read_events, read_items
 from stages.packing import encoded, encoded_all
-from stages.split import COLUMNS, Stage, described, digest_of_stages, load_stages, write_stage
+from stages.split import Stage, described, digest_of_stages, load_stages
+from stages.stage_files import COLUMNS, first_met, write_stage
 from stages.waiting import Waiting, in_order, load_waiting, store_waiting, with_reason, without
 from stages.workspace import Workspace, need_space, read_json, sync_folder, write_json
 
@@ -236,8 +237,9 @@ def _commit(
     manifest["close"] = config.retrain.close.model_dump(exclude_none=True)
     starts, staged = _staged(workspace, len(digests), changed)
     users, items = encoded_all([staged["user_id"], staged["item_id"]])
-    found = described(starts, users, items, digests, spans)
-    manifest |= {"digest": digest_of_stages(found), "stages": [asdict(stage) for stage in found]}
+    met, found = (first_met(column.present(starts)) for column in (users, items))
+    stages = described(starts, met, found, digests, spans)
+    manifest |= {"digest": digest_of_stages(stages), "stages": [asdict(stage) for stage in stages]}
     # From here on the commit is decided: `finish_commit` ends it after a kill.
     write_json(workspace.stages / "next.json", manifest, seal=True)
     finish_commit(workspace)

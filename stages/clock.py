@@ -6,6 +6,7 @@ nanoseconds. For instants from March 1973 to the year 5138 that is unambiguous.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -20,6 +21,8 @@ BOUNDS: tuple[tuple[Unit, float], ...] = (("s", 1e11), ("ms", 1e14), ("us", 1e17
 UNITS: tuple[Unit, ...] = ("text", "s", "ms", "us", "ns")
 MULTIPLY: dict[str, int] = {"s": 1_000_000, "ms": 1_000, "us": 1}
 NANOSECONDS = 1_000
+AT_ONCE = 1_000_000
+"""Values that are looked at together."""
 FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -37,6 +40,19 @@ class Window:
 
     earliest: int
     latest: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file's times are read: told by all of them, applied to a part at a time.
+
+    Attributes:
+        unit: as `Times.unit`.
+        mixed: some values look like another unit.
+    """
+
+    unit: Unit | Literal["datetime"]
+    mixed: bool
 
 
 @dataclass(frozen=True)
@@ -87,26 +103,58 @@ def window(earliest: str, latest: str) -> Window:
     return result
 
 
-def read_times(raw: pl.Series, unit: Unit | None, plausible: Window, place: str) -> Times:
-    """Turn a raw column into instants.
+def reading_of(raw: pl.Series, unit: Unit | None, place: str) -> Reading:
+    """Which unit a raw column counts in.
 
     Args:
         raw: numbers, text, dates or datetimes; a datetime without a zone is UTC.
         unit: stated unit of numbers or text; inferred when None.
-        plausible: rows outside are refused with a reason.
         place: file and column, for messages.
 
     Raises:
         UserError: the file mixes units, counts in YYYYMMDD, or the column's type holds no time.
     """
     if raw.dtype.is_temporal():
-        return _typed(raw, plausible, place)
-    frame = _parsed(raw, place)
-    counts = _counts(frame)
+        return Reading("datetime", False)
+    met: Counter[str] = Counter()
+    dated, first = True, None
+    for start in range(0, max(len(raw), 1), AT_ONCE):
+        frame = _parsed(raw.slice(start, AT_ONCE), place)
+        met.update(dict(frame["unit"].drop_nulls().value_counts().iter_rows()))
+        whole = frame.filter(pl.col("unit").is_not_null())["whole"]
+        dated = dated and (not len(whole) or _are_compact_dates(whole))
+        first = whole[0] if first is None and len(whole) else first
+    counts: dict[Unit, int] = {each: met[each] for each in UNITS if each in met}
     if unit is None:
         unit = _inferred(counts, place)
-        _refuse_compact_dates(frame, unit, place)
-    return _converted(frame, unit, plausible, mixed=len(counts) > 1)
+        if unit == "s" and dated and first is not None:
+            raise UserError(
+                f"{place} looks like YYYYMMDD ({first}), not seconds since 1970; derive the timestamp with "
+                "STRPTIME(CAST(column AS VARCHAR), '%Y%m%d'), or state time_unit = \"s\""
+            )
+    return Reading(unit, len(counts) > 1)
+
+
+def read_times(raw: pl.Series, unit: Unit | None, plausible: Window, place: str) -> Times:
+    """Turn a raw column into instants; as `reading_of` and `times_of`."""
+    return times_of(raw, reading_of(raw, unit, place), plausible, place)
+
+
+def times_of(raw: pl.Series, reading: Reading, plausible: Window, place: str) -> Times:
+    """Turn a part of a raw column into instants.
+
+    Args:
+        raw: as of `reading_of`.
+        reading: of the whole column.
+        plausible: rows outside are refused with a reason.
+        place: file and column, for messages.
+
+    Raises:
+        UserError: the column's type holds no time.
+    """
+    if reading.unit == "datetime":
+        return _typed(raw, plausible, place)
+    return _converted(_parsed(raw, place), reading.unit, plausible, reading.mixed)
 
 
 def _typed(raw: pl.Series, plausible: Window, place: str) -> Times:
@@ -182,12 +230,6 @@ def _magnitude() -> pl.Expr:
     return unit.otherwise(None)
 
 
-def _counts(frame: pl.DataFrame) -> dict[Unit, int]:
-    """How many values look like each unit that occurs, the finest unit last."""
-    counts = dict(frame["unit"].drop_nulls().value_counts().iter_rows())
-    return {unit: counts[unit] for unit in UNITS if unit in counts}
-
-
 def _inferred(counts: dict[Unit, int], place: str) -> Unit:
     if len(counts) > 1:
         shares = ", ".join(f"{count:,} rows look like {unit}" for unit, count in counts.items())
@@ -198,17 +240,11 @@ def _inferred(counts: dict[Unit, int], place: str) -> Unit:
     return UNITS[0] if not counts else next(iter(counts))
 
 
-def _refuse_compact_dates(frame: pl.DataFrame, unit: str, place: str) -> None:
-    whole = frame.filter(pl.col("unit").is_not_null())["whole"]
-    if unit != "s" or whole.null_count():
-        return
+def _are_compact_dates(whole: pl.Series) -> bool:
+    """Whether every number reads as YYYYMMDD."""
     month, day = whole // 100 % 100, whole % 100
     dates = whole.is_between(19_000_101, 21_001_231) & month.is_between(1, 12) & day.is_between(1, 31)
-    if len(dates) and dates.all():
-        raise UserError(
-            f"{place} looks like YYYYMMDD ({whole[0]}), not seconds since 1970; derive the timestamp with "
-            "STRPTIME(CAST(column AS VARCHAR), '%Y%m%d'), or state time_unit = \"s\""
-        )
+    return not whole.null_count() and bool(dates.all())
 
 
 def _scaled(unit: str) -> pl.Expr:

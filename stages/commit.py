@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from models.adapter import is_wide
 from stages.config import Config
 from stages.dataset import Dataset
 from stages.jobs import Job
@@ -83,7 +84,8 @@ def links(config: Config, dataset: Dataset, job: Job) -> list[Link]:
         if part.method not in own:
             settings = None if part.method == FIRST else _method_settings(config.method(part.method))
             training = config.training.model_dump(exclude=_unread(config, part))
-            own[part.method] = {**common, "method": settings, "training": training}
+            backward = {"adapter_backward": "thin"} if _goes_back_thin(config, part) else {}
+            own[part.method] = {**common, "method": settings, "training": training, **backward}
     name = digest_of(own)
     known, found = _known.get(name, []), []
     for number, part in enumerate(lineage_jobs(config, job)):
@@ -113,6 +115,17 @@ def _common(config: Config, dataset: Dataset, job: Job) -> dict[str, Any]:
         "weights": _weights_digest(config.backbone.path),
         "adapter": config.adapter.model_dump(),
     }
+
+
+def _goes_back_thin(config: Config, job: Job) -> bool:
+    """Whether adapters may go back by thin products (`models.adapter`), which gives other bytes than earlier versions.
+
+    Every pretrained backbone counts, wide or not; `small` where one of its layers is wide, but not its stage 0.
+    """
+    own = config.backbone
+    if own.path is not None:
+        return True
+    return job.method != FIRST and is_wide(own.hidden, max(own.hidden, own.feed_forward))
 
 
 def _unread(config: Config, job: Job) -> set[str]:

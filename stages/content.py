@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+from polars.io.plugins import register_io_source
 
 from stages.workspace import replacing, sha256_file
 
 CHUNK = 1_000_000
+ROW_GROUP = 123_457
+"""Rows of a group in a file that is written in pieces; polars' own choice for large frames in memory."""
 NULL_LENGTH = np.uint32(2**32 - 1)
+
+
+class Digest:
+    """SHA-256 of column names and values, row by row as they stand, of a frame that comes in pieces.
+
+    Args:
+        columns: names.
+        height: rows in all.
+    """
+
+    def __init__(self, columns: Sequence[str], height: int) -> None:
+        self._hash = hashlib.sha256(f"{list(columns)}|{height}".encode())
+
+    def add(self, piece: pl.DataFrame) -> None:
+        """The next rows: `CHUNK` of them, fewer only at the end."""
+        for column in piece.iter_columns():
+            _add(self._hash, column)
+
+    def hexdigest(self) -> str:
+        """Of all that was added."""
+        return self._hash.hexdigest()
 
 
 def content_digest(frame: pl.DataFrame) -> str:
@@ -21,10 +46,9 @@ def content_digest(frame: pl.DataFrame) -> str:
     Independent of chunks, row groups, compression and the library that wrote the file. Columns hold text, lists of
     text, integers or instants; null differs from every value.
     """
-    digest = hashlib.sha256(f"{frame.columns}|{frame.height}".encode())
+    digest = Digest(frame.columns, frame.height)
     for start in range(0, frame.height, CHUNK):
-        for column in frame.slice(start, CHUNK).iter_columns():
-            _add(digest, column)
+        digest.add(frame.slice(start, CHUNK))
     return digest.hexdigest()
 
 
@@ -63,3 +87,54 @@ def digest_and_write(frame: pl.DataFrame, path: Path) -> tuple[str, str]:
         digest = pool.submit(content_digest, frame)
         sha256 = write_parquet(frame, path)
         return digest.result(), sha256
+
+
+def sink(frames: Iterable[pl.DataFrame], schema: pl.Schema, path: Path, plain: bool = False) -> None:
+    """Write a frame that comes in pieces; the file depends on the rows alone, not on the pieces.
+
+    Args:
+        frames: the pieces.
+        schema: of them.
+        path: the file.
+        plain: for speed, not for size.
+    """
+
+    def source(*_: object) -> Iterator[pl.DataFrame]:
+        # A file without rows is made of a piece without rows.
+        yield schema.to_frame()
+        yield from frames
+
+    register_io_source(source, schema=schema).sink_parquet(
+        path,
+        compression="lz4" if plain else "zstd",
+        compression_level=None if plain else 1,
+        statistics=not plain,
+        row_group_size=ROW_GROUP,
+        engine="streaming",
+    )
+
+
+def digest_and_sink(frames: Iterable[pl.DataFrame], schema: pl.Schema, height: int, path: Path) -> str:
+    """`sink`, and the content's digest, which a thread of its own takes.
+
+    Args:
+        frames: pieces of `CHUNK` rows, the last one shorter.
+        schema: of the pieces.
+        height: rows in all.
+        path: the file.
+    """
+    digest = Digest(list(schema), height)
+
+    def told(pool: ThreadPoolExecutor) -> Iterator[pl.DataFrame]:
+        waiting = None
+        for frame in frames:
+            if waiting is not None:
+                waiting.result()
+            waiting = pool.submit(digest.add, frame)
+            yield frame
+        if waiting is not None:
+            waiting.result()
+
+    with ThreadPoolExecutor(1) as pool:
+        sink(told(pool), schema, path)
+    return digest.hexdigest()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,27 +12,19 @@ import polars as pl
 
 from stages.category_queries import with_category_queries
 from stages.clock import Window, window
+from stages.coded import LOG_SCHEMA, ORDER, Coded, Coder
 from stages.config import Config, Source
-from stages.content import content_digest, write_parquet
+from stages.content import content_digest, digest_and_sink, write_parquet
 from stages.errors import UserError
 from stages.files import File, shown, source_files
-from stages.packing import Sorted, encoded, sorted_distinct
+from stages.log_files import NUMBERS_FILE, checked_manifest, store_manifest
 from stages.published import read_blocks, read_sequences
 from stages.rows import EVENT_FIELDS, INSTANT, ITEM_FIELDS, Sifted, sift_events, sift_items
 from stages.scan import KEY, raw_rows
-from stages.workspace import SCHEMA, Workspace, read_json, sha256_file, write_json
+from stages.workspace import Workspace, replacing
 
-ORDER = ("timestamp", "user_id", "item_id", "event", "query")
 FEWEST_EVENTS = 3
 REJECT_COLUMNS = ("file", "row", "reason")
-LOG_SCHEMA = {
-    "user_id": pl.String(),
-    "item_id": pl.String(),
-    "timestamp": INSTANT,
-    "event": pl.String(),
-    "query": pl.String(),
-    "block": pl.Int32(),
-}
 ITEM_SCHEMA = {
     "item_id": pl.String(),
     "title": pl.String(),
@@ -86,9 +79,9 @@ class LogReport:
 
 @dataclass(frozen=True)
 class _Table:
-    """All files of a table, concatenated."""
+    """What became of all files of a table; the accepted rows themselves are elsewhere."""
 
-    accepted: pl.DataFrame
+    accepted: int
     rejects: pl.DataFrame
     rows: int
     filtered: int
@@ -131,28 +124,27 @@ def read_log(
     """
     workspace.claim(config.name)
     plausible = window(config.log.earliest, config.log.latest)
-    readers = {"events": _events, "blocks": _blocks, "sequences": _sequences}
-    table, log, met = readers[config.log.kind](config, plausible, progress)
-    if log.is_empty():
-        reasons = _reasons(table) or "its files hold no rows"
-        raise UserError(f"the log has no acceptable row: {reasons}; check log.sources")
-    items = _catalogue(config, plausible, progress)
-    bought = log.height
-    if config.log.queries == "categories":
-        made = with_category_queries(log, items.accepted, config.catalogue.level_separator)
-        log = made.sort(*ORDER, nulls_last=False, maintain_order=True)
-    digest = content_digest(log)
-    if expected is not None and digest != expected:
-        raise UserError(
-            f"{workspace.root}: the log's rows changed since this workspace was made (digest {digest[:12]}, "
-            f"was {expected[:12]}); choose another workspace for the new rows"
-        )
+    with replacing(workspace.log.with_name(NUMBERS_FILE)) as path:
+        table, log, short = READERS[config.log.kind](config, plausible, progress, path)
+        if not log.height:
+            reasons = _reasons(table) or "its files hold no rows"
+            raise UserError(f"the log has no acceptable row: {reasons}; check log.sources")
+        met, bought = _met(log, short), log.height
+        items, catalogue = _catalogue(config, plausible, progress)
+        if config.log.queries == "categories":
+            log = _with_made_searches(log, catalogue, config.catalogue.level_separator)
+        with replacing(workspace.log) as text:
+            digest = digest_and_sink(log.frames(), LOG_SCHEMA, log.height, text)
+            if expected is not None and digest != expected:
+                raise UserError(
+                    f"{workspace.root}: the log's rows changed since this workspace was made (digest {digest[:12]}, "
+                    f"was {expected[:12]}); choose another workspace for the new rows"
+                )
+        report = _report(config, table, log, items, content_digest(catalogue), met, digest, log.height - bought)
     _write_rejects(table.rejects, workspace.rejects / "log.parquet")
     _write_rejects(items.rejects, workspace.rejects / "catalogue.parquet")
-    write_parquet(items.accepted, workspace.catalogue / "raw.parquet")
-    report = _report(config, table, log, items, met, digest, log.height - bought)
-    manifest = {"schema": SCHEMA, "sha256": write_parquet(log, workspace.log), **asdict(report)}
-    write_json(workspace.log.with_name("manifest.json"), manifest, seal=True)
+    write_parquet(catalogue, workspace.catalogue / "raw.parquet")
+    store_manifest(workspace, log, asdict(report))
     progress(_summary(report))
     return report
 
@@ -166,8 +158,10 @@ def read_events(config: Config, progress: Callable[[str], None] = _silent) -> tu
     Raises:
         UserError: a file that is missing, empty, unreadable or inconsistent.
     """
-    table, log, _ = _events(config, window(config.log.earliest, config.log.latest), progress)
-    return log.drop("block"), table.rejects
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / NUMBERS_FILE
+        table, log, _ = _events(config, window(config.log.earliest, config.log.latest), progress, path)
+        return log.whole().drop("block"), table.rejects
 
 
 def read_items(config: Config, progress: Callable[[str], None] = _silent) -> pl.DataFrame:
@@ -176,7 +170,7 @@ def read_items(config: Config, progress: Callable[[str], None] = _silent) -> pl.
     Raises:
         UserError: as `read_events`.
     """
-    return _catalogue(config, window(config.log.earliest, config.log.latest), progress).accepted
+    return _catalogue(config, window(config.log.earliest, config.log.latest), progress)[1]
 
 
 def load_log(workspace: Workspace) -> tuple[pl.DataFrame, LogReport]:
@@ -185,129 +179,152 @@ def load_log(workspace: Workspace) -> tuple[pl.DataFrame, LogReport]:
     Raises:
         UserError: there is none, or it is not the file that was written.
     """
-    if not workspace.log.is_file():
-        raise UserError(f"{workspace.log}: no log yet; run driftrec ingest first")
-    manifest = read_json(workspace.log.with_name("manifest.json"))
-    if manifest.get("sha256") != sha256_file(workspace.log):
-        raise UserError(f"{workspace.log}: the file is not the one its manifest describes; run driftrec ingest again")
-    report = LogReport(**{key: value for key, value in manifest.items() if key not in ("schema", "sha256")})
+    report = LogReport(**checked_manifest(workspace))
     return pl.read_parquet(workspace.log), report
 
 
-def _events(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[_Table, pl.DataFrame, _Met]:
+def _events(
+    config: Config, plausible: Window, progress: Callable[[str], None], path: Path
+) -> tuple[_Table, Coded, int | None]:
     required = ("user_id", "item_id", "timestamp")
 
-    def sift(source: Source, file: File) -> tuple[Sifted, int]:
+    def sift(source: Source, file: File) -> tuple[Iterable[Sifted], int]:
         raw = raw_rows(source, file, EVENT_FIELDS, required)
         return sift_events(raw, source.event, source.time_unit, plausible, str(file.path)), raw.filtered
 
-    table = _collected(config.log.sources, sift, EVENT_FIELDS, progress)
-    rows = without_duplicates(table.accepted)
-    log = rows.frame.with_columns(block=pl.lit(None, pl.Int32)).select(*LOG_SCHEMA)
-    visits, demand = (np.bincount(rows.codes[name]) for name in ("user_id", "item_id"))
-    short = (visits > 0) & (visits < FEWEST_EVENTS)
-    return table, log, _Met(*(int(np.count_nonzero(each)) for each in (visits, demand, short)))
+    coder, keyed = Coder(path.parent), []
+    by_key = any(source.distinct for source in config.log.sources)
+    keep = keyed.append if by_key else coder.add
+    table = _collected(config.log.sources, sift, EVENT_FIELDS, keep, progress)
+    if not by_key:
+        return table, coder.sorted_distinct(path), None
+    coder.add(_earliest_of_a_key(pl.concat(keyed, how="diagonal")))
+    return table, coder.as_met(path), None
 
 
-def without_duplicates(frame: pl.DataFrame) -> Sorted:
-    """Rows in canonical order, each once: the earliest of a `__key` where a source gives one, else by all fields."""
-    keyed = KEY in frame.columns and frame[KEY].null_count() < frame.height
-    packed = None if keyed else sorted_distinct(frame.select(ORDER), ORDER)
-    if packed is not None:
-        return packed
-    ordered = frame.sort(*ORDER, *([KEY] if keyed else []), nulls_last=False)
+def _earliest_of_a_key(frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows in canonical order, each once: the earliest of a `__key` where its source gives one, else by all fields."""
+    ordered = frame.sort(*ORDER, KEY, nulls_last=False)
     fresh = ~pl.all_horizontal(pl.col(name).eq_missing(pl.col(name).shift(1)) for name in ordered.columns)
     # Shifting makes the first row's predecessor null, and no accepted row is null throughout.
-    if keyed:
-        fresh = pl.when(pl.col(KEY).is_null()).then(fresh).otherwise(pl.col(KEY).is_first_distinct())
-    kept = ordered.filter(fresh).drop(KEY, strict=False)
-    return Sorted(kept, {name: encoded(kept[name]).codes for name in ("user_id", "item_id")})
+    fresh = pl.when(pl.col(KEY).is_null()).then(fresh).otherwise(pl.col(KEY).is_first_distinct())
+    return ordered.filter(fresh).drop(KEY)
+
+
+def _with_made_searches(log: Coded, catalogue: pl.DataFrame, separator: str) -> Coded:
+    made = with_category_queries(log.whole(), catalogue, separator)
+    coder = Coder(log.path.parent)
+    coder.add(made.sort(*ORDER, nulls_last=False, maintain_order=True))
+    return coder.as_met(log.path)
+
+
+def _met(log: Coded, short: int | None) -> _Met:
+    """Counts of users, items and short users; `short` where the reader has counted those itself."""
+    counts = {name: np.zeros(len(log.names[name]), dtype=np.int64) for name in ("user", "item")}
+    for columns in log.columns(only=counts):
+        for name, count in counts.items():
+            count += np.bincount(columns[name], minlength=len(count))
+    visits, demand = counts.values()
+    few = np.count_nonzero((visits > 0) & (visits < FEWEST_EVENTS)) if short is None else short
+    return _Met(int(np.count_nonzero(visits)), int(np.count_nonzero(demand)), int(few))
 
 
 def _collected(
     sources: list[Source],
-    sift: Callable[[Source, File], tuple[Sifted, int]],
+    sift: Callable[[Source, File], tuple[Iterable[Sifted], int]],
     fields: tuple[str, ...],
+    keep: Callable[[pl.DataFrame], object],
     progress: Callable[[str], None],
 ) -> _Table:
+    """Sift every file and hand its accepted rows on, part by part."""
     files = [(source, file) for source in sources for file in source_files(source.path)]
     names = shown([file.path for _, file in files])
-    accepted, rejects, units, rows, filtered = [], [], {}, 0, 0
+    rejects, units, accepted, rows, filtered = [], {}, 0, 0, 0
     for source, file in files:
         name = names[file.path]
-        sifted, left_out = sift(source, file)
-        accepted.append(sifted.accepted)
-        rejects.append(sifted.rejects.select(pl.lit(name).alias("file"), pl.all()))
-        units[name] = sifted.unit
-        filtered += left_out
-        rows += left_out + sifted.accepted.height + sifted.rejects.height
-        progress(_file_line(name, sifted, left_out))
+        parts, left_out = sift(source, file)
+        good = bad = 0
+        for part in parts:
+            keep(part.accepted)
+            rejects.append(part.rejects.select(pl.lit(name).alias("file"), pl.all()))
+            units[name] = part.unit
+            good, bad = good + part.accepted.height, bad + part.rejects.height
+        accepted, filtered, rows = accepted + good, filtered + left_out, rows + left_out + good + bad
+        unit = "" if units[name] is None else f", times in {units[name]}"
+        progress(f"{name}: {good:,} rows{unit}, {left_out:,} filtered, {bad:,} rejected")
     schema = {"file": pl.String, "row": pl.Int64, "reason": pl.String, **dict.fromkeys(fields, pl.String)}
-    return _Table(
-        pl.concat(accepted, how="diagonal") if accepted else pl.DataFrame(schema=ITEM_SCHEMA),
-        pl.concat(rejects) if rejects else pl.DataFrame(schema=schema),
-        rows,
-        filtered,
-        units,
-    )
+    refused = pl.concat(rejects) if rejects else pl.DataFrame(schema=schema)
+    return _Table(accepted, refused, rows, filtered, units)
 
 
-def _file_line(name: str, sifted: Sifted, filtered: int) -> str:
-    unit = "" if sifted.unit is None else f", times in {sifted.unit}"
-    return f"{name}: {sifted.accepted.height:,} rows{unit}, {filtered:,} filtered, {sifted.rejects.height:,} rejected"
+def _blocks(
+    config: Config, plausible: Window, progress: Callable[[str], None], path: Path
+) -> tuple[_Table, Coded, int | None]:
+    return _published(read_blocks(str(config.log.blocks), config.log.index), progress, path)
 
 
-def _blocks(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[_Table, pl.DataFrame, _Met]:
-    return _published(read_blocks(str(config.log.blocks), config.log.index), progress)
-
-
-def _sequences(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[_Table, pl.DataFrame, _Met]:
-    return _published(read_sequences(str(config.log.sequences)), progress)
+def _sequences(
+    config: Config, plausible: Window, progress: Callable[[str], None], path: Path
+) -> tuple[_Table, Coded, int | None]:
+    return _published(read_sequences(str(config.log.sequences)), progress, path)
 
 
 def _published(
-    read: tuple[pl.DataFrame, list[Path], int], progress: Callable[[str], None]
-) -> tuple[_Table, pl.DataFrame, _Met]:
+    read: tuple[pl.DataFrame, list[Path], int], progress: Callable[[str], None], path: Path
+) -> tuple[_Table, Coded, int | None]:
     frame, paths, short = read
     names = shown(paths)
-    log = frame.with_columns(
-        timestamp=pl.lit(None, INSTANT), event=pl.lit("recommendation"), query=pl.lit(None, pl.String)
-    ).select(*LOG_SCHEMA)
-    progress(f"{len(paths)} file(s): {log.height:,} events, no clock, {short:,} visits of fewer than three items")
+    coder = Coder(path.parent)
+    coder.add(
+        frame.with_columns(
+            timestamp=pl.lit(None, INSTANT), event=pl.lit("recommendation"), query=pl.lit(None, pl.String)
+        )
+    )
+    progress(f"{len(paths)} file(s): {frame.height:,} events, no clock, {short:,} visits of fewer than three items")
     rejects = pl.DataFrame(schema=dict.fromkeys(REJECT_COLUMNS, pl.String))
-    met = _Met(log["user_id"].n_unique(), log["item_id"].n_unique(), short)
-    return _Table(log, rejects, log.height, 0, dict.fromkeys(names.values())), log, met
+    table = _Table(frame.height, rejects, frame.height, 0, dict.fromkeys(names.values()))
+    return table, coder.as_met(path), short
 
 
-def _catalogue(config: Config, plausible: Window, progress: Callable[[str], None]) -> _Table:
+READERS = {"events": _events, "blocks": _blocks, "sequences": _sequences}
+
+
+def _catalogue(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[_Table, pl.DataFrame]:
     settings = config.catalogue
 
-    def sift(source: Source, file: File) -> tuple[Sifted, int]:
+    def sift(source: Source, file: File) -> tuple[Iterable[Sifted], int]:
         raw = raw_rows(source, file, ITEM_FIELDS, ("item_id",))
         place = str(file.path)
-        return sift_items(raw, settings.category_separator, source.time_unit, plausible, place), raw.filtered
+        return [sift_items(raw, settings.category_separator, source.time_unit, plausible, place)], raw.filtered
 
-    table = _collected(settings.sources, sift, ITEM_FIELDS, progress)
-    frame = table.accepted
+    accepted: list[pl.DataFrame] = []
+    table = _collected(settings.sources, sift, ITEM_FIELDS, accepted.append, progress)
+    frame = pl.concat(accepted, how="diagonal") if accepted else pl.DataFrame(schema=ITEM_SCHEMA)
     if KEY in frame.columns:
         frame = frame.sort(KEY, "timestamp", *ITEM_FIELDS[:3], nulls_last=True)
         frame = frame.filter(pl.col(KEY).is_null() | pl.col(KEY).is_first_distinct())
     listed = pl.col("categories").list.join("\0")
     ordered = frame.select(*ITEM_SCHEMA).sort("item_id", "timestamp", "title", "text", listed, nulls_last=False)
-    return _Table(ordered, table.rejects, table.rows, table.filtered, table.units)
+    return replace(table, accepted=ordered.height), ordered
 
 
 def _report(
-    config: Config, table: _Table, log: pl.DataFrame, items: _Table, met: _Met, digest: str, made: int
+    config: Config,
+    table: _Table,
+    log: Coded,
+    items: _Table,
+    catalogue_digest: str,
+    met: _Met,
+    digest: str,
+    made: int,
 ) -> LogReport:
-    span = log.select(first=pl.col("timestamp").min(), last=pl.col("timestamp").max()).row(0)
-    first, last = (None if edge is None else edge.isoformat() for edge in span)
+    first, last = (None if edge is None else edge.isoformat() for edge in log.span())
     return LogReport(
         kind=config.log.kind,
         rows=table.rows,
         filtered=table.filtered,
         rejected=_counted(table.rejects),
-        duplicates=table.accepted.height - log.height + made,
+        duplicates=table.accepted - log.height + made,
         accepted=log.height,
         users=met.users,
         items=met.items,
@@ -315,9 +332,9 @@ def _report(
         units=table.units,
         first=first,
         last=last,
-        catalogue_rows=items.accepted.height,
+        catalogue_rows=items.accepted,
         catalogue_rejected=_counted(items.rejects),
-        catalogue_digest=content_digest(items.accepted),
+        catalogue_digest=catalogue_digest,
         digest=digest,
         made=made,
     )

@@ -6,82 +6,56 @@ column means; null comes before every value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+Columns = dict[str, npt.NDArray[Any]]
+Words = npt.NDArray[np.uint64]
 BITS = 64
 STEPS = (1_000_000, 1_000, 1)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A column of N values as numbers that sort as the values do.
+    """A text column of N values as numbers that sort as the values do, null before every text.
 
     Attributes:
         codes: (N,) from 0; equal values have equal codes.
         size: one more than the largest code.
-        values: (distinct,) what a code stands for where there is a list of that, in order.
-        origin: else code c stands for `origin + (c - 1) · step`, and 0 for null.
-        step: see `origin`.
-        dtype: of the column.
     """
 
     codes: npt.NDArray[Any]
     size: int
-    values: pl.Series | None
-    origin: int
-    step: int
-    dtype: pl.DataType
 
-    def decoded(self, codes: npt.NDArray[Any]) -> pl.Series:
-        """(M,) codes -> the values."""
-        if self.values is not None:
-            return self.values.gather(pl.Series(codes, dtype=pl.UInt32))
-        numbers = pl.Series((codes.astype(np.int64) - 1) * self.step + self.origin)
-        absent = pl.Series(codes == 0)
-        numbers = numbers.set(absent, None) if absent.any() else numbers
-        return numbers.cast(self.dtype)
-
-
-@dataclass(frozen=True)
-class Sorted:
-    """Distinct rows in order.
-
-    Attributes:
-        frame: (N, columns).
-        codes: by column, (N,) what `Encoded` gives it.
-    """
-
-    frame: pl.DataFrame
-    codes: dict[str, npt.NDArray[Any]]
+    def present(self, starts: Sequence[int]) -> Iterator[npt.NDArray[np.bool_]]:
+        """(size,) by run of rows from one start to the next, the codes it has."""
+        for low, high in pairwise(starts):
+            here = np.zeros(self.size, dtype=bool)
+            here[self.codes[low:high]] = True
+            yield here
 
 
 def encoded(column: pl.Series) -> Encoded:
-    """Number the distinct values of a text column, or the ticks of a column of numbers or instants."""
-    if column.dtype != pl.String:
-        return _ticks(column)
+    """Number the distinct values of a text column."""
     if is_constant(column):
-        return Encoded(np.zeros(len(column), dtype=np.uint32), 1, column.head(1), 0, 1, column.dtype)
+        return Encoded(np.zeros(len(column), dtype=np.uint32), 1)
     words = column.to_arrow(compat_level=pl.CompatLevel.oldest()).dictionary_encode()
     values = pl.Series(pl.from_arrow(words.dictionary)).cast(pl.String)
-    order = values.arg_sort().to_numpy()
     first = int(column.null_count() > 0)  # code 0 is null's, where there is one
     place = np.empty(len(values), dtype=np.uint32)
-    place[order] = np.arange(first, first + len(values), dtype=np.uint32)
+    place[values.arg_sort().to_numpy()] = np.arange(first, first + len(values), dtype=np.uint32)
     indices = np.frombuffer(words.indices.buffers()[1], dtype=np.int32)[words.indices.offset :][: len(column)]
-    listed = values.gather(order)
     if not first:
-        return Encoded(place[indices], len(listed), listed, 0, 1, column.dtype)
+        return Encoded(place[indices], len(values))
     null = column.is_null().to_numpy()
-    codes = np.where(null, np.uint32(0), place[np.where(null, 0, indices)])
-    listed = pl.concat([pl.Series([None], dtype=pl.String), listed])
-    return Encoded(codes, len(listed), listed, 0, 1, column.dtype)
+    return Encoded(np.where(null, np.uint32(0), place[np.where(null, 0, indices)]), len(values) + 1)
 
 
 def encoded_all(columns: Sequence[pl.Series]) -> list[Encoded]:
@@ -90,44 +64,81 @@ def encoded_all(columns: Sequence[pl.Series]) -> list[Encoded]:
         return list(pool.map(encoded, columns))
 
 
-def _ticks(column: pl.Series) -> Encoded:
-    """Numbers counted from the smallest, in thousands or millions where all differences are: seconds, say, in µs."""
-    numbers = column.to_physical().cast(pl.Int64)
-    low = numbers.min()
-    origin = low if isinstance(low, int) else 0
-    offsets = numbers.fill_null(origin).to_numpy() - origin
-    step = next(step for step in STEPS if not (offsets % step).any())
-    codes = (offsets // step + 1).astype(np.uint64)
-    if numbers.null_count():
-        codes[numbers.is_null().to_numpy()] = 0
-    return Encoded(codes, int(codes.max(initial=0)) + 1, None, origin, step, column.dtype)
+@dataclass(frozen=True)
+class Field:
+    """A column of whole numbers: low, low + step, …, `size` of them at most."""
+
+    name: str
+    dtype: type[np.generic]
+    size: int
+    low: int = 0
+    step: int = 1
 
 
-def sorted_distinct(frame: pl.DataFrame, order: Sequence[str]) -> Sorted | None:
-    """Each row of `frame` once, ordered by the columns `order`, which are all it has; nulls first.
+class Layout:
+    """Where each field lies in a row's 64-bit words; words compare as the fields do in their order."""
 
-    Returns:
-        None where a row's fields do not fit 64 bits.
-    """
-    columns = encoded_all([frame[name] for name in order])
-    widths = [(column.size - 1).bit_length() for column in columns]
-    if sum(widths) > BITS:
-        return None
-    keys = np.zeros(frame.height, dtype=np.uint64)
-    for column, width in zip(columns, widths, strict=True):
-        keys <<= np.uint64(width) if width < BITS else np.uint64(0)
-        keys |= column.codes.astype(np.uint64)
-    keys.sort()
-    fresh = np.ones(len(keys), dtype=bool)
-    np.not_equal(keys[1:], keys[:-1], out=fresh[1:])
-    keys = keys if fresh.all() else keys[fresh]
-    codes: dict[str, npt.NDArray[Any]] = {}
-    for name, width in reversed(list(zip(order, widths, strict=True))):
-        mask = np.uint64(2**width - 1)
-        codes[name] = (keys & mask).astype(np.uint32 if width <= 32 else np.uint64)
-        keys = keys >> np.uint64(width) if width < BITS else keys
-    decoded = {name: column.decoded(codes[name]) for name, column in zip(order, columns, strict=True)}
-    return Sorted(pl.DataFrame(decoded), codes)
+    def __init__(self, fields: Sequence[Field]) -> None:
+        self._places: list[tuple[Field, int, int, int]] = []  # field, word, bits to its right, its bits
+        free, self.words = 0, 0
+        for field in fields:
+            width = (field.size - 1).bit_length()
+            if not self.words or width > free:
+                free, self.words = BITS, self.words + 1
+            free -= width
+            self._places.append((field, self.words - 1, free, width))
+
+    def packed(self, columns: Columns) -> list[Words]:
+        """The rows' words, each (N,)."""
+        count = len(columns[self._places[0][0].name])
+        words = [np.zeros(count, dtype=np.uint64) for _ in range(self.words)]
+        for field, word, shift, width in self._places:
+            if width:
+                values = columns[field.name]
+                values = (values - field.low) // field.step if (field.low, field.step) != (0, 1) else values
+                words[word] |= values.astype(np.uint64) << np.uint64(shift)
+        return words
+
+    def unpacked(self, words: Sequence[Words]) -> Columns:
+        """The fields of the rows."""
+        found: Columns = {}
+        for field, word, shift, width in self._places:
+            bits = (words[word] >> np.uint64(shift % BITS)) & np.uint64(2**width - 1)
+            values: npt.NDArray[Any] = bits.astype(field.dtype)
+            if (field.low, field.step) != (0, 1):
+                values = values * field.step + field.low
+            found[field.name] = values
+        return found
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """Times low, low + step, … to high, of those looked at so far."""
+
+    low: int = 2**63 - 1
+    high: int = -(2**63)
+    step: int = STEPS[0]
+
+    def met(self, times: npt.NDArray[np.int64]) -> Ticks:
+        """With (N,) times more, N >= 1. The step divides all times: seconds, say, that are stored in µs."""
+        step = next(step for step in STEPS if step <= self.step and not (times % step).any())
+        return Ticks(min(self.low, int(times.min())), max(self.high, int(times.max())), step)
+
+
+def in_order(words: list[Words], once: bool) -> list[Words]:
+    """The rows sorted; with `once`, equal ones only the first time. May change `words`."""
+    if len(words) == 1:
+        words[0].sort()
+    else:
+        order = np.lexsort(words[::-1])
+        words = [word[order] for word in words]
+    if not once or not len(words[0]):
+        return words
+    fresh = np.ones(len(words[0]), dtype=bool)
+    fresh[1:] = False
+    for word in words:
+        fresh[1:] |= word[1:] != word[:-1]
+    return words if fresh.all() else [word[fresh] for word in words]
 
 
 def is_constant(column: pl.Series) -> bool:

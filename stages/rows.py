@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
 
-from stages.clock import MISSING, Times, Unit, Window, read_times
+from stages.clock import AT_ONCE, MISSING, Reading, Times, Unit, Window, read_times, reading_of, times_of
 from stages.errors import UserError
 from stages.scan import KEY, RAGGED, ROW, RawRows
 
@@ -22,7 +23,7 @@ PLACE = "__place"
 
 @dataclass(frozen=True)
 class Sifted:
-    """Rows of one file, judged.
+    """Rows of one file or of a part of it, judged.
 
     Attributes:
         accepted: the fields in driftrec's types, and `__key` if the source has `distinct`.
@@ -35,8 +36,8 @@ class Sifted:
     unit: str | None
 
 
-def sift_events(raw: RawRows, event: str | None, unit: Unit | None, plausible: Window, place: str) -> Sifted:
-    """Judge the rows of one file of a log.
+def sift_events(raw: RawRows, event: str | None, unit: Unit | None, plausible: Window, place: str) -> Iterator[Sifted]:
+    """Judge the rows of one file of a log, `AT_ONCE` at a time.
 
     Args:
         raw: the rows, as read.
@@ -48,10 +49,17 @@ def sift_events(raw: RawRows, event: str | None, unit: Unit | None, plausible: W
     Raises:
         UserError: an id column of a type that cannot hold ids exactly, mixed time units.
     """
+    reading = reading_of(raw.frame["timestamp"], unit, f"{place}: timestamp")
+    for start in range(0, max(raw.frame.height, 1), AT_ONCE):
+        part = replace(raw, frame=raw.frame.slice(start, AT_ONCE))
+        yield _sifted_events(part, event, reading, plausible, place)
+
+
+def _sifted_events(raw: RawRows, event: str | None, reading: Reading, plausible: Window, place: str) -> Sifted:
     frame = _with_text(raw.frame, ("user_id", "item_id", "event", "query"), place)
     if event is not None:
         frame = frame.with_columns(event=pl.lit(event))
-    times = read_times(raw.frame["timestamp"], unit, plausible, f"{place}: timestamp")
+    times = times_of(raw.frame["timestamp"], reading, plausible, f"{place}: timestamp")
     frame = frame.with_columns(
         pl.col("event").fill_null("recommendation"), __time=times.values, __time_reason=times.reasons
     )

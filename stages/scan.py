@@ -76,13 +76,13 @@ def _read(source: Source, file: File, fields: tuple[str, ...], required: tuple[s
         frame = _joined(frame, join, file.path)
     for name, expression in source.derive.items():
         frame = _with_expression(frame, name, expression, f"{file.path}: derive.{name}")
-    if source.where is None:
-        frame = frame.with_columns(pl.lit(True).alias(KEPT))
-    else:
+    if source.where is not None:
         frame = _with_expression(frame, KEPT, source.where, f"{file.path}: where")
     wanted = _mapped(frame, source, file.path, fields, required)
     if source.distinct:
         wanted.append(_key(frame, source.distinct, file.path))
+    if source.where is None:
+        return RawRows(frame.select(ROW, RAGGED, *wanted).collect(), 0, lossy)
     rows = frame.select(ROW, RAGGED, pl.col(KEPT).cast(pl.Boolean).fill_null(False), *wanted).collect()
     kept = rows.filter(pl.col(KEPT)).drop(KEPT)
     return RawRows(kept, rows.height - kept.height, lossy)

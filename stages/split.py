@@ -12,23 +12,19 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
-from stages.clock import instant
+from stages.clock import instant, microseconds
+from stages.coded import INSTANT, NEVER, Coded
 from stages.config import Config, StageConfig
-from stages.content import digest_and_write
 from stages.errors import UserError
-from stages.log import load_log
-from stages.packing import Encoded, by_code, encoded_all
+from stages.log_files import checked_manifest, coded_log
+from stages.stage_files import counted, first_met, write_run
 from stages.workspace import SCHEMA, Workspace, digest_of, need_space, read_json, sha256_file, write_json
 
 DEFAULT_FRACTIONS = (0.6, 0.1, 0.1, 0.1, 0.1)
-COLUMNS = ("user_id", "item_id", "timestamp", "event", "query")
 MOST_STAGES = 1000
 TICK = timedelta(microseconds=1)
 
@@ -81,30 +77,26 @@ def split_stages(config: Config, workspace: Workspace) -> list[Stage]:
     """
     if is_grown(workspace):
         return load_stages(workspace)
-    log, report = load_log(workspace)
-    rule = digest_of({"kind": report.kind, **config.stages.model_dump()})
-    committed = _committed(workspace, report.digest, rule)
+    report = checked_manifest(workspace)
+    rule = digest_of({"kind": report["kind"], **config.stages.model_dump()})
+    committed = _committed(workspace, report["digest"], rule)
     if committed is not None:
         return committed
-    clock = report.kind == "events"
-    edges = boundaries(log["timestamp"], config.stages) if clock else []
-    starts = _starts(log, edges if clock else None)
-    count = len(starts) - 1
-    need_space(workspace.root, workspace.log.stat().st_size)
-    (workspace.stages / "manifest.json").unlink(missing_ok=True)
-    spans = _spans(log["timestamp"], edges) if clock else None
-    users, items = encoded_all([log["user_id"], log["item_id"]])
-    digests = [
-        write_stage(workspace.stage_file(index), log[low:high], users.codes[low:high])
-        for index, (low, high) in _runs(starts)
-    ]
-    stages = described(starts, users, items, digests, spans or [(None, None)] * count)
+    clock = report["kind"] == "events"
+    with coded_log(workspace) as log:
+        starts, spans = _cut(log, config.stages if clock else None)
+        need_space(workspace.root, workspace.log.stat().st_size)
+        (workspace.stages / "manifest.json").unlink(missing_ok=True)
+        digests = [write_run(log, workspace.stage_file(index), *run) for index, run in _runs(starts)]
+        met, found = (_first_met(log, name, starts) for name in ("user", "item"))
+    stages = described(starts, met, found, digests, spans)
+    count = len(stages)
     _sweep(workspace, count)
     manifest = {
         "schema": SCHEMA,
         "clock": clock,
         "digest": digest_of_stages(stages),
-        "log_digest": report.digest,
+        "log_digest": report["digest"],
         "rule": rule,
         "stages": [asdict(stage) for stage in stages],
     }
@@ -226,45 +218,34 @@ def later_boundary(time: datetime, period: str, key: str = "stages.period") -> d
     return later
 
 
-def _starts(log: pl.DataFrame, edges: list[datetime] | None) -> list[int]:
-    """First row of every stage, and the number of rows; stages are runs of the stored order."""
-    if edges is not None:
-        times = log["timestamp"]
-        return [0, *(int(times.search_sorted(edge)) for edge in edges), log.height]
-    blocks = log["block"].fill_null(0)
-    count = int(blocks[-1]) + 1 if len(blocks) else 0
-    return [int(blocks.search_sorted(index)) for index in range(count + 1)]
+def _cut(log: Coded, rule: StageConfig | None) -> tuple[list[int], list[tuple[str | None, str | None]]]:
+    """First row of every stage, and the number of rows; and every stage's span. Stages are runs of the stored order."""
+    if rule is None:
+        blocks = np.maximum(log.column("block").to_numpy(), 0)
+        starts = [int(start) for start in np.searchsorted(blocks, np.arange(int(blocks[-1]) + 2))]
+        return starts, [(None, None)] * (len(starts) - 1)
+    times = log.column("time")
+    if times[0] == NEVER:
+        raise UserError("the log holds events without a time; run driftrec ingest again")
+    edges = boundaries(times.cast(INSTANT).set_sorted(), rule)
+    places = times.search_sorted(pl.Series([microseconds(edge) for edge in edges], dtype=pl.Int64))
+    stops = [times[:1].cast(INSTANT)[0], *edges, times[-1:].cast(INSTANT)[0] + TICK]
+    spans = pairwise([stop.astimezone(UTC).isoformat() for stop in stops])
+    return [0, *(int(place) for place in places), log.height], list(spans)
+
+
+def _first_met(log: Coded, name: str, starts: list[int]) -> list[tuple[int, int]]:
+    return first_met(counted(log, name, low, high) > 0 for low, high in pairwise(starts))
 
 
 def _runs(starts: list[int]) -> list[tuple[int, tuple[int, int]]]:
     return list(enumerate(pairwise(starts)))
 
 
-def _spans(times: pl.Series, edges: list[datetime]) -> list[tuple[str | None, str | None]]:
-    first, last = times.min(), times.max()
-    if not isinstance(first, datetime) or not isinstance(last, datetime):
-        raise UserError("the log holds events without a time; run driftrec ingest again")
-    stops = [edge.astimezone(UTC).isoformat() for edge in (first, *edges, last + TICK)]
-    return list(pairwise(stops))
-
-
-def write_stage(path: Path, rows: pl.DataFrame, users: npt.NDArray[Any]) -> tuple[str, str]:
-    """Write one stage's rows, given in the log's order; returns their content digest and the file's SHA-256.
-
-    Args:
-        path: of the stage's file.
-        rows: N events.
-        users: (N,) the users as numbers in the order of their ids.
-    """
-    # The log is stored in time order (without a clock: each user's events in the file's order), so that a row's place
-    # says the rest: by user, then by time, item, event and query.
-    return digest_and_write(by_code(rows.select(COLUMNS), users), path)
-
-
 def described(
     starts: list[int],
-    users: Encoded,
-    items: Encoded,
+    met: list[tuple[int, int]],
+    found: list[tuple[int, int]],
     digests: list[tuple[str, str]],
     spans: Sequence[tuple[str | None, str | None]],
 ) -> list[Stage]:
@@ -272,11 +253,11 @@ def described(
 
     Args:
         starts: first row of each stage, and the number of rows.
-        users: every row's user; items: every row's item.
+        met: users of each stage, and how many of them no earlier one has.
+        found: the same of items.
         digests: content digest and SHA-256 of each stage's file.
         spans: [start, end) of each stage, ISO.
     """
-    met, found = _met(users, starts), _met(items, starts)
     return [
         Stage(
             index=index,
@@ -294,17 +275,6 @@ def described(
         )
         for (index, (low, high)), (digest, sha256), span in zip(_runs(starts), digests, spans, strict=True)
     ]
-
-
-def _met(column: Encoded, starts: list[int]) -> list[tuple[int, int]]:
-    """By stage: how many distinct values it has, and how many of them no earlier stage has."""
-    seen, counts = np.zeros(column.size, dtype=bool), []
-    for low, high in pairwise(starts):
-        here = np.zeros(column.size, dtype=bool)
-        here[column.codes[low:high]] = True
-        counts.append((int(here.sum()), int((here & ~seen).sum())))
-        seen |= here
-    return counts
 
 
 def _committed(workspace: Workspace, log_digest: str, rule: str) -> list[Stage] | None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import polars as pl
 
+from stages.coded import LOG_SCHEMA, ORDER
 from stages.content import content_digest, write_parquet
 from stages.errors import UserError
-from stages.log import LOG_SCHEMA, ORDER
-from stages.split import COLUMNS
+from stages.stage_files import COLUMNS
 from stages.workspace import SCHEMA, Workspace, read_json, sha256_file, write_json
 
 ROW = {name: LOG_SCHEMA[name] for name in COLUMNS}

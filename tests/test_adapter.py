@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,87 @@ def test_the_gradient_is_that_of_the_unfolded_products() -> None:
     torch.testing.assert_close(part.lora_A.grad, a.grad)
     torch.testing.assert_close(part.lora_B.grad, b.grad)
     assert weight.grad is None
+
+
+def wide(monkeypatch: pytest.MonkeyPatch, wide: bool, bias: bool = False) -> nn.Sequential:
+    """Two adapted layers in float64, with the thin way back or without."""
+    monkeypatch.setattr(lora, "WIDE", 1 if wide else 2**40)
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("q_proj", nn.Linear(6, 5, bias=bias))
+    model.add_module("v_proj", nn.Linear(5, 4, bias=bias))
+    lora.attach(model, rank=2, alpha=3, targets=["q_proj", "v_proj"], seed=0)
+    model.double()
+    shake(model)
+    return model
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_thin_products_give_the_gradients_of_the_folded_weight(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    found = []
+    for thin in (True, False):
+        model = wide(monkeypatch, thin, bias)
+        x = torch.randn(3, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        out = model(x)
+        out.square().sum().backward()
+        assert ("forward" in vars(model.get_submodule("q_proj"))) == thin
+        gradients = [value.grad for value in lora.matrices(model).values()]
+        found.append([out.detach(), x.grad, *gradients])
+    assert all(gradient is not None for gradient in found[0])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_thin_gradient_is_the_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = next(iter(lora.adapter_of(wide(monkeypatch, True)).values()))
+    x, weight = torch.randn(4, 6, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+
+    def through(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        # The folded weight is a constant to autograd here; what A and B move is added by hand.
+        out = lora.FoldedLinear.apply(x, (weight + 1.5 * b @ a).detach(), a, b, 1.5, None)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    a, b = (value.detach().clone().requires_grad_() for value in (part.lora_A, part.lora_B))
+    assert torch.autograd.gradcheck(through, (x.requires_grad_(), a, b))
+
+
+def test_thin_products_leave_the_function_the_bits_and_a_trained_weight_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = wide(monkeypatch, True), wide(monkeypatch, False)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+    grads = []
+    for _ in range(2):
+        model.zero_grad()
+        model(x).sum().backward()
+        grads.append([value.grad for value in lora.matrices(model).values()])
+    assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))  # pyright: ignore[reportArgumentType]
+    original = model.get_submodule("q_proj").parametrizations["weight"].original  # pyright: ignore
+    assert original.grad is None
+    original.requires_grad_(True)
+    model(x).sum().backward()
+    assert original.grad is not None
+    with torch.no_grad():
+        before = model(x)
+    lora.fold(model)
+    assert "forward" not in vars(model.get_submodule("q_proj"))
+    torch.testing.assert_close(model(x), before)
+
+
+def test_thin_products_work_under_autocast_and_after_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide(monkeypatch, True).float()
+    copied = copy.deepcopy(model)
+    x = torch.randn(3, 7, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = copied(x)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    model(x).square().sum().backward()
+    for mine, full in zip(lora.matrices(copied).values(), lora.matrices(model).values(), strict=True):
+        assert mine.grad is not None
+        assert mine.grad.dtype == torch.float32
+        torch.testing.assert_close(mine.grad, full.grad, rtol=0.1, atol=0.05)
 
 
 @given(st.integers(1, 4), st.integers(1, 4))

@@ -2,10 +2,10 @@ from datetime import UTC, date, datetime
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.clock import Times, Window, instant, iso_microseconds, microseconds, read_times, window
+from stages.clock import Times, Window, instant, iso_microseconds, microseconds, read_times, reading_of, window
 from stages.errors import UserError
 
 WINDOW = window("1970-01-02", "2100-01-01")
@@ -18,6 +18,7 @@ def read(values: list, unit=None, dtype: pl.DataType | None = None, plausible: W
     return read_times(pl.Series(values, dtype=dtype), unit, plausible, "log.csv: timestamp")
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(sorted(PER_SECOND)),
     st.lists(st.integers(200_000_000, 4_000_000_000), min_size=1, max_size=20),
@@ -142,3 +143,19 @@ def test_a_window_or_instant_that_makes_no_sense_names_its_key():
         window("2020-01-01", "soon")
     assert instant("2020-01-01T02:00+02:00", "key") == instant("2020-01-01", "key")
     assert microseconds(instant("1970-01-02", "key")) == 86_400_000_000
+
+
+def test_what_a_file_counts_in_is_told_by_all_of_it_not_by_the_part_that_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("stages.clock.AT_ONCE", 2)
+    seconds, thousandths = [SECONDS, SECONDS + 1, SECONDS + 2], [SECONDS * 1000]
+    place = "log.csv: timestamp"
+    with pytest.raises(UserError, match="3 rows look like s, 1 rows look like ms"):
+        reading_of(pl.Series(seconds + thousandths), None, place)
+    reading = reading_of(pl.Series(seconds + thousandths), "s", place)
+    assert (reading.unit, reading.mixed) == ("s", True)
+    dates = [20240101, 20240102, 20240103]
+    with pytest.raises(UserError, match=r"looks like YYYYMMDD \(20240101\)"):
+        reading_of(pl.Series(dates), None, place)
+    assert reading_of(pl.Series([*dates, 20249999]), None, place).unit == "s"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from stages import checkpoint, lineage
 from stages import workspace as places
 from stages.checkpoint import ROWS, _write_manifest, fault_of, tensors_digest
-from stages.commit import FIRST_ONLY, LATER_ONLY, checkpoint_folders, commit_keys
+from stages.commit import FIRST_ONLY, LATER_ONLY, checkpoint_folders, commit_inputs, commit_keys
 from stages.config import Config, TrainingConfig
 from stages.dataset import load_dataset
 from stages.errors import UserError
@@ -105,6 +105,20 @@ def test_the_place_of_a_local_backbone_is_not_part_of_the_key_but_its_settings_a
         found.append(commit_keys(config, load_dataset(config, board), LAST))
     assert found[0] == found[1]
     assert found[0] != found[2]
+
+
+def test_only_where_thin_products_may_apply_does_a_key_say_so(board: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for method, backbone, expected in (
+        ("single", {}, [False, False]),
+        ("single", {"hidden": 512}, [False, True]),
+        ("single", {"feed_forward": 2**18 // tiny.config().backbone.hidden}, [False, True]),
+        ("single", {"path": str(tmp_path)}, [True, True]),
+    ):
+        config = tiny.config(backbone=backbone)
+        job = Job(method, 0, "same_stage", 1)
+        inputs = commit_inputs(config, load_dataset(config, board), job)
+        assert ["adapter_backward" in each for each in inputs] == expected, backbone
 
 
 def replace_with_other_tensors(place: Path) -> None:

@@ -13,7 +13,7 @@ from stages.drift import draw_drift, drift_table, jensen_shannon
 from stages.errors import UserError
 from stages.log import read_log
 from stages.split import Stage, boundaries, load_stages, split_stages
-from stages.workspace import Workspace, read_json
+from stages.workspace import Workspace, read_json, write_json
 
 T = 1_700_000_000
 DAY = 86_400
@@ -212,3 +212,48 @@ def test_the_drift_picture_is_a_png_with_the_same_bytes_each_time(tmp_path):
     first = draw_drift(Workspace(tmp_path / "w"), tmp_path / "a.png").read_bytes()
     assert first.startswith(b"\x89PNG")
     assert draw_drift(Workspace(tmp_path / "w"), tmp_path / "b.png").read_bytes() == first
+
+
+@pytest.mark.parametrize("how", ["deleted", "damaged", "of an older version"])
+def test_a_log_without_its_numbers_is_numbered_afresh_and_cut_alike(tmp_path, how):
+    stages = split(tmp_path, spread(10))
+    workspace = Workspace(tmp_path / "w")
+    numbers, manifest = workspace.log.with_name("numbers.parquet"), workspace.log.with_name("manifest.json")
+    if how == "deleted":
+        numbers.unlink()
+    elif how == "damaged":
+        numbers.write_bytes(numbers.read_bytes()[:-1] + b"x")
+    else:
+        older = {key: value for key, value in read_json(manifest).items() if key not in ("numbers", "names", "step")}
+        write_json(manifest, older, seal=True)
+    (workspace.stages / "manifest.json").unlink()
+    config = Config.model_validate({"name": "t", "workspace": "w", "log": {"sources": [{"path": "gone.csv"}]}})
+    assert split_stages(config, workspace) == stages
+    assert not list(workspace.log.parent.glob(".tmp-*"))
+
+
+def test_stages_sorted_a_part_at_a_time_are_the_stages_sorted_at_once(tmp_path, monkeypatch):
+    rows = [(f"u{place % 13}", f"i{place * 7 % 11}", T + place * 37 % 90) for place in range(200)]
+    (tmp_path / "once").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = split(tmp_path / "once", rows)
+    monkeypatch.setattr("stages.spool.PART", 9)
+    monkeypatch.setattr("stages.spool.STRIDE", 2)
+    monkeypatch.setattr("stages.coded.KEPT", 5)
+    monkeypatch.setattr("stages.clock.AT_ONCE", 30)
+    monkeypatch.setattr("stages.rows.AT_ONCE", 30)
+    assert split(tmp_path / "parts", rows) == whole
+
+
+def test_a_log_without_a_clock_keeps_each_user_s_order_in_parts_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.spool.PART", 4)
+    lines = {user: [f"i{(user * 5 + place * 3) % 8}" for place in range(3 + user)] for user in (2, 0, 1)}
+    path = tmp_path / "log.txt"
+    path.write_text("".join(f"{user} {' '.join(items)}\n" for user, items in lines.items()), encoding="utf-8")
+    log = {"kind": "sequences", "sequences": str(path)}
+    config = Config.model_validate({"name": "t", "workspace": "w", "log": log})
+    workspace = Workspace(tmp_path / "w")
+    read_log(config, workspace)
+    (stage,) = split_stages(config, workspace)
+    found = events(tmp_path, stage).group_by("user_id", maintain_order=True).agg("item_id")
+    assert dict(found.iter_rows()) == {str(user): lines[user] for user in sorted(lines)}
