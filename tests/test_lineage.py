@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from stages import checkpoint, lineage
 from stages import workspace as places
 from stages.checkpoint import ROWS, _write_manifest, fault_of, tensors_digest
-from stages.commit import FIRST_ONLY, LATER_ONLY, checkpoint_folders, commit_inputs, commit_keys
+from stages.commit import FIRST_ONLY, LATER_ONLY, checkpoint_folders, commit_keys, links
 from stages.config import Config, TrainingConfig
 from stages.dataset import load_dataset
 from stages.errors import UserError
@@ -117,7 +117,7 @@ def test_only_where_thin_products_may_apply_does_a_key_say_so(board: Workspace, 
     ):
         config = tiny.config(backbone=backbone)
         job = Job(method, 0, "same_stage", 1)
-        inputs = commit_inputs(config, load_dataset(config, board), job)
+        inputs = [link.inputs for link in links(config, load_dataset(config, board), job)]
         assert ["adapter_backward" in each for each in inputs] == expected, backbone
 
 
