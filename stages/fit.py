@@ -20,6 +20,7 @@ from models.generative import GenerativeModel
 from stages.config import Config, TrainingConfig
 from stages.errors import UserError
 from stages.examples import Windows
+from stages.interactions import IntArray
 from stages.jobs import Job
 from stages.methods.contract import Losses, SharedLosses, Step
 from stages.search_examples import SearchWindows
@@ -78,9 +79,8 @@ class Fit:
 
     def _epoch(self, epoch: int) -> Iterator[dict[str, float]]:
         self.model.train()
-        order = np.random.default_rng([self.seed % 2**32, epoch])
-        for chosen in self.examples.epoch(self.settings.batch_size, order):
-            numbers = self.step(self._micro_batches(chosen))
+        for chosen in self.batches(epoch):
+            numbers = self.step(self.losses(chosen))
             # A gradient that is not finite spoils the weights, which the next loss would show; there may be none.
             for name, value in (("loss", numbers["ce"]), ("gradient's norm", numbers.get("gradient_norm", 0.0))):
                 if not np.isfinite(value):
@@ -90,7 +90,17 @@ class Fit:
                     )
             yield numbers
 
-    def _micro_batches(self, chosen: Mapping[str, np.ndarray]) -> Iterator[Losses]:
+    def batches(self, epoch: int) -> Iterator[dict[str, IntArray]]:
+        """The batches of an epoch, from 1, in the order they are trained: objective -> window numbers."""
+        order = np.random.default_rng([self.seed % 2**32, epoch])
+        return self.examples.epoch(self.settings.batch_size, order)
+
+    def losses(self, chosen: Mapping[str, IntArray]) -> Iterator[Losses]:
+        """One batch's micro-batches as a step takes them, drawn one by one.
+
+        Args:
+            chosen: objective -> window numbers.
+        """
         shares = self.examples.shares(chosen, self.equal)
         for piece in micro_batches(chosen, self.settings.micro_batch_size):
             losses = {

@@ -326,6 +326,11 @@ def make_stacks(
     ]
 
 
+def default_rank(width: int) -> int:
+    """GEMS's rank where none is given: 64, at most a quarter of the model's width."""
+    return min(64, max(1, width // 4))
+
+
 def _ranks(shape: Sequence[int], settings: GemsConfig, rank: int) -> tuple[int, int]:
     if settings.subspaces == "one":  # as many directions as the three have together
         return ranks_of(shape, 2 * rank)[0], ranks_of(shape, rank)[1]

@@ -78,6 +78,7 @@ class GemsStep:
         )
         self.objectives: list[str] = []
         self.saved: dict[str, int] = {}
+        self.projected_bytes = 0
         self.step = torch.zeros((), dtype=torch.int64)
         self.norms, self.usual = torch.zeros(2), torch.zeros(2)
         self.z = torch.zeros(3, 2)
@@ -113,6 +114,7 @@ class GemsStep:
             self._collect(name)
             losses[name] = losses.get(name, 0.0) + loss
             shares[name] = shares.get(name, 0.0) + share
+        self.projected_bytes = sum(image.nbytes for stack in self.stacks for image in stack.images.values())
         total = sum(shares.values())
         shares = {name: share / total for name, share in shares.items()}
         for stack in self.stacks:  # from the loop's shares to token means
