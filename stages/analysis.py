@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from models.generative import GenerativeModel
-from stages import conflict, preservation
+from models.words import BackboneVocabulary
+from stages import conflict, preservation, titles
 from stages.commit import FIRST, method_of
 from stages.config import Config, Protocol
 from stages.dataset import Dataset
+from stages.errors import UserError
 from stages.fit import Fit
 from stages.jobs import Evaluation, Job
 from stages.method_config import GemsConfig
 from stages.search_examples import query_vocabulary
 from stages.stage_examples import Examples, stage_examples
 from stages.state_memory import footprints
-from stages.train import restore_model
-from stages.transitions import stage_transitions
+from stages.train import bare_model, restore_model
+from stages.transitions import stage_transitions, transitions
 from stages.workspace import Workspace
 
 START = "stage 0"
@@ -87,6 +89,7 @@ def measured(scope: Scope) -> Row:
     return {
         "conflict": conflict_rows(scope, notes),
         "transitions": transition_rows(scope, notes),
+        "titles": title_rows(scope, notes),
         "preservation": preservation_rows(scope, notes),
         "memory": memory_rows(scope),
         "notes": notes,
@@ -160,6 +163,33 @@ def transition_rows(scope: Scope, notes: list[str]) -> list[Row]:
             "No stage's tests were answered by two models in a row, so no transitions were counted; `driftrec compare` "
             "with evaluation.matrix_users above 0 measures them."
         )
+    return rows
+
+
+def title_rows(scope: Scope, notes: list[str]) -> list[Row]:
+    """The last stage's models against the untuned backbone, on test cases put in words."""
+    own = scope.config
+    if own.backbone.path is None or own.analysis.titles == 0:
+        if own.backbone.path is None:
+            notes.append("`small` reads no titles: right before, wrong after is counted between stages only.")
+        return []
+    scope.say("titles as the untuned backbone ranks them")
+    vocabulary, head = BackboneVocabulary(own.backbone.path), preservation.own_head(own.backbone.path)
+    untuned = bare_model(own, scope.dataset, scope.seed).eval()
+    place = scope.plain(FIRST, scope.last)
+    answers = partial(titles.title_hits, head=head, vocabulary=vocabulary, dataset=scope.dataset)
+    rows: list[Row] = []
+    for objective in scope.dataset.interactions.objectives:
+        try:
+            cases = titles.title_cases(own, scope.dataset, place, objective, own.analysis.titles)
+        except UserError as error:
+            notes.append(f"Titles were not scored: {error}")
+            return rows
+        before = answers(untuned, cases=cases)
+        for method in scope.methods:
+            scope.say(f"titles as {method} ranks them, {objective}")
+            table = transitions(before, answers(scope.model(method, scope.last), cases=cases))
+            rows.append({"method": method, "objective": objective, "stage": scope.last, **asdict(table)})
     return rows
 
 

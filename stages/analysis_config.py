@@ -18,3 +18,5 @@ class AnalysisConfig(Settings):
     """Tokens of it that are read."""
     pairs: Annotated[int, Field(ge=1)] = 3
     """Pairs of batches of each objective from which conflict is measured, each of training.batch_size windows."""
+    titles: Annotated[int, Field(ge=0)] = 50
+    """Test cases of each objective that a pretrained backbone answers in words, before training and after; 0: none."""

@@ -62,8 +62,8 @@ def conflict_chart(insights: Insights, theme: Theme) -> Figure | None:
                 axes.set_axis_off()
                 continue
             image = _heat_map(axes, grid)
-            what = f"{KINDS[kind]}, {'one objective' if floor else 'between'}"
-            axes.set_title(f"{plain(method)}\n{what}: {insights.rho(method, kind, floor):.2f}", loc="left", fontsize=8)
+            what = f"{'noise floor of ' if floor else ''}{KINDS[kind]}"
+            axes.set_title(f"{plain(method)}: {insights.rho(method, kind, floor):.2f}\n{what}", loc="left", fontsize=7)
         if image is not None:
             bar = figure.colorbar(image, ax=panels, shrink=0.6, pad=0.02)
             bar.set_label("ρ: 0 alike, 1 unrelated, 2 opposed")
@@ -101,6 +101,7 @@ def transition_chart(insights: Insights, theme: Theme) -> Figure | None:
             axes.barh(names, lost, color=COLOURS[1], height=0.6, label="right → wrong, % of right")
             axes.barh(names, gained, color=COLOURS[0], height=0.6, label="wrong → right, % of wrong")
             axes.set_title(f"{objective}, {'earlier stages' if earlier else 'the stage just trained'}", loc="left")
+            axes.set_xlim(min(-5.0, 1.1 * min(lost)), max(5.0, 1.1 * max(gained)))
             axes.axvline(0, color=theme.faint, linewidth=0.8)
             axes.invert_yaxis()
             axes.grid(False, axis="y")
@@ -150,6 +151,7 @@ def sensitivity_chart(insights: Insights, theme: Theme) -> Figure | None:
                 _curve(axes, [row for row in own if row["curve"] == curve], place)
             axes.set_title(f"{table[1].replace('_', ' ')}, {table[2]}", loc="left")
             axes.set_xlabel(AXES[table[0]])
+            axes.set_ylim(bottom=0)
             axes.set_ylabel(metric_title("hit_at_10"))
     return figure
 

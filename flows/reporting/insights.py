@@ -25,7 +25,7 @@ class Insights:
         return list(dict.fromkeys(row["method"] for row in self.rows(part)))
 
     def rows(self, part: str) -> list[Row]:
-        """Rows of `conflict`, `transitions`, `sensitivity`, `memory`, `perplexity` or `drift`."""
+        """Rows of `conflict`, `transitions`, `titles`, `sensitivity`, `memory`, `perplexity` or `drift`."""
         return self.found[part] if part in self.found else self.found["preservation"][part]
 
     def grid(self, method: str, kind: str, floor: bool) -> dict[tuple[int, str], float]:
@@ -122,6 +122,9 @@ class Insights:
             found.append(("drift", mean(self.drift(method, stage).values()), stage))
             row = self.perplexity(method, stage)
             found.append(("perplexity", None if row is None else row["value"], stage))
+        for row in self.rows("titles"):
+            if row["method"] == method and row["before"]:
+                found.append((f"lost/{row['objective']}_titles", row["lost"] / row["before"], row["stage"]))
         return [(name, value, stage) for name, value, stage in found if value is not None]
 
 
