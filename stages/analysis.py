@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from models.effective import effective_weights
 from models.generative import GenerativeModel
 from models.words import BackboneVocabulary
 from stages import conflict, preservation, titles
@@ -211,7 +212,7 @@ def preservation_rows(scope: Scope, notes: list[str]) -> Row:
         )
         measure = partial(_on_items, scope)
     scope.say("inputs of stage 0's model")
-    start, moments = preservation.weights_of(base), preservation.moments_of(base, stream, own.text is not None)
+    start, moments = effective_weights(base.stack), preservation.moments_of(base, stream, own.text is not None)
     found: Row = {"corpus": corpus, "text": own.text is not None, "perplexity": [], "drift": []}
     for method in scope.methods:
         earlier: float | None = None

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.input_moments import linear_maps
+from models.effective import base_maps, effective_weights
 from regularizers.conflict import conflict
 from stages.config import Config
 from stages.dataset import Dataset
@@ -121,7 +121,7 @@ def raw_gradients(fit: Fit, pairs: Sequence[Pair]) -> Iterator[Halves]:
         pairs: as `batch_pairs` draws them.
     """
     model = fit.model
-    maps = linear_maps(model.stack)
+    maps = base_maps(model.stack)
     model.requires_grad_(False)
     for module in maps.values():
         module.weight.requires_grad_(True)
@@ -190,7 +190,7 @@ def _after(
         for batch in islice(batches, WARM):
             fit.step(fit.losses(batch))
         fit.step(_scaled(fit, {objective: chosen}, factor))
-    return {name: module.weight.detach().clone() for name, module in linear_maps(fit.model.stack).items()}
+    return effective_weights(fit.model.stack)
 
 
 def _scaled(fit: Fit, chosen: Mapping[str, IntArray], factor: float) -> Iterator[SharedLosses]:

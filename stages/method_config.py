@@ -134,6 +134,32 @@ class SurgeryConfig(MethodConfig):
     method: Literal["pcgrad", "ortho_lora"]
 
 
+class OsfConfig(MethodConfig):
+    """PEFT's OSF: the top singular triples of each weight a stage starts from stay, the others train."""
+
+    method: Literal["osf"] = "osf"
+    preserved: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the singular triples that stay, the largest ones."""
+
+
+class LoraMoeConfig(MethodConfig):
+    """LoRA-MoE (Dou et al., 2023): LoRA experts under a router, with localized balance between the objectives."""
+
+    method: Literal["lora_moe"] = "lora_moe"
+    experts: Annotated[int, Field(ge=2)] = 4
+    """Every second one is meant for searches, the others for recommendations."""
+    rank: Annotated[int, Field(ge=1)] = 4
+    """Of each expert."""
+    alpha: Annotated[float, Field(gt=0)] = 8.0
+    """An expert's product is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    balance: Literal["repaired", "as_printed"] = "repaired"
+    """As printed, the term takes samples away from the experts of their own kind."""
+    balance_weight: Annotated[float, Field(ge=0)] = 0.1
+    skew: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """δ: how much more of its own objective an expert gets; 0 balances all alike."""
+
+
 AnyMethod = Annotated[
     FrozenConfig
     | SingleConfig
@@ -142,7 +168,9 @@ AnyMethod = Annotated[
     | FullRetrainConfig
     | FullFinetuneConfig
     | GemsConfig
-    | SurgeryConfig,
+    | SurgeryConfig
+    | OsfConfig
+    | LoraMoeConfig,
     Field(discriminator="method"),
 ]
 
@@ -176,5 +204,7 @@ BUILT_IN: dict[str, MethodConfig] = {
     "gems_carry": GemsConfig(carry_state=True),
     "pcgrad": SurgeryConfig(method="pcgrad"),
     "ortho_lora": SurgeryConfig(method="ortho_lora"),
+    "osf": OsfConfig(),
+    "lora_moe": LoraMoeConfig(),
     "galore": GemsConfig(subspaces="one", null_space="off", on_refresh="keep", refresh="svd", stagger=False),
 }

@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
 from models.backbone import pretrained_backbone
+from models.effective import effective_weights
 from models.generative import GenerativeModel, TokenBatch
 from models.input_moments import InputMoment, TokenStream, input_moments, linear_maps
 from stages.errors import UserError
@@ -42,17 +43,12 @@ def drifts(start: Mapping[str, Tensor], model: GenerativeModel, moments: Mapping
     """`relative_drift` of every linear map of `model`.
 
     Args:
-        start: W_0 by map, as `weights_of` gives them.
-        model: with plain weights.
+        start: W_0 by map, as `models.effective.effective_weights` gives them.
+        model: a trained one.
         moments: by map, of the inputs that the model at W_0 feeds it.
     """
-    now = weights_of(model)
+    now = effective_weights(model.stack)
     return {name: relative_drift(start[name], now[name], one.moment) for name, one in moments.items()}
-
-
-def weights_of(model: GenerativeModel) -> dict[str, Tensor]:
-    """Copies of every linear map's weight."""
-    return {name: module.weight.detach().clone() for name, module in linear_maps(model.stack).items()}
 
 
 def moments_of(model: GenerativeModel, stream: TokenStream, text: bool) -> dict[str, InputMoment]:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from models.effective import effective_weights
 from models.input_moments import InputMoment, linear_maps
 from regularizers.conflict import conflict
 from stages.analysis import place_of
@@ -22,7 +23,7 @@ from stages.dataset import load_dataset
 from stages.fit import Fit
 from stages.jobs import Job
 from stages.method_config import GemsConfig
-from stages.preservation import drifts, moments_of, relative_drift, weights_of
+from stages.preservation import drifts, moments_of, relative_drift
 from stages.search_examples import query_vocabulary
 from stages.sensitivity import sensitivity
 from stages.stage_examples import Examples, stage_examples
@@ -195,11 +196,11 @@ def test_drift_by_hand_and_none_at_the_start() -> None:
 def test_a_moments_drift_is_that_of_the_outputs_themselves(ring: Workspace) -> None:
     config = tiny.config(**QUICK)
     base = restore_model(config, ring, load_dataset(config, ring), Job("first", 0, "same_stage", 0))
-    start = weights_of(base)
+    start = effective_weights(base.stack)
     inputs = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
     now = restore_model(config, ring, load_dataset(config, ring), JOB)
     name = "layers.0.self_attn.q_proj"
-    moved = weights_of(now)[name]
+    moved = effective_weights(now.stack)[name]
     found = drifts(start, now, {name: InputMoment((name,), inputs.T @ inputs, 40)})
     expected = ((moved - start[name]) @ inputs.T).norm() / (start[name] @ inputs.T).norm()
     assert found[name] == pytest.approx(float(expected), rel=1e-5)
