@@ -93,7 +93,8 @@ class GemsConfig(MethodConfig):
     fuse_norm: Literal["none", "shared"] = "none"
     """`shared`: the fused update is as long as its shared part."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    gate: Literal["constant", "released", "rule", "frozen_mlp", "hypergradient"] = "hypergradient"
+    gate: Literal["constant", "released", "rule", "frozen_mlp", "hypergradient", "lookahead"] = "hypergradient"
+    """`lookahead` asks another training batch about every step before it is final: one more forward and backward."""
     gate_temperature: Annotated[float, Field(gt=0)] = 1.0
     gate_hidden: Annotated[int, Field(ge=1)] = 16
     gate_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -114,12 +115,14 @@ class GemsConfig(MethodConfig):
     """Allow bases and moments that hold more than Adam's moments of the same weights would."""
 
     @model_validator(mode="after")
-    def _decay_stays_in_the_null_space(self) -> Self:
+    def _choices_agree(self) -> Self:
         if self.weight_decay == "to_zero" and self.null_space != "off":
             raise ValueError(
                 'weight_decay = "to_zero" pulls the weights out of the null space at every step; '
                 'use "none" or "to_start_projected", or null_space = "off"'
             )
+        if self.gate == "lookahead" and self.fuse_norm != "none":
+            raise ValueError('gate = "lookahead" corrects an update of fixed parts; use fuse_norm = "none" with it')
         if self.corpus == "off" and self.null_space != "off":
             raise ValueError(
                 f'null_space = "{self.null_space}" needs a corpus; name a text file or "previous_stage", '
@@ -196,6 +199,7 @@ BUILT_IN: dict[str, MethodConfig] = {
     "gems_rule_gate": GemsConfig(gate="rule"),
     "gems_released_gate": GemsConfig(gate="released"),
     "gems_frozen_gate": GemsConfig(gate="frozen_mlp"),
+    "gems_lookahead_gate": GemsConfig(gate="lookahead"),
     "gems_keep": GemsConfig(on_refresh="keep"),
     "gems_reset": GemsConfig(on_refresh="reset"),
     "gems_pooled": GemsConfig(shared_grad="pooled"),

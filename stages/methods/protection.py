@@ -107,16 +107,7 @@ def _logged(total: int) -> Callable[[int], None]:
 def _store(file: Path, key: str, found: dict[tuple[str, ...], Protection]) -> None:
     with replacing(file) as temporary:
         save_file({names[0]: one.basis.cpu() for names, one in found.items()}, temporary)
-    rows = [
-        {
-            "maps": list(names),
-            "k": one.basis.shape[1],
-            "k_over_n": one.share,
-            "energy": one.energy,
-            "left_over": one.left_over,
-        }
-        for names, one in found.items()
-    ]
+    rows = [{"maps": list(names), **one.numbers()} for names, one in found.items()]
     write_json(file.with_suffix(".json"), {"key": key, "sha256": sha256_file(file), "inputs": rows})
 
 
