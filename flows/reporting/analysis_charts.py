@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.reporting.charts import COLOURS, DARK, LIGHT, MARKERS, Theme, panels_of, plain, save, style
+from flows.reporting.charts import COLOURS, MARKERS, Theme, draw, panels_of, plain, style
 from flows.reporting.findings import metric_title
 from flows.reporting.insights import AXES, KINDS, Insights
 
@@ -32,13 +33,7 @@ def draw_analysis(analysis: dict[str, Any], folder: Path) -> dict[str, Path]:
         "sensitivity": sensitivity_chart,
         "memory": memory_chart,
     }
-    drawn = {}
-    for name, draw in figures.items():
-        for theme in (LIGHT, DARK):
-            figure = draw(insights, theme)
-            if figure is not None:
-                drawn[f"{name}-{theme.name}"] = save(figure, folder / "figures" / f"{name}-{theme.name}.svg")
-    return drawn
+    return draw({name: partial(chart, insights) for name, chart in figures.items()}, folder)
 
 
 def conflict_chart(insights: Insights, theme: Theme) -> Figure | None:

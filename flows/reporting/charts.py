@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +51,19 @@ def draw_charts(report: dict[str, Any], folder: Path) -> dict[str, Path]:
         "matrix": matrix_chart,
         "costs": cost_chart,
     }
+    return draw({name: partial(chart, findings) for name, chart in figures.items()}, folder)
+
+
+def draw(figures: Mapping[str, Callable[[Theme], Figure | None]], folder: Path) -> dict[str, Path]:
+    """Write each figure in both themes to `folder/figures`; one that has no data is left out.
+
+    Returns:
+        `"<figure>-<theme>"` -> SVG file.
+    """
     drawn = {}
-    for name, draw in figures.items():
+    for name, chart in figures.items():
         for theme in (LIGHT, DARK):
-            figure = draw(findings, theme)
+            figure = chart(theme)
             if figure is not None:
                 drawn[f"{name}-{theme.name}"] = save(figure, folder / "figures" / f"{name}-{theme.name}.svg")
     return drawn
