@@ -72,9 +72,17 @@ def publish_decisions(intake: Intake, lines: list[Entry]) -> None:
     """What a retraining took and decided."""
     create_markdown_artifact(retraining.summary(intake, lines), key="decision", description="New rows and decisions")
     for line in lines:
-        table = [{"model": model, str(line.get("metric")): score} for model, score in line.get("scores", {}).items()]
-        if table:
+        if table := contest_rows(line):
             create_table_artifact(table, key="contest", description=f"On the tests of stage {line['stage']}")
+
+
+def contest_rows(line: Entry) -> list[dict[str, Any]]:
+    """A decision's scores, one dict for each model: in the gate's objective, and in the log's others."""
+    metric, others = str(line.get("metric")), line.get("other_scores", {})
+    gate = line.get("scores", {})
+    models = list(dict.fromkeys([*gate, *(model for scores in others.values() for model in scores)]))
+    more = {model: {f"{metric}, {kind}": scores.get(model) for kind, scores in others.items()} for model in models}
+    return [{"model": model, metric: gate.get(model), **more[model]} for model in models]
 
 
 def described(title: str, findings: Findings) -> str:

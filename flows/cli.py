@@ -198,6 +198,36 @@ def report(
 
 
 @app.command()
+def analyse(
+    workspace: Folder = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file of the experiment; absent: the workspace's copy.")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; absent: all trained.")] = None,
+    seed: OneSeed = None,
+    stages: Stages = None,
+    name: Annotated[str | None, typer.Option(help="Folder name below runs/reports; absent: the newest.")] = None,
+) -> None:
+    """Measure on the trained models of a report why its methods differ: conflict, forgetting, drift, memory."""
+    _start(workspace)
+    from flows import terminal
+    from flows.analysing import FILE, analyse
+    from flows.reporting import tables
+    from stages.workspace import read_json
+
+    with terminal.watching(lines=True):
+        folder = analyse(workspace, config, _words(methods), seed, stages, name)
+    found = read_json(folder / FILE)
+    console = terminal.stdout()
+    for table in tables.analysis(found):
+        console.print(table)
+    for note in found["notes"]:
+        console.print(tables.escaped(note), style="dim")
+    console.print(f"analysis: {folder / FILE}", soft_wrap=True)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
 def resume(workspace: ThisFolder) -> None:
     """Go on with the last command of a workspace; committed stages are not trained again."""
     _start(workspace)

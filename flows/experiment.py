@@ -207,6 +207,9 @@ def _with_places(values: dict[str, Any], change: Callable[[str], str]) -> dict[s
     for key in ("blocks", "index", "sequences"):
         if log.get(key):
             log[key] = change(log[key])
+    analysis = values.get("analysis", {})  # a workspace of an earlier version has none
+    if analysis.get("text"):
+        analysis["text"] = change(analysis["text"])
     for source in [*log["sources"], *values["catalogue"]["sources"]]:
         source["path"] = change(source["path"])
         for join in source["join"]:

@@ -109,5 +109,5 @@ class Plan:
 
     def key(self) -> str:
         """Names the report's folder: the same request gives the same folder, another one never overwrites it."""
-        settings = self.config.model_dump(mode="json", exclude={"workspace", "compare", "seeds", "retrain"})
+        settings = self.config.model_dump(mode="json", exclude={"workspace", "compare", "seeds", "retrain", "analysis"})
         return digest_of([settings, self.methods, self.seeds, self.limit, self.comparison])[:12]

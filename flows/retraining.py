@@ -139,7 +139,9 @@ def _lineage(plan: Plan) -> Lineage:
 
 
 def _match(plan: Plan, stage: int, challenger: Job, present: Job | None) -> Match:
-    searching = plan.config.retrain.gate.objective == "search"
+    from stages.interactions import used_objectives
+
+    searching = "search" in used_objectives(plan.workspace, plan.config.search.objectives)
     names = (name for name in BASELINES if searching or name not in SEARCH_BASELINES)
     baselines = tuple(replace(challenger, method=name) for name in names)
     return Match(stage, challenger, present, baselines)
@@ -185,13 +187,16 @@ def decide(plan: Plan, match: Match, checkpoint: Checkpoint, tests: Sequence[Eva
         pair = by_job[match.challenger], by_job[match.champion]
         found = differences(plan.workspace, *pair, own, plan.config.evaluation.bootstrap)
     judged = verdict(found, answered, own)
-    scores = {name(test.job): mean_scores(plan.workspace, [test], own)[test.job.method] for test in tests}
+    means = {name(test.job): mean_scores(plan.workspace, test, own.metric) for test in tests}
+    silent = {name(test.job) for test in tests if test.job.method in SEARCH_BASELINES and own.objective != "search"}
+    others = {objective for found_of in means.values() for objective in found_of} - {own.objective}
     line: Entry = {
         "stage": match.stage,
         "why": _sentence(match, judged.passed, judged.why),
         "challenger": {"job": asdict(checkpoint.job), "key": checkpoint.key, "digest": checkpoint.digest},
         "metric": own.metric,
-        "scores": scores,
+        "scores": {model: by.get(own.objective) for model, by in means.items() if model not in silent},
+        "other_scores": {kind: {m: by[kind] for m, by in means.items() if kind in by} for kind in sorted(others)},
         "differences": None if found is None else {part: asdict(value) for part, value in found.items()},
         "probe": asdict(answered),
         "sampled_users": plan.config.evaluation.users,

@@ -20,6 +20,7 @@ from mlflow.entities.run_inputs import RunInputs
 
 from flows.reporting.charts import LIGHT, matrix_chart
 from flows.reporting.findings import HEADLINE, Findings
+from flows.reporting.insights import FIGURES, Insights
 from stages.jobs import Checkpoint, Evaluation
 from stages.workspace import Workspace, digest_of, read_json
 
@@ -36,6 +37,7 @@ MOVEMENT = {
     "best_epoch": "drift/best_epoch",
 }
 """What a checkpoint's state.json says of a whole stage, and its name here."""
+ANALYSIS = "analysis/"
 SERVER = "http://127.0.0.1:5000"
 
 
@@ -218,6 +220,7 @@ class Book:
         parent = self._run(subject, None, {"role": "method"}, f"{subject.method} seed {subject.seed}")
         self._numbers(parent, [*numbers, *_lasting(self.findings, subject, max(stages, default=0))])
         self._matrix(parent, subject)
+        self._analysis(parent, subject)
         if self.folder is not None and (self.folder / "report.html").exists():
             self.client.log_artifact(parent, str(self.folder / "report.html"))
         for stage in stages:
@@ -263,15 +266,21 @@ class Book:
     def _numbers(self, run: str, wanted: Iterable[Point]) -> None:
         """Log the points that the run does not have yet, in as few calls as possible."""
         have = self._have(self.client.get_run(run))
-        missing = list({(p.key, p.step): p for p in wanted if (p.key, p.step) not in have}.values())
+        distinct = {(p.key, p.step): p for p in wanted}
+        # An analysis may be made again, with other settings; everything else at a step never changes.
+        missing = [
+            point
+            for place, point in distinct.items()
+            if place not in have or (point.key.startswith(ANALYSIS) and have[place] != point.value)
+        ]
         # One time for all: MLflow orders by step, and a repeated recording stays comparable.
         metrics = [Metric(point.key, float(point.value), 0, point.step) for point in missing]
         for start in range(0, len(metrics), BATCH):
             self.client.log_batch(run, metrics=metrics[start : start + BATCH])
 
-    def _have(self, run: Run) -> set[tuple[str, int]]:
-        keys = run.data.metrics
-        return {(key, point.step) for key in keys for point in self.client.get_metric_history(run.info.run_id, key)}
+    def _have(self, run: Run) -> dict[tuple[str, int], float]:
+        history = self.client.get_metric_history
+        return {(key, point.step): point.value for key in run.data.metrics for point in history(run.info.run_id, key)}
 
     def _losses(self, checkpoint: Checkpoint, several: bool) -> list[Point]:
         """Training numbers by optimiser step; the protocol is part of the name where a stage was trained for both."""
@@ -348,6 +357,20 @@ class Book:
         if figure is not None:
             figure.set_facecolor("white")
             self.client.log_figure(run, figure, "eval_matrix.png", save_kwargs={"facecolor": "white"})
+
+    def _analysis(self, run: str, subject: Subject) -> None:
+        """What `driftrec analyse` found out about this method and seed, with all its figures."""
+        stored = None if self.folder is None else self.folder / "analysis.json"
+        if self.folder is None or stored is None or not stored.exists():
+            return
+        found = read_json(stored)
+        if subject.seed != found["seed"] or subject.method not in found["methods"]:
+            return
+        wanted = Insights(found).points(subject.method)
+        self._numbers(run, [Point(ANALYSIS + name, value, stage) for name, value, stage in wanted])
+        for path in [stored, *(self.folder / "figures" / f"{name}-light.svg" for name in FIGURES)]:
+            if path.exists():
+                self.client.log_artifact(run, str(path), artifact_path="analysis")
 
 
 def _dataset(row: dict[str, Any]) -> Dataset:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-GATES = ("constant", "released", "rule", "frozen_mlp", "hypergradient")
+LEARNED = ("hypergradient", "lookahead")
+"""Kinds whose MLP is trained: by the next step's gradient, or by that of another batch before the step is final."""
+GATES = ("constant", "released", "rule", "frozen_mlp", *LEARNED)
 RELEASED = (0.4, 0.4, 0.2)
 """Weights of loss, norm and sample share in the released code, where a larger loss gives a larger weight."""
 BETAS, EPS = (0.9, 0.999), 1e-8

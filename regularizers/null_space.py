@@ -39,6 +39,11 @@ class Protection:
         """√((1 − e) / (1 − k/n)): how much of its output change an isotropic update of fixed norm keeps."""
         return math.sqrt(max(0.0, 1 - self.energy) / (1 - self.share))
 
+    def numbers(self) -> dict[str, float]:
+        """k, k / n, energy and what is left over, by name."""
+        k = self.basis.shape[1]
+        return {"k": k, "k_over_n": self.share, "energy": self.energy, "left_over": self.left_over}
+
 
 def remove(rows: Tensor, protected: Tensor) -> Tensor:
     """D (I − K Kᵀ): `rows` (…, n) without what lies in the span of the orthonormal `protected` (n, k)."""

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from stages.analysis_config import AnalysisConfig
 from stages.errors import UserError
 from stages.log_config import CatalogueConfig, LogConfig, Source
 from stages.method_config import BUILT_IN, AnyMethod, GemsConfig, MethodConfig
@@ -229,6 +230,7 @@ class Config(Settings):
     search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     retrain: RetrainConfig = RetrainConfig()
+    analysis: AnalysisConfig = AnalysisConfig()
     methods: dict[str, AnyMethod] = Field(default_factory=dict)
     """Named settings besides the built-in ones; a built-in name may be redefined."""
     compare: tuple[str, ...] = ("frozen", "single", "peso", "cumulative_sum")
@@ -365,7 +367,9 @@ def _anchor_paths(config: Config, folder: Path) -> Config:
         else method
         for name, method in config.methods.items()
     }
+    text = config.analysis.text and anchored(config.analysis.text)
     tables = {"log": log, "catalogue": catalogue, "backbone": backbone, "items": items, "methods": methods}
+    tables |= {"analysis": config.analysis.model_copy(update={"text": text})}
     return config.model_copy(update=tables)
 
 

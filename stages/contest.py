@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,14 +104,15 @@ def _summed_up(means: FloatArray, draws: int) -> dict[str, Difference]:
     return found
 
 
-def mean_scores(workspace: Workspace, evaluations: Sequence[Evaluation], gate: GateConfig) -> dict[str, float | None]:
-    """Mean over users of each evaluation, by method; None without a query."""
-    found: dict[str, float | None] = {}
-    for evaluation in evaluations:
-        by_user = _asked_about(workspace, evaluation, gate).group_by("user").agg(pl.col(gate.metric).mean())
-        mean = by_user[gate.metric].mean()
-        found[evaluation.job.method] = float(mean) if isinstance(mean, float) else None
-    return found
+def mean_scores(workspace: Workspace, evaluation: Evaluation, metric: str) -> dict[str, float]:
+    """Mean over users of an evaluation by objective, of the objectives that the model was asked about.
+
+    Raises:
+        UserError: the evaluation file is missing or changed.
+    """
+    by_user = read_frame(workspace, evaluation, [metric]).group_by("objective", "user").agg(pl.col(metric).mean())
+    means = by_user.group_by("objective").agg(pl.col(metric).mean()).sort("objective")
+    return {str(objective): float(mean) for objective, mean in means.iter_rows()}
 
 
 def probe(config: Config, workspace: Workspace, job: Job, tested: int) -> Probe:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from models.generative import GenerativeModel
 from stages.config import Config, TrainingConfig
 from stages.errors import UserError
 from stages.examples import Windows
+from stages.interactions import IntArray
 from stages.jobs import Job
-from stages.methods.contract import Losses, SharedLosses, Step
+from stages.methods.contract import LooksAhead, Losses, SharedLosses, Step
 from stages.search_examples import SearchWindows
 from stages.stage_examples import Examples, micro_batches, validation_batches
 
@@ -46,6 +48,8 @@ class Fit:
         self.model, self.step, self.examples, self.seed = model, step, examples, seed
         self.bfloat16 = wants_bfloat16(config.backbone.precision, model.device)
         self.equal = config.search.mix == "equal"
+        if isinstance(step, LooksAhead):
+            step.watch(self._other_losses(self._other_batches()))
 
     def run(self, epochs: int, job: Job, progress: Progress) -> dict[str, Any]:
         """Train; leaves the best epoch's weights in the model.
@@ -61,10 +65,10 @@ class Fit:
         every = max(1, epochs * per_epoch // 200)
         for epoch in range(1, epochs + 1):
             for numbers in self._epoch(epoch):
-                count = len(log) + 1
-                log.append({"step": count, **numbers})
+                number = len(log) + 1
+                log.append({"step": number, **numbers})
                 progress(
-                    {"method": job.method, "stage": job.stage, "epoch": epoch, "step": count}
+                    {"method": job.method, "stage": job.stage, "epoch": epoch, "step": number}
                     | {"steps": epochs * per_epoch, "loss": numbers["ce"]}
                 )
             losses.append(self.validate())
@@ -78,9 +82,8 @@ class Fit:
 
     def _epoch(self, epoch: int) -> Iterator[dict[str, float]]:
         self.model.train()
-        order = np.random.default_rng([self.seed % 2**32, epoch])
-        for chosen in self.examples.epoch(self.settings.batch_size, order):
-            numbers = self.step(self._micro_batches(chosen))
+        for chosen in self.batches(epoch):
+            numbers = self.step(self.losses(chosen))
             # A gradient that is not finite spoils the weights, which the next loss would show; there may be none.
             for name, value in (("loss", numbers["ce"]), ("gradient's norm", numbers.get("gradient_norm", 0.0))):
                 if not np.isfinite(value):
@@ -90,7 +93,26 @@ class Fit:
                     )
             yield numbers
 
-    def _micro_batches(self, chosen: Mapping[str, np.ndarray]) -> Iterator[Losses]:
+    def batches(self, epoch: int) -> Iterator[dict[str, IntArray]]:
+        """The batches of an epoch, from 1, in the order they are trained: objective -> window numbers."""
+        order = np.random.default_rng([self.seed % 2**32, epoch])
+        return self.examples.epoch(self.settings.batch_size, order)
+
+    def _other_batches(self) -> Iterator[dict[str, IntArray]]:
+        """Training batches in a seeded order of their own, without end: never validation, which chooses the epoch."""
+        for epoch in count(1):
+            order = np.random.default_rng([self.seed % 2**32, epoch, 1])
+            yield from self.examples.epoch(self.settings.batch_size, order)
+
+    def _other_losses(self, batches: Iterator[dict[str, IntArray]]) -> Callable[[], Iterator[Losses]]:
+        return lambda: self.losses(next(batches))
+
+    def losses(self, chosen: Mapping[str, IntArray]) -> Iterator[Losses]:
+        """One batch's micro-batches as a step takes them, drawn one by one.
+
+        Args:
+            chosen: objective -> window numbers.
+        """
         shares = self.examples.shares(chosen, self.equal)
         for piece in micro_batches(chosen, self.settings.micro_batch_size):
             losses = {

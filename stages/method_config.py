@@ -93,7 +93,8 @@ class GemsConfig(MethodConfig):
     fuse_norm: Literal["none", "shared"] = "none"
     """`shared`: the fused update is as long as its shared part."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    gate: Literal["constant", "released", "rule", "frozen_mlp", "hypergradient"] = "hypergradient"
+    gate: Literal["constant", "released", "rule", "frozen_mlp", "hypergradient", "lookahead"] = "hypergradient"
+    """`lookahead` asks another training batch about every step before it is final: one more forward and backward."""
     gate_temperature: Annotated[float, Field(gt=0)] = 1.0
     gate_hidden: Annotated[int, Field(ge=1)] = 16
     gate_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -114,12 +115,14 @@ class GemsConfig(MethodConfig):
     """Allow bases and moments that hold more than Adam's moments of the same weights would."""
 
     @model_validator(mode="after")
-    def _decay_stays_in_the_null_space(self) -> Self:
+    def _choices_agree(self) -> Self:
         if self.weight_decay == "to_zero" and self.null_space != "off":
             raise ValueError(
                 'weight_decay = "to_zero" pulls the weights out of the null space at every step; '
                 'use "none" or "to_start_projected", or null_space = "off"'
             )
+        if self.gate == "lookahead" and self.fuse_norm != "none":
+            raise ValueError('gate = "lookahead" corrects an update of fixed parts; use fuse_norm = "none" with it')
         if self.corpus == "off" and self.null_space != "off":
             raise ValueError(
                 f'null_space = "{self.null_space}" needs a corpus; name a text file or "previous_stage", '
@@ -134,6 +137,32 @@ class SurgeryConfig(MethodConfig):
     method: Literal["pcgrad", "ortho_lora"]
 
 
+class OsfConfig(MethodConfig):
+    """PEFT's OSF: the top singular triples of each weight a stage starts from stay, the others train."""
+
+    method: Literal["osf"] = "osf"
+    preserved: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the singular triples that stay, the largest ones."""
+
+
+class LoraMoeConfig(MethodConfig):
+    """LoRA-MoE (Dou et al., 2023): LoRA experts under a router, with localized balance between the objectives."""
+
+    method: Literal["lora_moe"] = "lora_moe"
+    experts: Annotated[int, Field(ge=2)] = 4
+    """Every second one is meant for searches, the others for recommendations."""
+    rank: Annotated[int, Field(ge=1)] = 4
+    """Of each expert."""
+    alpha: Annotated[float, Field(gt=0)] = 8.0
+    """An expert's product is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    balance: Literal["repaired", "as_printed"] = "repaired"
+    """As printed, the term takes samples away from the experts of their own kind."""
+    balance_weight: Annotated[float, Field(ge=0)] = 0.1
+    skew: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """δ: how much more of its own objective an expert gets; 0 balances all alike."""
+
+
 AnyMethod = Annotated[
     FrozenConfig
     | SingleConfig
@@ -142,7 +171,9 @@ AnyMethod = Annotated[
     | FullRetrainConfig
     | FullFinetuneConfig
     | GemsConfig
-    | SurgeryConfig,
+    | SurgeryConfig
+    | OsfConfig
+    | LoraMoeConfig,
     Field(discriminator="method"),
 ]
 
@@ -168,6 +199,7 @@ BUILT_IN: dict[str, MethodConfig] = {
     "gems_rule_gate": GemsConfig(gate="rule"),
     "gems_released_gate": GemsConfig(gate="released"),
     "gems_frozen_gate": GemsConfig(gate="frozen_mlp"),
+    "gems_lookahead_gate": GemsConfig(gate="lookahead"),
     "gems_keep": GemsConfig(on_refresh="keep"),
     "gems_reset": GemsConfig(on_refresh="reset"),
     "gems_pooled": GemsConfig(shared_grad="pooled"),
@@ -176,5 +208,7 @@ BUILT_IN: dict[str, MethodConfig] = {
     "gems_carry": GemsConfig(carry_state=True),
     "pcgrad": SurgeryConfig(method="pcgrad"),
     "ortho_lora": SurgeryConfig(method="ortho_lora"),
+    "osf": OsfConfig(),
+    "lora_moe": LoraMoeConfig(),
     "galore": GemsConfig(subspaces="one", null_space="off", on_refresh="keep", refresh="svd", stagger=False),
 }

@@ -27,8 +27,6 @@ def past_of(config: Config, workspace: Workspace, dataset: Dataset, job: Job, vo
             for name, own in chosen.items():
                 part = examples.parts[name]
                 batch = part.batch(part.training, own)
-                inside = batch.tokens != part.encoder.bos
-                inside[:, 0] = True  # the token that opens a sequence also pads it
-                yield batch, inside
+                yield batch, part.inside(batch)
 
     return Past(tokens=tokens, folder=workspace.root / "null_space")

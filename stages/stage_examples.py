@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from models.generative import TokenBatch
 from models.words import Vocabulary
@@ -31,6 +32,12 @@ class Part:
         if isinstance(windows, SearchWindows):
             return search_batch(self.encoder, windows, chosen)
         return self.encoder.batch(windows, chosen)
+
+    def inside(self, batch: TokenBatch) -> Tensor:
+        """(B, T) bool, False on padding; the token that opens a sequence also pads it."""
+        inside = batch.tokens != self.encoder.bos
+        inside[:, 0] = True
+        return inside
 
 
 @dataclass(frozen=True)

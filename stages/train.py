@@ -6,7 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,35 +161,67 @@ def _checkpoint(job: Job, folder: Path, reused: bool) -> Checkpoint:
     )
 
 
-def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, progress: Progress) -> None:
-    started = time.perf_counter()
-    measured = forget_peak_memory()
-    stage_seed = derived_seed(job.seed, job.stage)
+@dataclass(frozen=True)
+class Beginning:
+    """A stage about to be trained.
+
+    Attributes:
+        fit: model, step and examples.
+        lineage: the checkpoints it starts from, stage 0 first.
+    """
+
+    fit: Fit
+    lineage: list[Path]
+
+
+def begin_stage(config: Config, workspace: Workspace, dataset: Dataset, job: Job, steps: int = 0) -> Beginning:
+    """Put `job`'s last stage together as it is trained: the same bytes every time.
+
+    Args:
+        config: the experiment.
+        workspace: holds the lineage before the stage.
+        dataset: the prepared log.
+        job: method, seed, protocol and stage.
+        steps: the least length of the schedule, whose rate ends at 0; the stage's own where that is longer.
+
+    Raises:
+        UserError: a checkpoint before it is missing or damaged, or the settings do not fit the backbone.
+    """
+    seed = derived_seed(job.seed, job.stage)
     method = method_of(config, job.method)
     vocabulary = query_vocabulary(config, dataset)
     examples = stage_examples(config, dataset, job, method.data == "all", vocabulary)
     model = bare_model(config, dataset, job.seed, vocabulary)
     model.dropout = config.backbone.dropout if job.stage == 0 and not model.pretrained else 0.0
     folders = lineage_folders(config, workspace, dataset, replace(job, stage=job.stage - 1)) if job.stage else []
-    parents = {folder.name: tensors_digest(folder) for folder in folders}
-    schedule = _schedule(config, job, method.every_weight, examples.windows, stage_seed)
+    schedule = _schedule(config, job, method.every_weight, examples.windows, seed)
+    schedule = replace(schedule, steps=max(schedule.steps, steps))
     if job.stage:
         schedule = replace(schedule, past=past_of(config, workspace, dataset, job, vocabulary))
     try:
         step = method.begin(model, folders, schedule)
     except ValueError as error:
         raise UserError(f"method {job.method}, stage {job.stage}: {error}") from None
+    return Beginning(Fit(config, model, step, examples, seed), folders)
+
+
+def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, progress: Progress) -> None:
+    started = time.perf_counter()
+    measured = forget_peak_memory()
+    beginning = begin_stage(config, workspace, dataset, job)
+    model, examples = beginning.fit.model, beginning.fit.examples
+    parents = {folder.name: tensors_digest(folder) for folder in beginning.lineage}
     before = moving(model)
-    with reproducible(stage_seed):
-        training = Fit(config, model, step, examples, stage_seed).run(_epochs(config, job), job, progress)
+    with reproducible(beginning.fit.seed):
+        training = beginning.fit.run(_epochs(config, job), job, progress)
     moved_by = drift(before, moving(model))
     moved = sum(value.numel() for value in before.values())
     tensors = trained_tensors(model)
     if job.method == FIRST and not tensors.adapter:
-        lora.attach(model.stack, config.adapter.rank, config.adapter.alpha, config.adapter.targets, stage_seed)
+        lora.attach(model.stack, config.adapter.rank, config.adapter.alpha, config.adapter.targets, beginning.fit.seed)
         tensors = replace(tensors, adapter=lora.snapshot(model.stack))
     report: dict[str, Any] = {}
-    if isinstance(step, Stateful):
+    if isinstance(step := beginning.fit.step, Stateful):
         start = {name.removeprefix("stack."): value for name, value in before.items()}
         tensors = replace(tensors, backbone=step.stored(start, tensors.backbone), kept=step.kept())
         report = step.report()
@@ -217,7 +249,7 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
     if dataset.interactions.query is not None:
         state["targets_by_objective"] = examples.targets
     place = folders_of(config, workspace, job, chain)[-1]
-    write_checkpoint(place, tensors, config.adapter, state, fence=partial(_same_parents, folders, parents))
+    write_checkpoint(place, tensors, config.adapter, state, fence=partial(_same_parents, beginning.lineage, parents))
 
 
 def _same_parents(folders: Sequence[Path], parents: Mapping[str, str]) -> None:

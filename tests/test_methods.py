@@ -45,9 +45,11 @@ METHODS = (
     "gems_carry",
     "galore",
     "pcgrad",
+    "osf",
+    "lora_moe",
 )
-WHOLE = ("full_finetune", "gems", "gems_no_null_space", "gems_carry", "galore")
-"""Methods whose checkpoint is the backbone, not an adapter."""
+WHOLE = ("full_finetune", "gems", "gems_no_null_space", "gems_carry", "galore", "osf", "lora_moe")
+"""Methods whose checkpoint holds tensors of the stack, not a LoRA."""
 QUICK = {"training": {"first_epochs": 2, "epochs": 2}}
 
 

@@ -100,7 +100,7 @@ def test_the_difference_is_a_mean_over_users_with_a_paired_interval(workspace: W
     assert (found["all"].low, found["all"].users) == (0.0, 3)
     assert (found["new_user"].value, found["new_user"].users, found["new_item"].users) == (0.0, 1, 0)
     assert differences(workspace, theirs, mine, GateConfig(), 200)["all"].value == pytest.approx(-0.5 / 3)
-    assert mean_scores(workspace, [mine], GateConfig()) == {"mine": pytest.approx(0.5)}
+    assert mean_scores(workspace, mine, "hit_at_10") == {"recommendation": pytest.approx(0.5)}
 
 
 def test_slices_are_those_of_the_champion(workspace: Workspace) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +51,21 @@ def draw_charts(report: dict[str, Any], folder: Path) -> dict[str, Path]:
         "matrix": matrix_chart,
         "costs": cost_chart,
     }
+    return draw({name: partial(chart, findings) for name, chart in figures.items()}, folder)
+
+
+def draw(figures: Mapping[str, Callable[[Theme], Figure | None]], folder: Path) -> dict[str, Path]:
+    """Write each figure in both themes to `folder/figures`; one that has no data is left out.
+
+    Returns:
+        `"<figure>-<theme>"` -> SVG file.
+    """
     drawn = {}
-    for name, draw in figures.items():
+    for name, chart in figures.items():
         for theme in (LIGHT, DARK):
-            figure = draw(findings, theme)
+            figure = chart(theme)
             if figure is not None:
-                drawn[f"{name}-{theme.name}"] = _save(figure, folder / "figures" / f"{name}-{theme.name}.svg")
+                drawn[f"{name}-{theme.name}"] = save(figure, folder / "figures" / f"{name}-{theme.name}.svg")
     return drawn
 
 
@@ -63,9 +73,9 @@ def stage_chart(findings: Findings, theme: Theme) -> Figure | None:
     """Hit@10 by tested stage with 95 % intervals: a panel for a protocol and objective, a line for each method."""
     if not findings.stages:
         return None
-    with _style(theme):
+    with style(theme):
         tables = [(protocol, objective) for objective in findings.objectives for protocol in findings.protocols]
-        figure, panels = _panels(len(tables), width=5.4, height=3.6)
+        figure, panels = panels_of(len(tables), width=5.4, height=3.6)
         for axes, (protocol, objective) in zip(panels, tables, strict=True):
             _stage_panel(axes, findings, protocol, objective, theme)
         handles, labels = panels[0].get_legend_handles_labels()
@@ -134,9 +144,9 @@ def matrix_chart(findings: Findings, theme: Theme, only: str | None = None) -> F
     if not grids:
         return None
     top = max(value for grid in grids.values() for value in grid.values())
-    with _style(theme):
+    with style(theme):
         columns = min(3, len(grids))
-        figure, panels = _panels(len(grids), width=3.7, height=3.0, columns=columns)
+        figure, panels = panels_of(len(grids), width=3.7, height=3.0, columns=columns)
         image = None
         for axes, (method, grid) in zip(panels, grids.items(), strict=False):
             image = _heat_map(axes, grid, top or 1.0)
@@ -179,14 +189,14 @@ def cost_chart(findings: Findings, theme: Theme) -> Figure | None:
     methods = [name for name in findings.methods if findings.costs(name)]
     if not methods:
         return None
-    panels_of = (
+    wanted = (
         ("train_seconds", 1.0, "seconds for one update"),
         ("bytes", 2.0**20, "MiB kept for one update"),
         ("queries_per_second", 1.0, "queries answered a second"),
     )
-    with _style(theme):
-        figure, panels = _panels(3, width=3.6, height=0.6 + 0.34 * len(methods), columns=3)
-        for number, (axes, (name, unit, title)) in enumerate(zip(panels, panels_of, strict=True)):
+    with style(theme):
+        figure, panels = panels_of(3, width=3.6, height=0.6 + 0.34 * len(methods), columns=3)
+        for number, (axes, (name, unit, title)) in enumerate(zip(panels, wanted, strict=True)):
             values = [_or(findings.costs(method).get(name), 0) / unit for method in methods]
             colours = [_pen(findings, method, theme)["color"] for method in methods]
             bars = axes.barh([plain(method) for method in methods], values, color=colours, height=0.62)
@@ -206,7 +216,8 @@ def plain(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def _panels(count: int, width: float, height: float, columns: int | None = None) -> tuple[Figure, list[Axes]]:
+def panels_of(count: int, width: float, height: float, columns: int | None = None) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, each of that many inches, `columns` a row."""
     from matplotlib.figure import Figure
 
     columns = columns or count
@@ -218,7 +229,8 @@ def _panels(count: int, width: float, height: float, columns: int | None = None)
     return figure, panels[:count]
 
 
-def _style(theme: Theme) -> Any:
+def style(theme: Theme) -> Any:
+    """matplotlib's settings for one background, as a context."""
     import matplotlib
 
     return matplotlib.rc_context(
@@ -248,7 +260,8 @@ def _style(theme: Theme) -> Any:
     )
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write an SVG, whole or not at all."""
     import matplotlib
 
     # A fixed salt and no date: the same numbers give the same file.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flows.reporting import sections
+from flows.reporting import analysis_sections, sections
+from flows.reporting.analysis_charts import draw_analysis
 from flows.reporting.charts import draw_charts
 from flows.reporting.findings import (
     HEADLINE,
@@ -20,7 +21,7 @@ from flows.reporting.findings import (
 )
 from flows.reporting.page import Content, Markup, TableRow, document, element, interval, join, table
 from flows.reporting.sections import number, span
-from stages.workspace import replacing, write_json
+from stages.workspace import read_json, replacing, write_json
 
 PROTOCOL_NOTES = {
     "next_stage": "Trained on all events up to a stage, tested on the next: would this update have helped afterwards?",
@@ -45,19 +46,29 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
 
 
 def write_page(report: dict[str, Any], folder: Path) -> Path:
-    """Draw the figures and write report.html for a report.json that exists already."""
+    """Draw the figures and write report.html for a report.json, and an analysis.json, that exist already."""
     figures = draw_charts(report, folder)
+    stored = folder / "analysis.json"
+    analysis = read_json(stored) if stored.exists() else None
+    if analysis is not None:
+        figures |= draw_analysis(analysis, folder)
     drift = folder / "figures" / "drift.png"
     if drift.exists():
         figures["drift"] = drift
     page = folder / "report.html"
     with replacing(page) as temporary:
-        temporary.write_text(render(report, figures), encoding="utf-8")
+        temporary.write_text(render(report, figures, analysis), encoding="utf-8")
     return page
 
 
-def render(report: dict[str, Any], figures: dict[str, Path]) -> str:
-    """The page as text."""
+def render(report: dict[str, Any], figures: dict[str, Path], analysis: dict[str, Any] | None = None) -> str:
+    """The page as text.
+
+    Args:
+        report: contents of report.json.
+        figures: drawn ones by name.
+        analysis: contents of analysis.json, where there is one.
+    """
     findings = Findings(report)
     tables = [
         _protocol(findings, protocol, objective) for protocol in findings.protocols for objective in findings.objectives
@@ -71,6 +82,7 @@ def render(report: dict[str, Any], figures: dict[str, Path]) -> str:
         sections.slices(findings),
         sections.sampled(findings),
         sections.costs(findings, figures),
+        analysis_sections.analysis(analysis, figures),
         sections.log(findings, figures),
         sections.notes(findings),
         sections.provenance(report),

@@ -15,6 +15,7 @@ from flows.reporting.findings import (
     minute,
     sample_note,
 )
+from flows.reporting.insights import Insights
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -142,6 +143,28 @@ def _drift_cells(row: dict[str, Any]) -> list[list[str]]:
         measured("drift", ".3f"),
         measured("median_history", "g"),
     ]
+
+
+def analysis(found: dict[str, Any]) -> list[Table]:
+    """The numbers of an analysis, a line for each method."""
+    insights = Insights(found)
+    table = _empty(f"Analysis after stage {insights.last}, seed {found['seed']}, {found['protocol'].replace('_', ' ')}")
+    parts = {name: None for method in found["methods"] for name, *_ in insights.points(method)}
+    table.add_column("", no_wrap=True)
+    for method in found["methods"]:
+        table.add_column(escaped(method), justify="right")
+    for name in parts:
+        cells = []
+        for method in found["methods"]:
+            values = [value for own, value, stage in insights.points(method) if (own, stage) == (name, insights.last)]
+            cells.append(f"{values[0]:.3f}" if values else "–")
+        table.add_row(name, *cells)
+    memory = _empty("Bytes besides weights and activations")
+    for name in ("", "counted", "by formula"):
+        memory.add_column(name, justify="right" if name else "left")
+    for row in insights.rows("memory"):
+        memory.add_row(f"{row['name']}, {row['part']}", f"{row['counted']:,}", f"{row['predicted']:,}")
+    return [table, memory]
 
 
 def recommendations(rows: list[tuple[str, str, float]], title: str) -> Table:

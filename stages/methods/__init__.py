@@ -9,7 +9,9 @@ from stages.method_config import (
     FullFinetuneConfig,
     FullRetrainConfig,
     GemsConfig,
+    LoraMoeConfig,
     MethodConfig,
+    OsfConfig,
     PesoConfig,
     SingleConfig,
     SurgeryConfig,
@@ -20,6 +22,8 @@ from stages.methods.frozen import Frozen
 from stages.methods.full_finetune import FullFinetune
 from stages.methods.full_retrain import FullRetrain
 from stages.methods.gems import Gems
+from stages.methods.lora_moe import LoraMoe
+from stages.methods.osf import Osf
 from stages.methods.peso import Peso
 from stages.methods.single import Single
 from stages.methods.surgery import Surgery
@@ -53,5 +57,9 @@ def build_method(settings: MethodConfig, adapter: AdapterConfig, evolve_rows: bo
             return Gems(settings, adapter, evolve_rows)
         case SurgeryConfig():
             return Surgery(settings, adapter, evolve_rows)
+        case OsfConfig():
+            return Osf(settings, adapter, evolve_rows)
+        case LoraMoeConfig():
+            return LoraMoe(settings, adapter, evolve_rows)
         case _:
             raise ValueError(f"no method for settings of class {type(settings).__name__}; add it to this table")

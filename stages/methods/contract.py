@@ -49,6 +49,15 @@ class Stateful(Protocol):
         ...
 
 
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A step that may want to know how its move does on a batch it is not trained on at that moment."""
+
+    def watch(self, held_out: Callable[[], Iterable[Losses]]) -> None:
+        """Told once, before the first step, where another batch's losses come from: at the weights as they are."""
+        ...
+
+
 @dataclass(frozen=True)
 class Past:
     """What a stage may look back on besides checkpoints.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.input_moments import linear_maps
 from regularizers import subspace
+from regularizers.gate import LEARNED
 from regularizers.null_space import Protection, decay_to_start, project
 from regularizers.subspace import ranks_of, side_of, state_floats
 from stages.errors import UserError
@@ -219,7 +220,7 @@ class Stack:
                 )  # fmt: skip
         self.age += (self.age >= 0).long()
         steps = raw if self.right or not self.guards else self._guarded(raw)
-        self.moved = steps if self.settings.gate == "hypergradient" else None
+        self.moved = steps if self.settings.gate in LEARNED else None
         columns = torch.repeat_interleave(torch.tensor(factors), torch.tensor(self.widths)).to(self.device)
         fused = steps * columns
         sizes = self._sizes(fused, raw if steps is raw else raw * columns, same=steps is raw)
@@ -228,12 +229,29 @@ class Stack:
         for i, weight in enumerate(self.weights):
             if decay:
                 self._decay(i, weight, rate * decay)
-            if self.right:
-                weight.data.addmm_(fused[i], self.reach[i].T, alpha=-rate)
-            else:
-                weight.data.addmm_(self.reach[i], fused[i].T, alpha=-rate)
+            self._subtract(i, weight, fused[i], rate)
         whole, shared, before = (float(size.sum()) for size in sizes)
         return Fusion(shared if self.settings.fuse_norm == "shared" else whole, whole, shared, before)
+
+    def _subtract(self, layer: int, weight: Tensor, fused: Tensor, rate: float) -> None:
+        if self.right:
+            weight.data.addmm_(fused, self.reach[layer].T, alpha=-rate)
+        else:
+            weight.data.addmm_(self.reach[layer], fused.T, alpha=-rate)
+
+    def shift(self, factors: Sequence[float], rate: float) -> None:
+        """Move once more along the last step's directions; they are forgotten.
+
+        Args:
+            factors: of each subspace's contribution, what they changed by.
+            rate: η of that step.
+        """
+        if self.moved is None:
+            return
+        columns = torch.repeat_interleave(torch.tensor(factors), torch.tensor(self.widths)).to(self.device)
+        for i, weight in enumerate(self.weights):
+            self._subtract(i, weight, self.moved[i] * columns, rate)
+        self.moved = None
 
     def _guarded(self, raw: Tensor) -> Tensor:
         """(L, n, R) directions of a left-sided stack without the protected inputs."""
@@ -324,6 +342,18 @@ def make_stacks(
         Stack(group, side_of(shape, settings.side), keep, _ranks(shape, settings, rank), settings)
         for shape, group in groups.items()
     ]
+
+
+def mean_overlaps(stacks: Sequence[Stack], first: str, second: str) -> dict[str, float]:
+    """Overlap of the three bases, mean over stacks, as it is logged; `first` and `second` are the objectives."""
+    pairs = torch.stack([stack.overlaps() for stack in stacks]).mean(dim=0).cpu()
+    names = (f"shared_{first}", f"shared_{second}", f"{first}_{second}")
+    return {f"overlap/{name}": float(value) for name, value in zip(names, pairs, strict=True)}
+
+
+def default_rank(width: int) -> int:
+    """GEMS's rank where none is given: 64, at most a quarter of the model's width."""
+    return min(64, max(1, width // 4))
 
 
 def _ranks(shape: Sequence[int], settings: GemsConfig, rank: int) -> tuple[int, int]:

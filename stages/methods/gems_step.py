@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +23,12 @@ from regularizers.subspace import caps, shared_weights
 from stages.deltas import in_words, smallest
 from stages.method_config import GemsConfig
 from stages.methods.contract import Losses, Schedule
-from stages.methods.gems_stack import Fusion, make_stacks
+from stages.methods.gems_gate import Batch, ahead_slopes, delayed_slopes
+from stages.methods.gems_stack import Fusion, make_stacks, mean_overlaps
 from stages.methods.parts import objective_backward, rate_at
 
 NORM_DECAY = 0.9
 """Of the running gradient norms and losses."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sums over one batch's micro-batches, by objective.
-
-    Attributes:
-        losses: as the loop gives them: Σ cross-entropy / targets of the whole batch.
-        shares: targets of the objective / targets of the whole batch.
-    """
-
-    losses: dict[str, float]
-    shares: dict[str, float]
 
 
 class GemsStep:
@@ -78,6 +67,8 @@ class GemsStep:
         )
         self.objectives: list[str] = []
         self.saved: dict[str, int] = {}
+        self.projected_bytes = 0
+        self.held_out: Callable[[], Iterable[Losses]] | None = None
         self.step = torch.zeros((), dtype=torch.int64)
         self.norms, self.usual = torch.zeros(2), torch.zeros(2)
         self.z = torch.zeros(3, 2)
@@ -100,6 +91,8 @@ class GemsStep:
             logs |= self._measure(present)
             alpha = self._alpha(present, batch)
             logs |= self._move(present, batch, alpha, rate) | self._move_others(rate)
+            alpha, seen = self._look_ahead(alpha, present, rate)
+            logs |= seen
         self.step += 1
         self.last_rate.fill_(rate)
         self._forget()
@@ -113,6 +106,7 @@ class GemsStep:
             self._collect(name)
             losses[name] = losses.get(name, 0.0) + loss
             shares[name] = shares.get(name, 0.0) + share
+        self.projected_bytes = sum(image.nbytes for stack in self.stacks for image in stack.images.values())
         total = sum(shares.values())
         shares = {name: share / total for name, share in shares.items()}
         for stack in self.stacks:  # from the loop's shares to token means
@@ -175,22 +169,37 @@ class GemsStep:
         ):
             return {}
         factors = self._shared_factors(present, batch)
-        slope = [0.0, 0.0]
-        for stack in self.stacks:
-            later = sum(
-                (stack.through(stack.images[name]) * factors[name] for name in present), torch.zeros_like(stack.first)
-            )
-            for j in (1, 2):
-                part, moved = stack.part(j), cast(Tensor, stack.moved)
-                contribution = moved[..., part] * self.settings.scale
-                slope[j - 1] += float(gates.hypergradient(later[..., part], contribution, float(self.last_rate)))
+        slope = delayed_slopes(self.stacks, factors, self.settings.scale, float(self.last_rate))
+        return self._taught(slope)
+
+    def _taught(self, slope: Sequence[float]) -> dict[str, float]:
         own = self.settings
         self.gate = gates.learned(self.gate, self.z, torch.tensor(slope), own.gate_temperature, own.gate_learning_rate)
         return {f"hypergradient/{name}": h for name, h in zip(self.objectives, slope, strict=True)}
 
-    def _warmup(self) -> int:
+    def watch(self, held_out: Callable[[], Iterable[Losses]]) -> None:
+        """Where `gate = "lookahead"` finds the losses of a batch that is not the one being trained on."""
+        self.held_out = held_out
+
+    def _look_ahead(self, alpha: Tensor, present: Sequence[str], rate: float) -> tuple[Tensor, dict[str, float]]:
+        """Ask the moved weights how the loss of another batch hangs on α, let the gate learn, and move by the rest."""
         own = self.settings
-        return own.refresh_every if own.gate_warmup is None else own.gate_warmup
+        ready = len(present) == 2 and all(len(stack.widths) == 3 for stack in self.stacks)
+        if own.gate != "lookahead" or self.held_out is None or not ready or int(self.step) < self._warmup():
+            return alpha, {}
+        with torch.enable_grad():
+            deque(objective_backward(self.held_out()), maxlen=0)
+        before = self._chosen()
+        logs = self._taught(ahead_slopes(self.stacks, own.scale, rate))
+        change = self._chosen() - before
+        for parameter in self.others:
+            parameter.grad = None
+        for stack in self.stacks:
+            stack.shift([0.0, *(own.scale * float(c) for c in change)], rate)
+        return alpha + change, logs
+
+    def _warmup(self) -> int:
+        return self.settings.refresh_every if self.settings.gate_warmup is None else self.settings.gate_warmup
 
     def _shared_factors(self, present: Sequence[str], batch: Batch) -> dict[str, float]:
         norms = [float(self.norms[self.objectives.index(name)]) for name in present]
@@ -266,9 +275,12 @@ class GemsStep:
             self.usual = torch.where(self.usual > 0, NORM_DECAY * self.usual + (1 - NORM_DECAY) * losses, losses)
         samples = torch.tensor([batch.shares[name] for name in self.objectives])
         self.z = gates.features(losses, self.usual, self.last_norms, samples)
-        if own.gate == "hypergradient" and step < self._warmup():
+        if own.gate in gates.LEARNED and step < self._warmup():
             return torch.full((2,), 0.5)
-        return gates.weights(own.gate, self.gate.phi, self.z, own.gate_temperature)
+        return self._chosen()
+
+    def _chosen(self) -> Tensor:
+        return gates.weights(self.settings.gate, self.gate.phi, self.z, self.settings.gate_temperature)
 
     def _move(self, present: Sequence[str], batch: Batch, alpha: Tensor, rate: float) -> dict[str, float]:
         factors, scale = self._shared_factors(present, batch), self.settings.scale
@@ -309,10 +321,7 @@ class GemsStep:
             logs |= {f"alpha/{name}": float(a) for name, a in zip(self.objectives, alpha, strict=True)}
             logs["alpha_entropy"] = float(-(alpha * p.log()).sum())
             if len(self.stacks[0].widths) > 1:
-                pairs = torch.stack([stack.overlaps() for stack in self.stacks]).mean(dim=0).cpu()
-                first, second = self.objectives
-                names = (f"shared_{first}", f"shared_{second}", f"{first}_{second}")
-                logs |= {f"overlap/{name}": float(value) for name, value in zip(names, pairs, strict=True)}
+                logs |= mean_overlaps(self.stacks, *self.objectives)
         return logs
 
     def _forget(self) -> None:
@@ -321,10 +330,6 @@ class GemsStep:
 
     def report(self) -> dict[str, Any]:
         """Ranks, bytes and what is protected, for `state.json`."""
-        spread = {
-            name: {"k": one.basis.shape[1], "k_over_n": one.share, "energy": one.energy, "left_over": one.left_over}
-            for name, one in self.protections.items()
-        }
         return {
             "gems": {
                 "rank": self.rank,
@@ -333,7 +338,7 @@ class GemsStep:
                 "capped": self.capped,
                 "state_bytes": self.state_bytes(),
                 "protected_bytes": sum({id(one.basis): one.basis.nbytes for one in self.protections.values()}.values()),
-                "protected": spread,
+                "protected": {name: one.numbers() for name, one in self.protections.items()},
                 "checkpoint": self.saved,
             }
         }

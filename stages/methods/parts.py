@@ -72,12 +72,18 @@ def let_train(model: GenerativeModel, rows: bool) -> list[nn.Parameter]:
     return chosen
 
 
+def let_rows_train(model: GenerativeModel, rows: bool) -> list[nn.Parameter]:
+    """The token rows, training if `rows`; other weights are left as they are."""
+    for parameter in model.rows().values():
+        parameter.requires_grad_(rows)
+    return list(model.rows().values()) if rows else []
+
+
 def let_backbone_train(model: GenerativeModel, rows: bool) -> list[nn.Parameter]:
     """Make every weight of the decoder stack train, and the token rows if `rows`; not a pretrained vocabulary."""
     model.stack.requires_grad_(True)
     model.stack.get_input_embeddings().requires_grad_(not model.pretrained)
-    for parameter in model.rows().values():
-        parameter.requires_grad_(rows)
+    let_rows_train(model, rows)
     return [p for p in model.parameters() if p.requires_grad]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from models.generative import GenerativeModel, TokenBatch
@@ -52,7 +52,7 @@ def protections(
         raise ValueError("GEMS protects inputs from stage 1 on; stage 0 has no model to preserve")
     text = settings.corpus != "previous_stage"
     stream = text_stream(model, settings) if text else _limited(past.tokens, settings.corpus_tokens)
-    forward = _reads_text(model) if text else _reads_items(model)
+    forward = reads_text(model) if text else reads_items(model)
     key = digest_of(
         {
             "weights": weights_digest(model),
@@ -107,16 +107,7 @@ def _logged(total: int) -> Callable[[int], None]:
 def _store(file: Path, key: str, found: dict[tuple[str, ...], Protection]) -> None:
     with replacing(file) as temporary:
         save_file({names[0]: one.basis.cpu() for names, one in found.items()}, temporary)
-    rows = [
-        {
-            "maps": list(names),
-            "k": one.basis.shape[1],
-            "k_over_n": one.share,
-            "energy": one.energy,
-            "left_over": one.left_over,
-        }
-        for names, one in found.items()
-    ]
+    rows = [{"maps": list(names), **one.numbers()} for names, one in found.items()]
     write_json(file.with_suffix(".json"), {"key": key, "sha256": sha256_file(file), "inputs": rows})
 
 
@@ -156,17 +147,22 @@ def _limited(stream: TokenStream, tokens: int) -> TokenStream:
     return lambda: limited(stream(), tokens)
 
 
-def _reads_items(model: GenerativeModel) -> Forward:
-    def forward(batch: TokenBatch) -> object:
+def reads_items(model: GenerativeModel) -> Callable[[TokenBatch], Tensor]:
+    """A pass over code tokens, giving hidden states (B, T, d)."""
+
+    def forward(batch: TokenBatch) -> Tensor:
         here = batch.to(model.device)
         return model.hidden(here.tokens, None if here.visible is None else here.visible[:, None], here.places)
 
     return forward
 
 
-def _reads_text(model: GenerativeModel) -> Forward:
-    def forward(batch: TokenBatch) -> object:
-        return model.stack(inputs_embeds=model.own_embedding[batch.tokens.to(model.device)], use_cache=False)
+def reads_text(model: GenerativeModel) -> Callable[[TokenBatch], Tensor]:
+    """A pass over the backbone's own tokens, giving hidden states (B, T, d)."""
+
+    def forward(batch: TokenBatch) -> Tensor:
+        vectors = model.own_embedding[batch.tokens.to(model.device)]
+        return model.stack(inputs_embeds=vectors, use_cache=False).last_hidden_state
 
     return forward
 

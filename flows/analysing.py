@@ -1,0 +1,145 @@
+"""`driftrec analyse`: why the methods of a finished comparison differ, measured on the models it left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows import mirror
+from flows.experiment import exclusive, remembered_config
+from flows.steps import latest_report
+from flows.terminal import watcher
+from stages.config import PROTOCOLS, Config, Protocol, load_config
+from stages.errors import UserError
+from stages.jobs import Evaluation, Job
+from stages.settings import nearest
+from stages.workspace import Workspace, read_json, write_json
+
+if TYPE_CHECKING:
+    from stages.analysis import Scope
+
+FILE = "analysis.json"
+
+
+def analyse(
+    root: Path | None,
+    config: Path | None = None,
+    methods: Sequence[str] | None = None,
+    seed: int | None = None,
+    stages: int | None = None,
+    report: str | None = None,
+) -> Path:
+    """Measure conflict, transitions, preservation, sensitivity and memory; write them beside the report.
+
+    Args:
+        root: the workspace; absent: the config's.
+        config: the experiment's file; absent: the workspace's own copy.
+        methods: of the report; absent: all it trained.
+        seed: absent: the lowest of the report.
+        stages: only the first so many.
+        report: folder name below runs/reports; absent: the newest.
+
+    Returns:
+        The report's folder, with analysis.json, new figures and a new page; MLflow has the same.
+
+    Raises:
+        UserError: no report, or none that trained such a method, seed or stage; models that are gone.
+    """
+    settings, workspace = _experiment(root, config)
+    folder = latest_report(workspace, report)
+    jobs = read_json(folder / "jobs.json")
+    if not jobs["checkpoints"]:
+        raise UserError(f"{folder}: this report trained no model; run `driftrec compare` or `train` first")
+    with exclusive(workspace):
+        found = _measured(_scope(settings, workspace, jobs, methods, seed, stages))
+        write_json(folder / FILE, found, seal=True)
+        from flows.reporting.report import write_page
+
+        watcher().start("drawing")
+        write_page(read_json(folder / "report.json"), folder)
+        watcher().start("recording in MLflow")
+        mirror.record(workspace, folder)
+    return folder
+
+
+def _experiment(root: Path | None, config: Path | None) -> tuple[Config, Workspace]:
+    if config is None:
+        if root is None:
+            raise UserError("driftrec analyse: name the workspace (--workspace) or the experiment (--config)")
+        return remembered_config(root)
+    settings = load_config(config)
+    workspace = Workspace(root if root is not None else Path(settings.workspace).expanduser())
+    if not workspace.root.exists():
+        raise UserError(f"{workspace.root}: no such workspace; run `driftrec compare --config {config}` first")
+    workspace.claim(settings.name)
+    return settings, workspace
+
+
+def _scope(
+    config: Config,
+    workspace: Workspace,
+    jobs: dict[str, Any],
+    methods: Sequence[str] | None,
+    seed: int | None,
+    stages: int | None,
+) -> Scope:
+    from stages.analysis import Scope
+    from stages.dataset import load_dataset
+
+    trained = [Job(**row["job"]) for row in jobs["checkpoints"]]
+    seeds = sorted({job.seed for job in trained})
+    if seed is not None and seed not in seeds:
+        raise UserError(f"--seed {seed}: the report trained seeds {', '.join(map(str, seeds))}")
+    chosen = seeds[0] if seed is None else seed
+    present = {job.protocol for job in trained}
+    protocol: Protocol = next(name for name in PROTOCOLS if name in present)
+    own = [job for job in trained if (job.seed, job.protocol) == (chosen, protocol)]
+    names = tuple(dict.fromkeys(job.method for job in own))
+    for name in methods or ():
+        if name not in names:
+            raise UserError(f"--methods {name}: not in this report{nearest(name, names)}; it has {', '.join(names)}")
+    last = max(job.stage for job in own)
+    if stages is not None and not 1 <= stages <= last + 1:
+        raise UserError(f"--stages {stages}: the report has {last + 1}; give a number from 1 to {last + 1}")
+    evaluations = tuple(Evaluation(**{**row, "job": Job(**row["job"])}) for row in jobs["evaluations"])
+    return Scope(
+        config=config,
+        workspace=workspace,
+        dataset=load_dataset(config, workspace),
+        methods=tuple(dict.fromkeys(methods or names)),
+        seed=chosen,
+        protocol=protocol,
+        last=(stages or last + 1) - 1,
+        evaluations=evaluations,
+        say=watcher().start,
+    )
+
+
+def _measured(scope: Scope) -> dict[str, Any]:
+    """The content of analysis.json."""
+    from stages.analysis import measured
+    from stages.sensitivity import sensitivity
+
+    found = {
+        "schema": 1,
+        "name": scope.config.name,
+        "protocol": scope.protocol,
+        "seed": scope.seed,
+        "stage": scope.last,
+        "methods": list(scope.methods),
+        "settings": scope.config.analysis.model_dump(exclude={"text"}),
+        **measured(scope),
+    }
+    curves = sensitivity(_reports(scope.workspace))
+    if not curves:
+        found["notes"].append(
+            "No two methods of this workspace differ in one setting of GEMS alone, so there is no sensitivity to draw."
+        )
+    return {**found, "sensitivity": curves}
+
+
+def _reports(workspace: Workspace) -> list[dict[str, Any]]:
+    """Every report of the workspace, the newest first."""
+    files = sorted(workspace.reports.glob("*/report.json"), key=lambda path: -path.stat().st_mtime_ns)
+    return [read_json(path) for path in files]

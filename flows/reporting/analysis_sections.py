@@ -1,0 +1,147 @@
+"""The report's part about an analysis; nothing of it where none was made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flows.reporting.insights import KINDS, Insights, mean
+from flows.reporting.page import Content, Markup, TableRow, element, join, table
+from flows.reporting.sections import pictures
+
+
+def analysis(found: dict[str, Any] | None, figures: dict[str, Path]) -> Markup:
+    """Conflict, transitions, preservation, sensitivity and memory, each with its picture."""
+    if found is None:
+        return Markup("")
+    insights = Insights(found)
+    intro = (
+        f"Measured by `driftrec analyse` on the models of seed {found['seed']}, {found['protocol'].replace('_', '-')}, "
+        f"up to stage {found['stage']}. Definitions are in docs/protocol.md."
+    )
+    return join(
+        element("h2", "Why they differ"),
+        element("p", intro, "faint"),
+        _conflict(insights, figures),
+        _transitions(insights, figures),
+        _preservation(insights, figures),
+        _sensitivity(insights, figures),
+        _memory(insights, figures),
+        element("ul", join(*(element("li", note) for note in found["notes"]))) if found["notes"] else "",
+    )
+
+
+def _conflict(insights: Insights, figures: dict[str, Path]) -> Markup:
+    methods = insights.methods("conflict")
+    if not methods:
+        return Markup("")
+    head: list[Content] = ["at the weights of"]
+    for kind in KINDS.values():
+        head += [f"ρ, {kind}", "noise floor", "below zero"]
+    rows = []
+    for method in methods:
+        cells: list[tuple[Content, str]] = []
+        for kind in KINDS:
+            cells += [(two(insights.rho(method, kind)), ""), (two(insights.rho(method, kind, floor=True)), "")]
+            cells.append((percent(insights.below_zero(method, kind)), ""))
+        rows.append(TableRow(method, cells))
+    return join(
+        element("h3", "Do search and recommendation pull apart?"),
+        element(
+            "p",
+            "ρ is 0 where both objectives pull alike, 1 where they are unrelated, 2 where they are opposed. "
+            "Two batches of one objective give the noise floor: only ρ above it is conflict.",
+            "faint",
+        ),
+        table(head, rows),
+        pictures(figures, "conflict", "", "Heat maps of conflict by layer and weight type", "Mean over linear maps."),
+    )
+
+
+def _transitions(insights: Insights, figures: dict[str, Path]) -> Markup:
+    blocks: list[Content] = []
+    for objective in insights.objectives():
+        rows = []
+        for method in insights.methods("transitions"):
+            for earlier, place in ((True, "earlier stages"), (False, "its own stage")):
+                flow = insights.flow(method, objective, earlier)
+                if flow is not None:
+                    counts = [f"{int(flow[name]):,}" for name in ("cases", "before", "lost", "gained")]
+                    shares = [percent(flow.get(name)) for name in ("lost_share", "lost_of_all", "gained_share")]
+                    rows.append(TableRow(method, [(text, "") for text in (place, *counts, *shares)]))
+        head = ["method", "tests of", "cases", "right before", "lost", "gained"]
+        head += ["lost, of right", "lost, of all", "gained, of wrong"]
+        blocks += [element("h3", f"Right before, wrong after: {objective}"), table(head, rows)]
+    if not blocks:
+        return Markup("")
+    blocks += _titles(insights)
+    caption = "Each stage's model beside the one before it on the same test cases; right: the target is in the top 10."
+    return join(*blocks, pictures(figures, "transitions", "", "Bars of answers lost and gained", caption))
+
+
+def _titles(insights: Insights) -> list[Content]:
+    """Against the untuned backbone, in words."""
+    rows = []
+    for row in insights.rows("titles"):
+        counts = [f"{row[name]:,}" for name in ("cases", "before", "lost", "gained")]
+        share = percent(row["lost"] / row["before"] if row["before"] else None)
+        rows.append(TableRow(row["method"], [(text, "") for text in (row["objective"], *counts, share)]))
+    if not rows:
+        return []
+    intro = (
+        f"Against the untuned backbone, which cannot read item codes: each target's title among 99 others, by mean "
+        f"log-likelihood a token; right: among the first 10 (chance 10 %), after stage {insights.last}."
+    )
+    head = ["method", "objective", "cases", "right before", "lost", "gained", "lost, of right"]
+    return [element("h3", "Right before, wrong after: titles"), element("p", intro, "faint"), table(head, rows)]
+
+
+def _preservation(insights: Insights, figures: dict[str, Path]) -> Markup:
+    rows = []
+    for method in insights.methods("drift"):
+        row = insights.perplexity(method, insights.last)
+        cells = [None, None] if row is None else [two(row["before"]), two(row["value"])]
+        drift = mean(insights.drift(method, insights.last).values())
+        rows.append(TableRow(method, [(cell, "") for cell in [*cells, None if drift is None else f"{drift:.3f}"]]))
+    if not rows:
+        return Markup("")
+    text = insights.found["preservation"]["text"]
+    head = ["method", "perplexity at stage 0" if text else "perplexity before", "after", "output drift"]
+    return join(
+        element("h3", "What was kept"),
+        element("p", f"On {insights.found['preservation']['corpus']}, after stage {insights.last}.", "faint"),
+        table(head, rows),
+        pictures(figures, "preservation", "", "Lines of perplexity by stage and drift by layer", ""),
+    )
+
+
+def _sensitivity(insights: Insights, figures: dict[str, Path]) -> Markup:
+    if not insights.rows("sensitivity"):
+        return Markup("")
+    caption = "Methods of this workspace that differ in one setting alone; mean over stages, 95 % intervals over users."
+    heading = element("h3", "How it hangs on α and τ")
+    return join(heading, pictures(figures, "sensitivity", "", "Lines of Hit@10 along one setting", caption))
+
+
+def _memory(insights: Insights, figures: dict[str, Path]) -> Markup:
+    rows = [
+        TableRow(f"{row['name']}, {row['part']}", [(f"{row['counted']:,}", ""), (f"{row['predicted']:,}", "")])
+        for row in insights.rows("memory")
+    ]
+    if not rows:
+        return Markup("")
+    return join(
+        element("h3", "What training holds besides weights and activations"),
+        table(["on the linear maps", "bytes counted", "bytes by formula"], rows),
+        pictures(figures, "memory", "", "Bars of bytes", ""),
+    )
+
+
+def two(value: float | None) -> str | None:
+    """Two decimals, or nothing."""
+    return None if value is None else f"{value:.2f}"
+
+
+def percent(value: float | None) -> str | None:
+    """A share as a percentage, or nothing."""
+    return None if value is None else f"{value:.1%}"

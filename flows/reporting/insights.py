@@ -1,0 +1,134 @@
+"""An analysis's rows, arranged to be shown: the page, the terminal and MLflow all read analysis.json through here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+BETWEEN = "between"
+FIGURES = ("conflict", "transitions", "preservation", "sensitivity", "memory")
+KINDS = {"gradient": "raw gradients", "update": "applied updates"}
+AXES = {"scale": "α, scale of the update", "gate_temperature": "τ, temperature of the gate"}
+AXES |= {"k_value": "strength of the protection", "rank": "rank of the shared subspace"}
+
+
+@dataclass(frozen=True)
+class Insights:
+    """Look-ups over one analysis (the contents of analysis.json)."""
+
+    found: Row
+
+    def methods(self, part: str) -> list[str]:
+        """Methods that a part has rows of."""
+        return list(dict.fromkeys(row["method"] for row in self.rows(part)))
+
+    def rows(self, part: str) -> list[Row]:
+        """Rows of `conflict`, `transitions`, `titles`, `sensitivity`, `memory`, `perplexity` or `drift`."""
+        return self.found[part] if part in self.found else self.found["preservation"][part]
+
+    def grid(self, method: str, kind: str, floor: bool) -> dict[tuple[int, str], float]:
+        """ρ by layer and weight type: between the objectives, or the mean of both objectives' noise floors."""
+        cells: dict[tuple[int, str], list[float]] = {}
+        for row in self._conflicts(method, kind, floor):
+            if row["rho"] is not None:
+                cells.setdefault((row["layer"], row["map"]), []).append(row["rho"])
+        return {place: sum(values) / len(values) for place, values in cells.items()}
+
+    def rho(self, method: str, kind: str, floor: bool = False) -> float | None:
+        """Mean of `grid`."""
+        return mean(self.grid(method, kind, floor).values())
+
+    def below_zero(self, method: str, kind: str, floor: bool = False) -> float | None:
+        """Share of all pairs and maps whose cosine is negative."""
+        return mean(row["below_zero"] for row in self._conflicts(method, kind, floor))
+
+    def _conflicts(self, method: str, kind: str, floor: bool) -> list[Row]:
+        return [
+            row
+            for row in self.rows("conflict")
+            if (row["method"], row["kind"], row["pair"] != BETWEEN) == (method, kind, floor)
+        ]
+
+    def objectives(self) -> list[str]:
+        """Objectives whose answers were compared."""
+        return list(dict.fromkeys(row["objective"] for row in self.rows("transitions")))
+
+    def flow(self, method: str, objective: str, earlier: bool, trained: int | None = None) -> dict[str, float] | None:
+        """Counts of answers that turned, summed, and their shares.
+
+        Args:
+            method: name.
+            objective: name.
+            earlier: on tests of stages before the one just trained; else on that stage's own.
+            trained: after this stage; absent: after all of them.
+
+        Returns:
+            `cases, before, lost, gained` and `lost_share` (of the right ones), `lost_of_all`, `gained_share` (of the
+            wrong ones); None where nothing was compared.
+        """
+        rows = [
+            row
+            for row in self.rows("transitions")
+            if (row["method"], row["objective"], row["tested"] < row["trained"]) == (method, objective, earlier)
+            and trained in (None, row["trained"])
+        ]
+        if not rows:
+            return None
+        total: dict[str, float] = {
+            name: sum(row[name] for row in rows) for name in ("cases", "before", "lost", "gained")
+        }
+        wrong = total["cases"] - total["before"]
+        shares = {
+            "lost_share": (total["lost"], total["before"]),
+            "lost_of_all": (total["lost"], total["cases"]),
+            "gained_share": (total["gained"], wrong),
+        }
+        return total | {name: above / below for name, (above, below) in shares.items() if below}
+
+    def perplexity(self, method: str, stage: int) -> Row | None:
+        """`value` and `before` of a method after a stage."""
+        return next((r for r in self.rows("perplexity") if (r["method"], r["stage"]) == (method, stage)), None)
+
+    def drift(self, method: str, stage: int) -> dict[int, float]:
+        """Relative output drift by layer, mean over its maps."""
+        cells: dict[int, list[float]] = {}
+        for row in self.rows("drift"):
+            if (row["method"], row["stage"]) == (method, stage) and row["value"] is not None:
+                cells.setdefault(row["layer"], []).append(row["value"])
+        return {layer: sum(values) / len(values) for layer, values in sorted(cells.items())}
+
+    @property
+    def last(self) -> int:
+        """The last stage looked at."""
+        return self.found["stage"]
+
+    def points(self, method: str) -> list[tuple[str, float, int]]:
+        """Every scalar of a method as (name, value, stage)."""
+        found: list[tuple[str, float | None, int]] = []
+        for kind in KINDS:
+            found += [
+                (f"conflict/{kind}", self.rho(method, kind), self.last),
+                (f"conflict/{kind}_noise_floor", self.rho(method, kind, floor=True), self.last),
+                (f"conflict/{kind}_below_zero", self.below_zero(method, kind), self.last),
+            ]
+        for stage in range(1, self.last + 1):
+            for objective in self.objectives():
+                for place, earlier in (("earlier", True), ("own", False)):
+                    flow = self.flow(method, objective, earlier, stage) or {}
+                    found += [(f"{n}/{objective}_{place}", flow.get(f"{n}_share"), stage) for n in ("lost", "gained")]
+        for stage in range(self.last + 1):
+            found.append(("drift", mean(self.drift(method, stage).values()), stage))
+            row = self.perplexity(method, stage)
+            found.append(("perplexity", None if row is None else row["value"], stage))
+        for row in self.rows("titles"):
+            if row["method"] == method and row["before"]:
+                found.append((f"lost/{row['objective']}_titles", row["lost"] / row["before"], row["stage"]))
+        return [(name, value, stage) for name, value, stage in found if value is not None]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of what is known, or None."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,260 @@
+"""Measurements on the trained models of a finished comparison, put together as the content of analysis.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from models.effective import effective_weights
+from models.generative import GenerativeModel
+from models.words import BackboneVocabulary
+from stages import conflict, preservation, titles
+from stages.commit import FIRST, method_of
+from stages.config import Config, Protocol
+from stages.dataset import Dataset
+from stages.errors import UserError
+from stages.fit import Fit
+from stages.jobs import Evaluation, Job
+from stages.method_config import GemsConfig
+from stages.search_examples import query_vocabulary
+from stages.stage_examples import Examples, stage_examples
+from stages.state_memory import footprints
+from stages.train import bare_model, restore_model
+from stages.transitions import stage_transitions, transitions
+from stages.workspace import Workspace
+
+START = "stage 0"
+"""Stands for the model all methods started from: one set of weights for all."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is looked at.
+
+    Attributes:
+        config: the experiment.
+        workspace: holds the models and the evaluation files.
+        dataset: the prepared log.
+        methods: trained ones.
+        seed: of their training.
+        protocol: whose models they are.
+        last: the last stage looked at.
+        evaluations: everything measured so far.
+        say: called with a sentence before each long part.
+    """
+
+    config: Config
+    workspace: Workspace
+    dataset: Dataset
+    methods: tuple[str, ...]
+    seed: int
+    protocol: Protocol
+    last: int
+    evaluations: tuple[Evaluation, ...]
+    say: Callable[[str], None]
+
+    def job(self, method: str, stage: int) -> Job:
+        """The model of a method after a stage."""
+        return Job(FIRST, self.seed, self.protocol, 0) if method == START else self.plain(method, stage)
+
+    def plain(self, method: str, stage: int) -> Job:
+        """The job of that name, trained or not."""
+        return Job(method, self.seed, self.protocol, stage)
+
+    def examples(self, stage: int) -> Examples:
+        """What every method trained on at `stage`; a method that trains on all stages sees more."""
+        vocabulary = query_vocabulary(self.config, self.dataset)
+        return stage_examples(self.config, self.dataset, self.plain(FIRST, stage), False, vocabulary)
+
+    def model(self, method: str, stage: int) -> GenerativeModel:
+        """A trained model with plain weights."""
+        return restore_model(self.config, self.workspace, self.dataset, self.job(method, stage))
+
+    def fit(self, model: GenerativeModel, examples: Examples) -> Fit:
+        """The loss of `model` on examples as the training loop takes it; it never steps."""
+        return Fit(self.config, model, lambda _: {}, examples, self.seed)
+
+
+def measured(scope: Scope) -> Row:
+    """Conflict, transitions, preservation and memory, and what could not be measured and why.
+
+    Raises:
+        UserError: a model or file is missing or damaged, or a text cannot be read.
+    """
+    notes: list[str] = []
+    return {
+        "conflict": conflict_rows(scope, notes),
+        "transitions": transition_rows(scope, notes),
+        "titles": title_rows(scope, notes),
+        "preservation": preservation_rows(scope, notes),
+        "memory": memory_rows(scope),
+        "notes": notes,
+    }
+
+
+def conflict_rows(scope: Scope, notes: list[str]) -> list[Row]:
+    """ρ of every linear map on the last stage's windows, by method and kind; a note where there is none to measure."""
+    objectives = scope.dataset.interactions.objectives
+    if len(objectives) < 2:
+        notes.append(
+            f"Conflict is between search and recommendation; this log has {''.join(objectives)} events only, so there "
+            "is none to measure."
+        )
+        return []
+    examples = scope.examples(scope.last)
+    size = scope.config.training.batch_size
+    pairs = conflict.batch_pairs(examples, scope.config.analysis.pairs, size, scope.seed)
+    if not pairs:
+        notes.append(
+            f"Stage {scope.last} has fewer than two training windows of one objective: no conflict was measured."
+        )
+    rows: list[Row] = []
+    for method in [START, *scope.methods] if pairs else ():
+        scope.say(f"gradients at the weights of {method}")
+        found = conflict.coefficients(
+            conflict.raw_gradients(scope.fit(scope.model(method, scope.last), examples), pairs)
+        )
+        rows += _labelled(method, "gradient", found)
+        if method != START and scope.last and method_of(scope.config, method).data == "stage":
+            scope.say(f"updates of {method}")
+            job = scope.plain(method, scope.last)
+            steps = conflict.applied_updates(scope.config, scope.workspace, scope.dataset, job, pairs)
+            rows += _labelled(method, "update", conflict.coefficients(steps))
+    return rows
+
+
+def _labelled(method: str, kind: str, found: Sequence[conflict.Coefficients]) -> list[Row]:
+    return [
+        {
+            "method": method,
+            "kind": kind,
+            "pair": one.pair,
+            **dict(zip(("layer", "map"), place_of(one.name), strict=True)),
+            "rho": one.mean,
+            "below_zero": one.below_zero,
+            "pairs": len(one.values),
+        }
+        for one in found
+    ]
+
+
+def place_of(name: str) -> tuple[int, str]:
+    """Layer number and weight type of a linear map: `layers.3.self_attn.q_proj` -> (3, "q_proj")."""
+    words = name.split(".")
+    return next((int(word) for word in words if word.isdecimal()), 0), words[-1]
+
+
+def transition_rows(scope: Scope, notes: list[str]) -> list[Row]:
+    """Each stage's model against the one before it, on the tests of its own and earlier stages."""
+    rows = []
+    for method in scope.methods:
+        for stage in range(1, scope.last + 1):
+            for tested in range(stage + 1):
+                tables = stage_transitions(scope.workspace, scope.evaluations, scope.plain(method, stage), tested)
+                for objective, one in tables.items():
+                    place = {"method": method, "objective": objective, "trained": stage, "tested": tested}
+                    rows.append({**place, **asdict(one)})
+    if not rows:
+        notes.append(
+            "No stage's tests were answered by two models in a row, so no transitions were counted; `driftrec compare` "
+            "with evaluation.matrix_users above 0 measures them."
+        )
+    return rows
+
+
+def title_rows(scope: Scope, notes: list[str]) -> list[Row]:
+    """The last stage's models against the untuned backbone, on test cases put in words."""
+    own = scope.config
+    if own.backbone.path is None or own.analysis.titles == 0:
+        if own.backbone.path is None:
+            notes.append("`small` reads no titles: right before, wrong after is counted between stages only.")
+        return []
+    scope.say("titles as the untuned backbone ranks them")
+    vocabulary, head = BackboneVocabulary(own.backbone.path), preservation.own_head(own.backbone.path)
+    untuned = bare_model(own, scope.dataset, scope.seed).eval()
+    place = scope.plain(FIRST, scope.last)
+    answers = partial(titles.title_hits, head=head, vocabulary=vocabulary, dataset=scope.dataset)
+    rows: list[Row] = []
+    for objective in scope.dataset.interactions.objectives:
+        try:
+            cases = titles.title_cases(own, scope.dataset, place, objective, own.analysis.titles)
+        except UserError as error:
+            notes.append(f"Titles were not scored: {error}")
+            return rows
+        before = answers(untuned, cases=cases)
+        for method in scope.methods:
+            scope.say(f"titles as {method} ranks them, {objective}")
+            table = transitions(before, answers(scope.model(method, scope.last), cases=cases))
+            rows.append({"method": method, "objective": objective, "stage": scope.last, **asdict(table)})
+    return rows
+
+
+def preservation_rows(scope: Scope, notes: list[str]) -> Row:
+    """Perplexity after each stage beside that before it, and every linear map's drift from stage 0."""
+    own = scope.config.analysis
+    base = scope.model(START, 0)
+    if own.text is not None:
+        stream = preservation.held_out_text(base, Path(own.text), own.text_tokens)
+        corpus = f"{Path(own.text).name}, at most {own.text_tokens:,} tokens"
+        head = preservation.own_head(str(scope.config.backbone.path))
+        measure = partial(_on_text, scope, head, stream)
+    else:
+        stream = preservation.held_out_items(scope.fit(base, scope.examples(0)))
+        corpus = "the log's own validation windows"
+        notes.append(
+            "No held-out text is set (analysis.text): perplexity is that of a code on the validation windows of the "
+            "stage before, drift is on those of stage 0."
+        )
+        measure = partial(_on_items, scope)
+    scope.say("inputs of stage 0's model")
+    start, moments = effective_weights(base.stack), preservation.moments_of(base, stream, own.text is not None)
+    found: Row = {"corpus": corpus, "text": own.text is not None, "perplexity": [], "drift": []}
+    for method in scope.methods:
+        earlier: float | None = None
+        for stage in range(scope.last + 1):
+            scope.say(f"what {method} kept after stage {stage}")
+            model = scope.model(method, stage)
+            now, earlier_next = measure(model, stage)
+            if now is not None:
+                row = {"method": method, "stage": stage, "before": earlier, "value": now}
+                found["perplexity"].append(row)
+            if own.text is None or stage == 0:
+                earlier = earlier_next
+            for name, value in preservation.drifts(start, model, moments).items():
+                layer, kind = place_of(name)
+                place = {"method": method, "stage": stage, "layer": layer, "map": kind}
+                found["drift"].append({**place, "value": None if math.isnan(value) else value})
+    return found
+
+
+def _on_text(
+    scope: Scope, head: Any, stream: Any, model: GenerativeModel, stage: int
+) -> tuple[float | None, float | None]:
+    """Perplexity on the text, and what later stages are held against: stage 0's."""
+    value = preservation.text_perplexity(model, head, stream)
+    return value, value
+
+
+def _on_items(scope: Scope, model: GenerativeModel, stage: int) -> tuple[float | None, float | None]:
+    """Perplexity on the stage before, and on the model's own stage: the next model is held against it."""
+    earlier = preservation.item_perplexity(scope.fit(model, scope.examples(stage - 1))) if stage else None
+    return earlier, preservation.item_perplexity(scope.fit(model, scope.examples(stage)))
+
+
+def memory_rows(scope: Scope) -> list[Row]:
+    """Bytes of state and gradients of the three ways to train, on the linear maps of this backbone."""
+    scope.say("memory of optimiser state and gradients")
+    own = (settings for name in scope.methods if isinstance(settings := scope.config.method(name), GemsConfig))
+    settings = next(own, GemsConfig())
+    examples = scope.examples(scope.last)
+    if not examples.windows:
+        return []
+    fit = scope.fit(scope.model(START, 0), examples)
+    batch = next(iter(fit.batches(1)))
+    found = footprints(fit.model, lambda: fit.losses(batch), scope.config.adapter, settings)
+    return [asdict(one) for one in found]

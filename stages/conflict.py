@@ -1,0 +1,199 @@
+"""Conflict between two objectives at a stage: their raw gradients, and what each adds to the method's own update.
+
+Both are matrices of the shape of a linear map's weight, whatever the method trains: a LoRA enters with the weight it
+adapts, so that methods compare. Beside every ρ stands its noise floor, ρ between two batches of one objective.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.effective import base_maps, effective_weights
+from regularizers.conflict import conflict
+from stages.config import Config
+from stages.dataset import Dataset
+from stages.fit import Fit, reproducible
+from stages.interactions import IntArray
+from stages.jobs import Job
+from stages.methods.contract import SharedLosses
+from stages.stage_examples import Examples
+from stages.train import begin_stage
+from stages.workspace import Workspace
+
+Matrices: TypeAlias = dict[str, Tensor]
+"""By the name of the linear map they belong to."""
+
+Halves: TypeAlias = Mapping[str, tuple[Matrices, Matrices]]
+"""Objective -> what two disjoint batches of it gave."""
+
+Pair: TypeAlias = Mapping[str, tuple[IntArray, IntArray]]
+"""Objective -> the window numbers of two disjoint batches."""
+
+BETWEEN = "between"
+"""Names the pairs of two objectives; a pair within one objective bears its name."""
+
+WARM = 3
+"""Steps of the stage that are taken again before an applied update is measured: moments and bases then exist."""
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """ρ of one linear map, over pairs of batches.
+
+    Attributes:
+        pair: `between` the objectives, or the objective whose batches were compared.
+        name: of the linear map.
+        values: one ρ a pair; pairs of which one side was 0 are left out.
+    """
+
+    pair: str
+    name: str
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean ρ; None where no pair had a direction."""
+        return sum(self.values) / len(self.values) if self.values else None
+
+    @property
+    def below_zero(self) -> float | None:
+        """Share of the pairs whose cosine is negative."""
+        return sum(value > 1 for value in self.values) / len(self.values) if self.values else None
+
+
+def coefficients(found: Iterator[Halves]) -> list[Coefficients]:
+    """ρ between the objectives and within each, map by map.
+
+    Args:
+        found: one entry a pair of batches, drawn one by one, so that only four sets of matrices are held.
+
+    Raises:
+        ValueError: an entry without exactly two objectives.
+    """
+    values: dict[tuple[str, str], list[float]] = {}
+    for halves in found:
+        if len(halves) != 2:
+            raise ValueError(f"conflict is between two objectives, got {', '.join(halves) or 'none'}")
+        first, second = halves.values()
+        sides = [(BETWEEN, first[half], second[half]) for half in (0, 1)]
+        sides += [(objective, *own) for objective, own in halves.items()]
+        for pair, a, b in sides:
+            for name in a:
+                value = float(conflict(a[name], b[name]))
+                values.setdefault((pair, name), []).extend([] if math.isnan(value) else [value])
+    return [Coefficients(pair, name, tuple(own)) for (pair, name), own in values.items()]
+
+
+def batch_pairs(examples: Examples, pairs: int, size: int, seed: int) -> list[Pair]:
+    """Disjoint batches of training windows: objective -> two of them, `pairs` times.
+
+    Args:
+        examples: of one stage.
+        pairs: how many at most; fewer where an objective has too few windows for two batches each.
+        size: windows of a batch at most.
+        seed: of the draw.
+    """
+    counts = {name: len(part.training) for name, part in examples.parts.items()}
+    pairs = min([pairs, *(count // 2 for count in counts.values())])
+    if pairs == 0:
+        return []
+    drawn = {}
+    for name, windows in counts.items():
+        own = min(size, windows // (2 * pairs))
+        order = np.random.default_rng([seed % 2**32, len(name)]).permutation(windows)
+        drawn[name] = [order[place * own : (place + 1) * own] for place in range(2 * pairs)]
+    return [{name: (own[2 * k], own[2 * k + 1]) for name, own in drawn.items()} for k in range(pairs)]
+
+
+def raw_gradients(fit: Fit, pairs: Sequence[Pair]) -> Iterator[Halves]:
+    """∂L/∂W of every linear map at a model's weights, for `coefficients`.
+
+    Args:
+        fit: gives the losses of the stage's windows; its model has plain weights (`stages.train.restore_model`).
+        pairs: as `batch_pairs` draws them.
+    """
+    model = fit.model
+    maps = base_maps(model.stack)
+    model.requires_grad_(False)
+    for module in maps.values():
+        module.weight.requires_grad_(True)
+    model.dropout = 0.0
+    model.train()
+
+    def gradient(objective: str, chosen: IntArray) -> Matrices:
+        model.zero_grad(set_to_none=True)
+        for losses in fit.losses({objective: chosen}):
+            losses[objective].backward()
+        return {name: _taken(module.weight) for name, module in maps.items()}
+
+    for pair in pairs:
+        yield {name: (gradient(name, a), gradient(name, b)) for name, (a, b) in pair.items()}
+
+
+def _taken(weight: nn.Parameter | Tensor) -> Tensor:
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad.detach().clone()
+
+
+def applied_updates(
+    config: Config,
+    workspace: Workspace,
+    dataset: Dataset,
+    job: Job,
+    pairs: Sequence[Pair],
+) -> Iterator[Halves]:
+    """What each objective adds to the method's own step, for `coefficients`.
+
+    The stage is begun again and its first `WARM` steps are repeated, which gives the same weights, moments and bases
+    every time. From there one step is taken on a batch of one objective, and another, from the same state, on that
+    batch with its loss times −1. Half the difference of the two weights is the part of the step that is odd in the
+    objective's gradient: what it alone contributes, preconditioned and projected as the method does it, without the
+    momentum, decay and second moments that both steps share.
+
+    Args:
+        config: the experiment.
+        workspace: holds the lineage before `job`'s stage.
+        dataset: the prepared log.
+        job: of a method that trains; its stage is 1 or later.
+        pairs: as `batch_pairs` draws them.
+    """
+
+    def contribution(objective: str, chosen: IntArray) -> Matrices:
+        ahead, back = (_after(config, workspace, dataset, job, objective, chosen, sign) for sign in (1.0, -1.0))
+        return {name: (ahead[name] - back[name]) / 2 for name in ahead}
+
+    for pair in pairs:
+        yield {name: (contribution(name, a), contribution(name, b)) for name, (a, b) in pair.items()}
+
+
+def _after(
+    config: Config,
+    workspace: Workspace,
+    dataset: Dataset,
+    job: Job,
+    objective: str,
+    chosen: IntArray,
+    factor: float,
+) -> Matrices:
+    """Every linear map's weight, adapter included, after the repeated steps and one more with its loss × `factor`."""
+    fit = begin_stage(config, workspace, dataset, job, steps=WARM + 2).fit
+    batches = (batch for epoch in count(1) for batch in fit.batches(epoch))
+    with reproducible(fit.seed):
+        fit.model.train()
+        for batch in islice(batches, WARM):
+            fit.step(fit.losses(batch))
+        fit.step(_scaled(fit, {objective: chosen}, factor))
+    return effective_weights(fit.model.stack)
+
+
+def _scaled(fit: Fit, chosen: Mapping[str, IntArray], factor: float) -> Iterator[SharedLosses]:
+    for losses in fit.losses(chosen):
+        shares = losses.shares if isinstance(losses, SharedLosses) else dict.fromkeys(losses, 1.0)
+        yield SharedLosses({name: loss * factor for name, loss in losses.items()}, shares)

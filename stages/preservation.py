@@ -1,0 +1,124 @@
+"""What a model kept: perplexity on held-out material, and how far each linear map's output drifted from stage 0's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor
+
+from models.backbone import pretrained_backbone
+from models.effective import effective_weights
+from models.generative import GenerativeModel, TokenBatch
+from models.input_moments import InputMoment, TokenStream, input_moments, linear_maps
+from stages.errors import UserError
+from stages.fit import Fit
+from stages.method_config import GemsConfig
+from stages.methods.protection import TEXT_LENGTH, reads_items, reads_text, text_stream
+from stages.stage_examples import validation_batches
+
+
+def relative_drift(start: Tensor, now: Tensor, moment: Tensor) -> float:
+    """‖(W − W_0) X‖ / ‖W_0 X‖ over the inputs X whose second moment is given.
+
+    Args:
+        start: W_0 (m, n).
+        now: W (m, n).
+        moment: Σ x xᵀ (n, n) over the inputs.
+
+    Returns:
+        0 where nothing moved; NaN where W_0 maps every input to 0.
+    """
+    move, base, inputs = (now - start).double(), start.double(), moment.double()
+    moved = ((move @ inputs) * move).sum().clamp_min(0)
+    whole = ((base @ inputs) * base).sum()
+    return float((moved / whole).sqrt()) if float(whole) > 0 else math.nan
+
+
+def drifts(start: Mapping[str, Tensor], model: GenerativeModel, moments: Mapping[str, InputMoment]) -> dict[str, float]:
+    """`relative_drift` of every linear map of `model`.
+
+    Args:
+        start: W_0 by map, as `models.effective.effective_weights` gives them.
+        model: a trained one.
+        moments: by map, of the inputs that the model at W_0 feeds it.
+    """
+    now = effective_weights(model.stack)
+    return {name: relative_drift(start[name], now[name], one.moment) for name, one in moments.items()}
+
+
+def moments_of(model: GenerativeModel, stream: TokenStream, text: bool) -> dict[str, InputMoment]:
+    """Second moments of the inputs of every linear map, by its name; maps with one input share one.
+
+    Args:
+        model: whose inputs they are.
+        stream: of text or of items.
+        text: the stream holds the backbone's own tokens.
+    """
+    model.eval()
+    forward = reads_text(model) if text else reads_items(model)
+    return {name: one for one in input_moments(linear_maps(model.stack), forward, stream) for name in one.names}
+
+
+def held_out_items(fit: Fit) -> TokenStream:
+    """A stage's validation windows as token numbers."""
+
+    def stream() -> Iterator[tuple[TokenBatch, Tensor]]:
+        for part in fit.examples.parts.values():
+            for chosen in validation_batches(part.validation, fit.settings.batch_size):
+                batch = part.batch(part.validation, chosen)
+                yield batch, part.inside(batch)
+
+    return stream
+
+
+def held_out_text(model: GenerativeModel, path: Path, tokens: int) -> TokenStream:
+    """The text at `path` in the backbone's own tokens, packed.
+
+    Raises:
+        UserError: no such file, or a backbone that reads no text.
+    """
+    try:
+        return text_stream(model, GemsConfig(corpus=str(path), corpus_tokens=tokens))
+    except ValueError as error:
+        raise UserError(f"analysis.text: {error}") from None
+
+
+def own_head(path: str) -> Tensor:
+    """(V, d) output rows of a pretrained backbone's own vocabulary, which the recommender leaves aside."""
+    return cast(Tensor, pretrained_backbone(path).head)
+
+
+@torch.no_grad()
+def text_perplexity(model: GenerativeModel, head: Tensor, stream: TokenStream) -> float:
+    """exp of the mean cross-entropy of the next token.
+
+    Args:
+        model: with plain weights.
+        head: (V, d) of the backbone's vocabulary.
+        stream: of text.
+
+    Raises:
+        UserError: the text is shorter than one row.
+    """
+    model.eval()
+    read = reads_text(model)
+    total, count = 0.0, 0
+    for batch, _ in stream():
+        targets = batch.tokens[:, 1:].to(model.device)
+        for row, target in zip(read(batch)[:, :-1], targets, strict=True):  # a row at a time: (T, V) logits are large
+            total += float(F.cross_entropy(F.linear(row, head.to(row)).float(), target, reduction="sum"))
+        count += targets.numel()
+    if count == 0:
+        raise UserError(f"analysis.text: the file is too short to measure on; give at least {TEXT_LENGTH} tokens")
+    return math.exp(total / count)
+
+
+def item_perplexity(fit: Fit) -> float | None:
+    """exp of the mean cross-entropy of a code over the stage's validation windows; None where there are none."""
+    loss = fit.validate()
+    return None if loss is None else math.exp(loss)

@@ -1,0 +1,147 @@
+"""`driftrec analyse` on a tiny comparison of two objectives, and on one without searches."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from flows import steps
+from flows.reporting.insights import FIGURES, Insights
+from flows.reporting.report import write_page
+from stages.workspace import Workspace, read_json
+from tests import conftest
+from tests.test_cli import driftrec
+
+VARIANTS = """
+[analysis]
+pairs = 1
+[methods.loud]
+method = "gems"
+scale = 2.0
+"""
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of two stages with searches, one protocol, a matrix, and no Prefect; its workspace."""
+    folder = tmp_path_factory.mktemp("analysed")
+    config = conftest.write_tiny_experiment(folder)
+    text = config.read_text(encoding="utf-8").replace("where = \"event = 'recommendation'\"\n", "")
+    text = text.replace("[evaluation]\n", '[evaluation]\nprotocols = ["same_stage"]\n')
+    config.write_text(text + VARIANTS, encoding="utf-8")
+    plan = steps.make_plan(config, folder / "workspace", ["single", "gems", "loud"], [0])
+    steps.read(plan)
+    plan = steps.split(plan)
+    steps.identify(plan)
+    tests, trained = [], []
+    for lineage in plan.lineages():
+        for stage in plan.trained(lineage):
+            trained.append(steps.train(plan, lineage.at(stage)))
+            tests += [steps.evaluate(plan, lineage.at(stage), tested) for tested in plan.tested(lineage, stage)]
+            tests += steps.evaluate_row(plan, lineage.at(stage), list(plan.matrix(lineage)))
+    steps.summarise(plan, tests, trained)
+    return plan.workspace.root
+
+
+def test_a_finished_comparison_is_analysed_drawn_and_recorded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compared: Path
+) -> None:
+    code, out, err = driftrec(monkeypatch, capsys, "analyse", "-w", compared, "--methods", "single,gems")
+    assert code == 0, err
+    folder = steps.latest_report(Workspace(compared))
+    found = read_json(folder / "analysis.json")
+    insights = Insights(found)
+    assert found["methods"] == ["single", "gems"]
+    assert insights.methods("conflict") == ["stage 0", "single", "gems"]
+    for method in ("single", "gems"):
+        for kind in ("gradient", "update"):
+            rho, floor = insights.rho(method, kind), insights.rho(method, kind, floor=True)
+            assert rho is not None
+            assert floor is not None
+            assert 0 < rho < 2
+    assert insights.rho("stage 0", "update") is None
+    assert insights.flow("single", "search", earlier=True) is not None
+    assert insights.flow("single", "search", earlier=False) is not None
+    assert set(insights.drift("single", 0).values()) == {0.0}
+    assert min(insights.drift("single", 1).values()) > 0
+    assert {row["axis"] for row in insights.rows("sensitivity")} == {"scale"}
+    assert all(row["counted"] == row["predicted"] for row in insights.rows("memory"))
+    drawn = {path.name for path in (folder / "figures").iterdir()}
+    assert {f"{name}-{theme}.svg" for name in FIGURES for theme in ("light", "dark")} <= drawn
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for heading in ("Why they differ", "pull apart?", "Right before, wrong after: search", "What was kept", "α and τ"):
+        assert heading in page
+    assert "url(" not in page.split("</style>")[0]
+    assert "conflict/gradient" in out
+    check_mlflow(compared, insights)
+
+
+def check_mlflow(root: Path, insights: Insights) -> None:
+    client = MlflowClient(Workspace(root).mlflow_uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
+    runs = client.search_runs([experiment.experiment_id], 'tags.role = "method"')
+    assert {run.info.run_name for run in runs} == {"single seed 0", "gems seed 0", "loud seed 0"}
+    (single,) = (run for run in runs if run.info.run_name == "single seed 0")
+    wanted = {(f"analysis/{name}", stage): value for name, value, stage in insights.points("single")}
+    assert wanted
+    for (key, stage), value in wanted.items():
+        history = client.get_metric_history(single.info.run_id, key)
+        assert [(p.step, p.value) for p in history if p.step == stage] == [(stage, value)]
+    files = {Path(item.path).name for item in client.list_artifacts(single.info.run_id, "analysis")}
+    assert files == {"analysis.json", *(f"{name}-light.svg" for name in FIGURES)}
+
+
+def test_a_page_drawn_anew_keeps_the_analysis(compared: Path, tmp_path: Path) -> None:
+    folder = steps.latest_report(Workspace(compared))
+    copied = tmp_path / folder.name
+    shutil.copytree(folder, copied)
+    page = write_page(read_json(copied / "report.json"), copied)
+    assert page.read_bytes() == (folder / "report.html").read_bytes()
+    (copied / "analysis.json").unlink()
+    assert "Why they differ" not in write_page(read_json(copied / "report.json"), copied).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "sinlge"], "--methods sinlge: not in this report; did you mean 'single'?"),
+        (["--seed", 7], "--seed 7: the report trained seeds 0"),
+        (["--stages", 9], "--stages 9: the report has 2"),
+        (["--name", "none"], "no report 'none'"),
+    ],
+)
+def test_a_request_that_does_not_fit_the_report_says_why(
+    words: list[object],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    compared: Path,
+) -> None:
+    code, _, err = driftrec(monkeypatch, capsys, "analyse", "-w", compared, *words)
+    assert code == 2
+    assert message in err
+
+
+def test_neither_workspace_nor_config_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = driftrec(monkeypatch, capsys, "analyse")
+    assert code == 2
+    assert "name the workspace (--workspace) or the experiment (--config)" in err
+
+
+def test_a_log_without_searches_is_analysed_but_for_conflict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: conftest.Trained, tmp_path: Path
+) -> None:
+    root = tmp_path / "moved"
+    shutil.copytree(trained.workspace.root, root)
+    code, out, err = driftrec(monkeypatch, capsys, "analyse", "-w", root, "--methods", "single")
+    assert code == 0, err
+    assert "this log has recommendation events only" in " ".join(out.split())
+    found = read_json(steps.latest_report(Workspace(root)) / "analysis.json")
+    assert found["conflict"] == []
+    assert found["memory"]
+    assert found["preservation"]["drift"]
