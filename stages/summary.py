@@ -326,9 +326,10 @@ def _notes(config: Config, evaluations: Sequence[Evaluation], shipped: bool) -> 
     seeds = len({job.seed for job in trained})
     draws = config.evaluation.bootstrap
     few = min(draws, FEWER_DRAWS)
+    resampled = "users and training seeds" if seeds > 1 else "users"
     notes = [
         f"Means over stages: tested stages {', '.join(map(str, later)) or 'none'}, each with the same weight.",
-        f"Intervals: 95 %, bootstrap over users; {draws:,} draws for Hit and NDCG over all users, {few:,} else.",
+        f"Intervals: 95 %, bootstrap over {resampled}; {draws:,} draws for Hit and NDCG over all users, {few:,} else.",
     ]
     for protocol in (name for name, stages in tested.items() if stages == {0}):
         notes.append(f"{protocol.replace('_', '-')}: only stage 0 was tested; it stands in the place of the mean.")

@@ -217,3 +217,11 @@ def test_the_table_of_stages_shows_every_span_whole_at_any_width(width: int) -> 
     text = printed([tables.drift([row, row], width)], width)
     shown = ("2023-11-14 23:10", "2023-12-27 06:27", "1,800,000", "12,080", "80", "12,000", "7", "53", "12.5%", "2.5")
     assert [value for value in shown if text.count(value) < 2] == []
+
+
+def test_the_table_says_whether_training_noise_is_in_its_intervals(invented_report):
+    assert "intervals over users and training seeds" in printed(tables.headline(Findings(invented_report)))
+    first = [row | {"seed": None if row["seed"] is None else 0} for row in invented_report["rows"]]
+    alone = printed(tables.headline(Findings(invented_report | {"rows": first})))
+    assert "intervals over users" in alone
+    assert "training seeds" not in alone

@@ -99,6 +99,12 @@ class Findings:
             {row["seed"] for row in self.report["rows"] if row["method"] == method and row["seed"] is not None}
         )
 
+    @cached_property
+    def resampled(self) -> str:
+        """What the bootstrap behind the intervals draws anew."""
+        several = any(len(self.seeds(method)) > 1 for method in {row["method"] for row in self.report["rows"]})
+        return "users and training seeds" if several else "users"
+
     def cell(
         self,
         method: str,

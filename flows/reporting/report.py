@@ -146,8 +146,8 @@ def _protocol(findings: Findings, protocol: str, objective: str) -> Markup:
 def _reading(findings: Findings, users: int) -> str:
     sampled = " (a sample)" if findings.report.get("sampled_users") else ""
     return (
-        f"Mean over the stages after the first, {users:,} users{sampled}, 95 % bootstrap intervals over users; "
-        "p by Holm over the table."
+        f"Mean over the stages after the first, {users:,} users{sampled}, 95 % bootstrap intervals over "
+        f"{findings.resampled}; p by Holm over the table."
     )
 
 

@@ -42,7 +42,7 @@ def headline(findings: Findings, best: dict[str, dict[str, float]] | None = None
 
 def _table(findings: Findings, protocol: str, objective: str, best: dict[str, float], gap: str) -> Table:
     title = PROTOCOL_TITLES.get(protocol, protocol) + (f", {objective}" if len(findings.objectives) > 1 else "")
-    table = _empty(f"{title}: mean over the stages after the first, 95 % intervals over users")
+    table = _empty(f"{title}: mean over the stages after the first, 95 % intervals over {findings.resampled}")
     table.caption = sample_note(findings.report)
     table.add_column("method", no_wrap=True)
     for metric in HEADLINE:
