@@ -28,8 +28,8 @@ from stages.train import bare_model
 
 NAME = "packed_training"
 STAGES = (1, 2, 3, 4)
-USERS = 12
-"""Users drawn a stage: about 300 targets in all, so that a repetition of both takes few seconds."""
+USERS = 32
+"""Users drawn a stage: enough that some have more history than a window holds, few enough for two minutes."""
 
 
 def main() -> None:
