@@ -95,9 +95,11 @@ class Load:
 
     @property
     def rate(self) -> float:
+        """Answers a second."""
         return len(self.seconds) / self.span
 
     def quantile(self, share: float) -> float:
+        """Seconds within which `share` of the answers came."""
         return float(np.quantile(self.seconds, share))
 
 

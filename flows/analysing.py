@@ -17,7 +17,7 @@ from stages.settings import nearest
 from stages.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
-    from stages.analysis import Scope
+    from stages.analysis.measured import Scope
 
 FILE = "analysis.json"
 
@@ -84,7 +84,7 @@ def _scope(
     seed: int | None,
     stages: int | None,
 ) -> Scope:
-    from stages.analysis import Scope
+    from stages.analysis.measured import Scope
     from stages.dataset import load_dataset
 
     trained = [Job(**row["job"]) for row in jobs["checkpoints"]]
@@ -118,8 +118,8 @@ def _scope(
 
 def _measured(scope: Scope) -> dict[str, Any]:
     """The content of analysis.json."""
-    from stages.analysis import measured
-    from stages.sensitivity import sensitivity
+    from stages.analysis.measured import measured
+    from stages.analysis.sensitivity import sensitivity
 
     found = {
         "schema": 1,

@@ -50,8 +50,8 @@ class Dataset:
 def load_dataset(config: Config, workspace: Workspace) -> Dataset:
     """Read what `split` and `build_semantic_ids` left in the workspace.
 
-    The files are hashed at every call, and parsed again only where one is another than at the last call: the trainings
-    and tests of a run share one copy.
+    A file that may have changed is hashed at every call, and all are parsed again only where one is another than at the
+    last call: the trainings and tests of a run share one copy.
 
     Raises:
         UserError: they have not run, or a file is not the one its manifest names.
@@ -61,7 +61,8 @@ def load_dataset(config: Config, workspace: Workspace) -> Dataset:
     named = {workspace.catalogue / "items.parquet": items["digest"]}
     named |= {workspace.stage_file(index): row.get("sha256") for index, row in enumerate(stages)}
     content = digest_of([items, stages, [_checked(path, digest) for path, digest in named.items()]])
-    return _parsed(workspace.root.resolve(), content, config.evaluation.baskets, config.search.objectives)
+    digests = tuple(stage["digest"] for stage in stages)
+    return _parsed(workspace.root.resolve(), content, digests, config.evaluation.baskets, config.search.objectives)
 
 
 def _checked(path: Path, digest: str | None) -> str:
@@ -73,8 +74,9 @@ def _checked(path: Path, digest: str | None) -> str:
 
 
 @lru_cache(maxsize=1)
-def _parsed(root: Path, content: str, baskets: bool, objectives: tuple[Objective, ...] | None) -> Dataset:
+def _parsed(
+    root: Path, content: str, digests: tuple[str, ...], baskets: bool, objectives: tuple[Objective, ...] | None
+) -> Dataset:
     """The files of `root`, whose bytes `content` names; nobody writes to what it returns."""
     workspace = Workspace(root)
-    digests = tuple(stage["digest"] for stage in read_json(workspace.stages / "manifest.json")["stages"])
     return Dataset(load_interactions(workspace, baskets, objectives), load_catalogue(workspace), digests)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from models.backbone import compute_device, pretrained_backbone, small_backbone, wants_bfloat16
@@ -20,7 +21,7 @@ from stages.errors import UserError
 from stages.evaluate import evaluate_stage
 from stages.jobs import Job
 from stages.train import restore_model, train_stage
-from stages.workspace import Workspace
+from stages.workspace import Workspace, read_json
 from tests import tiny
 
 METHODS = ("frozen", "single", "peso", "cumulative_sum", "full_retrain", "full_finetune", "gems")
@@ -141,6 +142,23 @@ def test_precision_is_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for flags, wanted in (({"avx2"}, False), ({"amx_bf16"}, True), ({"avx512_bf16"}, True)):
         monkeypatch.setattr("models.backbone.cpu_features", lambda flags=flags: flags)
         assert wants_bfloat16("auto", cpu) is wanted
+
+
+def test_bfloat16_trains_float32_weights(board: Workspace) -> None:
+    """Autocast narrows the products alone: any processor can run it, if slowly."""
+    job, states = Job("first", 0, "same_stage", 0), []
+    for precision in ("float32", "bfloat16"):
+        config = tiny.config(backbone={"precision": precision}, training={"first_epochs": 4})
+        train_stage(config, board, job)
+        folder = checkpoint_folder(config, board, load_dataset(config, board), job)
+        kept = {tensor.dtype for file in folder.glob("*.safetensors") for tensor in load_file(file).values()}
+        assert kept == {torch.float32}
+        states.append(read_json(folder / "state.json"))
+    wide, narrow = states
+    assert [state["precision"] for state in states] == ["float32", "bfloat16"]
+    assert narrow["training"][-1]["ce"] < narrow["training"][0]["ce"]
+    assert narrow["training"][0]["ce"] != wide["training"][0]["ce"]
+    assert narrow["training"][0]["ce"] == pytest.approx(wide["training"][0]["ce"], rel=1e-2)
 
 
 def test_the_device_is_as_told_and_a_missing_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

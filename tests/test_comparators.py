@@ -13,7 +13,7 @@ from models import mixture, orthogonal
 from models.effective import effective_weights
 from models.mixture import MixtureLinear
 from regularizers.balance import localized_balance
-from stages.conflict import applied_updates, batch_pairs
+from stages.analysis.conflict import applied_updates, batch_pairs
 from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.jobs import Job

@@ -17,19 +17,19 @@ from torch import Tensor
 from models.effective import effective_weights
 from models.input_moments import InputMoment, linear_maps
 from regularizers.conflict import conflict
-from stages.analysis import place_of
-from stages.conflict import BETWEEN, Halves, applied_updates, batch_pairs, coefficients, raw_gradients
+from stages.analysis.conflict import BETWEEN, Halves, applied_updates, batch_pairs, coefficients, raw_gradients
+from stages.analysis.measured import place_of
+from stages.analysis.preservation import drifts, moments_of, relative_drift
+from stages.analysis.sensitivity import sensitivity
+from stages.analysis.state_memory import footprints
+from stages.analysis.transitions import Transitions, transitions
 from stages.dataset import load_dataset
 from stages.fit import Fit
 from stages.jobs import Job
 from stages.method_config import GemsConfig
-from stages.preservation import drifts, moments_of, relative_drift
 from stages.search_examples import query_vocabulary
-from stages.sensitivity import sensitivity
 from stages.stage_examples import Examples, stage_examples
-from stages.state_memory import footprints
 from stages.train import bare_model, begin_stage, restore_model, train_stage
-from stages.transitions import Transitions, transitions
 from stages.workspace import Workspace
 from tests import searching, tiny
 
@@ -209,7 +209,7 @@ def test_a_moments_drift_is_that_of_the_outputs_themselves(ring: Workspace) -> N
 
 
 def found_moments(base: Any, workspace: Workspace) -> dict[str, InputMoment]:
-    from stages.preservation import held_out_items
+    from stages.analysis.preservation import held_out_items
 
     fit = Fit(tiny.config(**QUICK), base, lambda _: {}, examples_of(workspace, 0), 0)
     return moments_of(base, held_out_items(fit), text=False)

@@ -19,13 +19,13 @@ from models.backbone import pretrained_backbone
 from models.generative import GenerativeModel
 from models.titles import title_scores
 from models.words import BackboneVocabulary
-from stages import preservation, titles
-from stages.analysis import Scope, preservation_rows, title_rows
+from stages.analysis import preservation, titles
+from stages.analysis.measured import Scope, preservation_rows, title_rows
+from stages.analysis.titles import title_cases, title_hits
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
 from stages.jobs import Job
 from stages.sampled import draw_candidates
-from stages.titles import title_cases, title_hits
 from stages.train import train_stage
 from tests import searching, tiny
 

@@ -97,6 +97,7 @@ class NoNetworkError(Exception):
 
 
 def quiet_socket(*_: Any, **__: Any) -> None:
+    """Stands in the place of a connection and refuses it."""
     raise NoNetworkError
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
+from models.baselines.bm25 import WordWeights
 from models.recommender import BoolArray, IntArray, Recommendations, Recommender
-
-WORD = re.compile(r"\w+")
-SATURATION, LENGTH = 1.2, 0.75
-"""k1 and b of BM25 (Robertson and Zaragoza, 2009), at their usual values."""
 
 
 @dataclass(frozen=True)
@@ -70,40 +66,28 @@ class ModelSearch:
 
 
 class TitleWords:
-    """BM25 over titles: rare words count more, long titles less. It does not look at the history.
+    """The words of the titles by BM25, and nothing else: it does not look at the history.
 
     Args:
         titles: item number by place.
     """
 
-    def __init__(self, titles: Sequence[str]) -> None:
-        counts = [Counter(words(title)) for title in titles]
-        lengths = np.array([sum(count.values()) for count in counts], dtype=np.float64)
-        mean = lengths.mean() if lengths.sum() else 1.0
-        self.damping = SATURATION * (1 - LENGTH + LENGTH * lengths / mean)  # (I,)
-        lists: dict[str, tuple[list[int], list[int]]] = {}
-        for item, count in enumerate(counts):
-            for word, times in count.items():
-                items, often = lists.setdefault(word, ([], []))
-                items.append(item)
-                often.append(times)
-        self.lists = {word: (np.array(items), np.array(often)) for word, (items, often) in lists.items()}
-
     method = "title_words"
+
+    def __init__(self, titles: Sequence[str]) -> None:
+        self.words = WordWeights(titles)
 
     def search(self, asked: Sequence[tuple[str, Past]], k: int) -> list[Ranking]:
         """The `k` best items that share a word with each query; see `Searcher`. Ties by item number."""
-        return [self._best(query, k) for query, _ in asked]
+        found: Any = self.words.scored([query for query, _ in asked])
+        found.sort_indices()
+        spans = zip(found.indptr[:-1], found.indptr[1:], strict=True)
+        return [_best(found.indices[start:stop], found.data[start:stop], k) for start, stop in spans]
 
-    def _best(self, query: str, k: int) -> Ranking:
-        scores = np.zeros(len(self.damping))
-        for word in dict.fromkeys(words(query)):
-            if word in self.lists:
-                items, often = self.lists[word]
-                rarity = np.log1p((len(scores) - len(items) + 0.5) / (len(items) + 0.5))
-                scores[items] += rarity * often * (SATURATION + 1) / (often + self.damping[items])
-        best = np.argsort(-scores, kind="stable")[:k]
-        return [(int(item), float(scores[item])) for item in best if scores[item] > 0]
+
+def _best(items: IntArray, scores: npt.NDArray[np.float64], k: int) -> Ranking:
+    order = np.argsort(-scores, kind="stable")[:k]
+    return list(zip(items[order].tolist(), scores[order].tolist(), strict=True))
 
 
 def listed(found: Recommendations) -> list[Ranking]:
@@ -112,8 +96,3 @@ def listed(found: Recommendations) -> list[Ranking]:
         [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
         for items, scores in zip(found.items.tolist(), found.scores.tolist(), strict=True)
     ]
-
-
-def words(text: str) -> list[str]:
-    """Letters and digits in runs, without case."""
-    return WORD.findall(text.casefold())

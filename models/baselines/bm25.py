@@ -19,11 +19,35 @@ K1, B = 1.2, 0.75
 """Saturation of a repeated word, and how far a long document is held against it."""
 
 
+class WordWeights:
+    """BM25 weight of each word in each document.
+
+    score(q, d) = Σ over the query's words w of idf(w) · tf·(K1 + 1) / (tf + K1·(1 - B + B·|d| / mean |d|)), with
+    idf(w) = ln(1 + (n - n_w + 0.5) / (n_w + 0.5)).
+
+    Args:
+        documents: text of each item, by item number.
+    """
+
+    def __init__(self, documents: Sequence[str]) -> None:
+        words = [pieces(document) for document in documents]
+        self.columns = {word: place for place, word in enumerate(sorted({word for own in words for word in own}))}
+        self.weights = _weights(words, self.columns)
+
+    def scored(self, queries: Sequence[str]) -> sparse.csr_array:
+        """(B, items) score of each document that shares a word with the query; a repeated word counts as often."""
+        found = [[self.columns[word] for word in pieces(query) if word in self.columns] for query in queries]
+        rows = np.repeat(np.arange(len(queries)), [len(own) for own in found])
+        columns = np.array([place for own in found for place in own], dtype=np.int64)
+        asked = sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(queries), len(self.columns)))
+        scored: Any = asked @ self.weights
+        return scored.tocsr()
+
+
 class Bm25:
     """Ranks the known items by BM25 of their documents for the query; equal scores by popularity, then item number.
 
-    score(q, d) = Σ over the query's words w of idf(w) · tf·(K1 + 1) / (tf + K1·(1 - B + B·|d| / mean |d|)), with
-    idf(w) = ln(1 + (n - n_w + 0.5) / (n_w + 0.5)). Items without a word of the query follow in order of popularity.
+    Items without a word of the query follow in order of popularity.
 
     Args:
         documents: text of each known item, by item number.
@@ -35,9 +59,7 @@ class Bm25:
         self.popularity = Popularity(items, len(documents), exclude_history)
         self.exclude_history = exclude_history
         self.places = np.argsort(self.popularity.order)  # of each item in order of popularity
-        words = [pieces(document) for document in documents]
-        self.columns = {word: place for place, word in enumerate(sorted({word for own in words for word in own}))}
-        self.weights = _weights(words, self.columns)
+        self.words = WordWeights(documents)
 
     def recommend(
         self,
@@ -53,21 +75,13 @@ class Bm25:
         """
         if queries is None:
             raise ValueError("bm25 answers searches only; give a query")
-        scored: Any = self._asked(queries) @ self.weights
-        found = scored.tocoo()
+        found: Any = self.words.scored(queries).tocoo()
         rows, items, scores = found.row.astype(np.int64), found.col.astype(np.int64), found.data
         if self.exclude_history:
             free = ~held(histories, rows, items, len(self.places))
             rows, items, scores = rows[free], items[free], scores[free]
         top, values = best_entries(rows, items, scores, self.places[items], (len(histories), k))
         return backfilled(self.popularity, histories, top, values, k)
-
-    def _asked(self, queries: Sequence[str]) -> sparse.csr_array:
-        """(B, words) how often each query holds each known word."""
-        found = [[self.columns[word] for word in pieces(query) if word in self.columns] for query in queries]
-        rows = np.repeat(np.arange(len(queries)), [len(own) for own in found])
-        columns = np.array([place for own in found for place in own], dtype=np.int64)
-        return sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(queries), len(self.columns)))
 
 
 def _weights(words: Sequence[Sequence[str]], columns: dict[str, int]) -> sparse.csr_array:

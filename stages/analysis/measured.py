@@ -12,7 +12,9 @@ from typing import Any
 from models.effective import effective_weights
 from models.generative import GenerativeModel
 from models.words import BackboneVocabulary
-from stages import conflict, preservation, titles
+from stages.analysis import conflict, preservation, titles
+from stages.analysis.state_memory import footprints
+from stages.analysis.transitions import stage_transitions, transitions
 from stages.commit import FIRST, method_of
 from stages.config import Config, Protocol
 from stages.dataset import Dataset
@@ -22,9 +24,7 @@ from stages.jobs import Evaluation, Job
 from stages.method_config import GemsConfig
 from stages.search_examples import query_vocabulary
 from stages.stage_examples import Examples, stage_examples
-from stages.state_memory import footprints
 from stages.train import bare_model, restore_model
-from stages.transitions import stage_transitions, transitions
 from stages.workspace import Workspace
 
 START = "stage 0"

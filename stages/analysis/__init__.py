@@ -1,0 +1,1 @@
+"""What `driftrec analyse` measures on the trained models of a finished comparison."""
