@@ -61,8 +61,6 @@ def arithmetic(precision: str, device: str) -> str:
     Raises:
         UserError: the device is not there.
     """
-    import torch
-
     from models.backbone import compute_device, wants_bfloat16
 
     try:
@@ -70,7 +68,7 @@ def arithmetic(precision: str, device: str) -> str:
     except ValueError as error:
         raise UserError(str(error)) from None
     form = FORMATS["bfloat16"] if wants_bfloat16(precision, place) else "float32"
-    return f"Trained in {form} {_place(place.type, torch.get_num_threads())} (precision = {precision})."
+    return f"training in {form} on {'a GPU' if place.type == 'cuda' else 'the CPU'} (precision = {precision})"
 
 
 def _place(device: str, threads: int) -> str:
