@@ -21,7 +21,7 @@ from stages.methods.contract import Method
 from stages.methods.first import FirstStage
 from stages.workspace import Workspace, digest_of, sha256_once
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised whenever training would give other bytes for the same settings and data."""
 
 LATER_ONLY = {"epochs", "learning_rate", "full_learning_rate", "token_rows"}

@@ -385,9 +385,9 @@ def expand(path: str) -> str:
     """`path` with `~` and `$NAME` expanded; `$DRIFTREC_DATA` defaults to `data` in the current directory.
 
     Raises:
-        UserError: a variable is not set.
+        UserError: a variable is not set, or empty.
     """
-    os_values = {"DRIFTREC_DATA": str(Path("data").resolve()), **os.environ}
+    os_values = {"DRIFTREC_DATA": str(Path("data").resolve()), **{name: v for name, v in os.environ.items() if v}}
     expanded = os.path.expanduser(path)
     for name, value in sorted(os_values.items(), key=lambda pair: -len(pair[0])):
         expanded = expanded.replace("${" + name + "}", value).replace("$" + name, value)

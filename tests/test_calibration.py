@@ -1,9 +1,7 @@
 """The evaluator against numbers that others published or measured; the data is not part of the repo."""
 
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -16,6 +14,7 @@ from stages.baselines import fit_baseline
 from stages.interactions import Interactions
 from stages.queries import Queries, next_stage_tests, same_stage_tests, training_targets
 from stages.ranking import rank_queries
+from tests.public import public_log
 
 Visit = tuple[str, int, list[str]]  # user, stage, items oldest first
 STAGES = (1, 2, 3, 4)
@@ -78,19 +77,10 @@ def means(frames: list[pl.DataFrame]) -> tuple[float, float]:
     return tuple(found.mean(axis=0))
 
 
-def data(folder: str) -> Path:
-    if "DRIFTREC_DATA" not in os.environ:
-        pytest.skip("DRIFTREC_DATA is not set; docs/data.md says where each public set comes from")
-    path = Path(os.environ["DRIFTREC_DATA"]) / folder
-    if not path.is_dir():
-        pytest.skip(f"DRIFTREC_DATA has no folder {folder}")
-    return path
-
-
 @pytest.fixture(scope="module")
 def games() -> Log:
     visits: list[Visit] = []
-    for stage, path in enumerate(sorted(data("amazon-video-games-blocks").glob("*.block_*.json"))):
+    for stage, path in enumerate(sorted(public_log("amazon-video-games-blocks").glob("*.block_*.json"))):
         block = json.loads(path.read_text(encoding="utf-8"))
         visits += [(user, stage, visit["current_block"]) for user, visit in block.items()]
     return Log(visits)
@@ -98,7 +88,7 @@ def games() -> Log:
 
 @pytest.fixture(scope="module")
 def songs() -> Log:
-    lines = (data("s3rec-lastfm") / "LastFM.txt").read_text(encoding="utf-8").splitlines()
+    lines = (public_log("s3rec-lastfm") / "LastFM.txt").read_text(encoding="utf-8").splitlines()
     return Log([(words[0], 0, words[1:]) for words in map(str.split, lines)])
 
 

@@ -110,6 +110,8 @@ def test_source_paths_start_at_the_config_file_and_variables_are_expanded(
     monkeypatch.setenv("DRIFTREC_DATA", "/somewhere")
     path.write_text(BASE.replace("log.txt", "$DRIFTREC_DATA/x/log.txt"))
     assert load_config(path).log.sequences == "/somewhere/x/log.txt"
+    monkeypatch.setenv("DRIFTREC_DATA", "")
+    assert load_config(path).log.sequences == str(Path("data/x/log.txt").resolve())
     path.write_text(BASE.replace("log.txt", "$NOT_SET_ANYWHERE/log.txt"))
     with pytest.raises(UserError, match="is not set"):
         load_config(path)

@@ -1,6 +1,5 @@
 """The public logs of docs/data.md, read with the configs as they stand; counts are properties of the data sets."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from stages.config import Config, load_config
 from stages.log import LogReport, read_log
 from stages.split import Stage, split_stages
 from stages.workspace import Workspace
+from tests.public import public_log
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Reader = Callable[[str], tuple[LogReport, list[Stage], Workspace]]
@@ -18,8 +18,7 @@ Reader = Callable[[str], tuple[LogReport, list[Stage], Workspace]]
 
 @pytest.fixture
 def real(tmp_path: Path) -> Reader:
-    if "DRIFTREC_DATA" not in os.environ:
-        pytest.skip("DRIFTREC_DATA is not set: the public logs are not here (docs/data.md says where to get them)")
+    public_log()
 
     def read(name: str) -> tuple[LogReport, list[Stage], Workspace]:
         config, workspace = load_config(CONFIGS / f"{name}.toml"), Workspace(tmp_path / name)

@@ -1,7 +1,6 @@
 """Semantic IDs that come with the data, and the published index of Video Games."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from stages.errors import UserError
 from stages.interactions import load_catalogue
 from stages.items import build_semantic_ids
 from stages.workspace import Workspace, write_json
+from tests.public import public_log
 from tests.stocked import made, settings_of
 
 
@@ -56,9 +56,7 @@ def test_a_shipped_index_that_does_not_fit_is_the_users_error(tmp_path, text, me
 @pytest.fixture(scope="module")
 def video_games(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Path]:
     """The published blocks as stage files, and their index."""
-    if "DRIFTREC_DATA" not in os.environ:
-        pytest.skip("DRIFTREC_DATA is not set; it names the folder with amazon-video-games-blocks")
-    folder = Path(os.environ["DRIFTREC_DATA"]) / "amazon-video-games-blocks"
+    folder = public_log("amazon-video-games-blocks")
     blocks = [json.loads(path.read_text()) for path in sorted(folder.glob("*.block_*.json"))]
     stages = [
         [(user, item, 0.0) for user, block in users.items() for item in block["current_block"]] for users in blocks

@@ -19,7 +19,14 @@ ITEMS, LEVELS, CODES = 16, 3, 4
 def config(**changes: Mapping[str, Any]) -> Config:
     """Settings of a model with about 20,000 weights; keyword arguments replace fields of a table."""
     tables: dict[str, Any] = {
-        "backbone": {"hidden": 32, "layers": 2, "heads": 2, "feed_forward": 64, "dropout": 0.0},
+        "backbone": {
+            "hidden": 32,
+            "layers": 2,
+            "heads": 2,
+            "feed_forward": 64,
+            "dropout": 0.0,
+            "precision": "float32",  # whatever the processor multiplies natively
+        },
         "adapter": {"rank": 4, "alpha": 8},
         "training": {
             "batch_size": 16,
