@@ -208,7 +208,7 @@ def _softmax_kl_rows(current: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
     growth = (q * move.expm1()).sum(dim=1, keepdim=True)
     wide = (log_q + move).logsumexp(dim=1, keepdim=True)
     gap = move - torch.where(growth > -0.5, growth.log1p(), wide)
-    # Sums to 1 within rounding, which exp(log q + gap) does not where anchors lie far apart; the gradient's sum needs it.
+    # Sums to 1 within rounding, as the gradient's sum needs; exp(log q + gap) does not where anchors lie far apart.
     p = current.softmax(dim=1)
     # Each summand is >= 0; the textbook sum p*gap cancels to rounding noise when n is large.
     # Far below the anchor p underflows before expm1 overflows, and 0 * inf is not a number.
