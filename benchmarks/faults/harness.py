@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -103,7 +104,8 @@ class Child:
     def signal(self, number: int) -> None:
         """Send a signal, if it still runs."""
         if self.process.is_alive() and self.process.pid is not None:
-            os.kill(self.process.pid, number)
+            with suppress(ProcessLookupError):  # it ended since it was asked
+                os.kill(self.process.pid, number)
 
     def end(self, limit: float = LIMIT) -> int:
         """Its exit code, negative for a signal; a hung one is killed and gives -99."""
