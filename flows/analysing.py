@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows import mirror
 from flows.experiment import exclusive, remembered_config
-from flows.steps import latest_report
+from flows.reporting.stored import latest_report
 from flows.terminal import watcher
 from stages.config import PROTOCOLS, Config, Protocol, load_config
 from stages.errors import UserError

@@ -15,9 +15,10 @@ from prefect.artifacts import (
 )
 from prefect.runtime import flow_run
 
-from flows import experiment, retraining, steps
+from flows import experiment, retraining
 from flows.plan import Plan
 from flows.promotion.history import Entry
+from flows.reporting import stored
 from flows.reporting.findings import HEADLINE, PROTOCOL_TITLES, Findings, Line, metric_title, sample_note
 from flows.terminal import watcher
 
@@ -57,7 +58,7 @@ def publish(folder: Path, chart: str | None) -> None:
         folder: of the report.
         chart: address of the MLflow chart, if it was recorded.
     """
-    findings = steps.findings(folder)
+    findings = stored.findings(folder)
     for stage in findings.stages:
         about = described(f"Metrics on stage {stage}", findings)
         create_table_artifact(stage_rows(findings, stage), key="stage-metrics", description=about)

@@ -59,7 +59,7 @@ def demo(
     _start(workspace)
     from flows.demo import best_scores, write_demo
     from flows.experiment import exclusive
-    from flows.steps import findings
+    from flows.reporting.stored import findings
     from stages.workspace import Workspace
 
     with exclusive(Workspace(workspace)):
@@ -186,11 +186,12 @@ def report(
     """Draw a report anew from its report.json, record it in MLflow, and print its tables."""
     _start(workspace)
     from flows import steps, terminal
+    from flows.reporting import stored
     from flows.reporting.report import write_page
     from stages.workspace import Workspace, read_json
 
     place = Workspace(workspace)
-    folder = steps.latest_report(place, name)
+    folder = stored.latest_report(place, name)
     with terminal.watching():
         write_page(read_json(folder / "report.json"), folder)
         chart = steps.record(place, folder) if (folder / "jobs.json").exists() else None
@@ -337,17 +338,17 @@ def _flow(name: str, config: Path, workspace: Path | None, arguments: dict[str, 
 
 def _show(folder: Path, best: dict[str, dict[str, float]] | None = None, chart: str | None = None) -> None:
     """The report's tables and where everything is."""
-    from flows import steps, terminal
-    from flows.reporting import tables
+    from flows import terminal
+    from flows.reporting import stored, tables
 
-    found: Findings = steps.findings(folder)
+    found: Findings = stored.findings(folder)
     console = terminal.stdout()
     for table in tables.headline(found, best, console.width):
         console.print(table)
     for note in found.report["notes"]:
         console.print(tables.escaped(note), style="dim")
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
-    chart = chart or steps.recorded_chart(folder)
+    chart = chart or stored.recorded_chart(folder)
     if chart is not None:
         console.print(f"chart:  {chart}", soft_wrap=True)
         command = f"make ui WORKSPACE={folder.parents[2]}"

@@ -140,7 +140,7 @@ def _asked(
 
 def favourite(root: Path, objective: str = "recommendation") -> str | None:
     """The trained method that leads the newest report's first table of an objective; None without a report."""
-    from flows.steps import findings, latest_report
+    from flows.reporting.stored import findings, latest_report
     from stages.workspace import Workspace
 
     try:

@@ -9,6 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows import steps
+from flows.reporting import stored
 from flows.reporting.insights import FIGURES, Insights
 from flows.reporting.report import write_page
 from stages.workspace import Workspace, read_json
@@ -51,7 +52,7 @@ def test_a_finished_comparison_is_analysed_drawn_and_recorded(
 ) -> None:
     code, out, err = driftrec(monkeypatch, capsys, "analyse", "-w", compared, "--methods", "single,gems")
     assert code == 0, err
-    folder = steps.latest_report(Workspace(compared))
+    folder = stored.latest_report(Workspace(compared))
     found = read_json(folder / "analysis.json")
     insights = Insights(found)
     assert found["methods"] == ["single", "gems"]
@@ -95,7 +96,7 @@ def check_mlflow(root: Path, insights: Insights) -> None:
 
 
 def test_a_page_drawn_anew_keeps_the_analysis(compared: Path, tmp_path: Path) -> None:
-    folder = steps.latest_report(Workspace(compared))
+    folder = stored.latest_report(Workspace(compared))
     copied = tmp_path / folder.name
     shutil.copytree(folder, copied)
     page = write_page(read_json(copied / "report.json"), copied)
@@ -141,7 +142,7 @@ def test_a_log_without_searches_is_analysed_but_for_conflict(
     code, out, err = driftrec(monkeypatch, capsys, "analyse", "-w", root, "--methods", "single")
     assert code == 0, err
     assert "this log has recommendation events only" in " ".join(out.split())
-    found = read_json(steps.latest_report(Workspace(root)) / "analysis.json")
+    found = read_json(stored.latest_report(Workspace(root)) / "analysis.json")
     assert found["conflict"] == []
     assert found["memory"]
     assert found["preservation"]["drift"]

@@ -301,7 +301,7 @@ def test_changed_settings_rebuild_the_champion_in_the_open(copy: tuple[Path, Wor
 def test_a_workspace_that_a_comparison_made_begins_with_the_best_method_of_its_report(
     trained: Trained, tmp_path: Path
 ) -> None:
-    from flows import steps
+    from flows.reporting import stored
     from flows.retrain import retrain
 
     shutil.copytree(trained.config.parent.parent, tmp_path / "compared")
@@ -313,7 +313,7 @@ def test_a_workspace_that_a_comparison_made_begins_with_the_best_method_of_its_r
     said = retrain(str(config), workspace=str(workspace.root))
     job = champion.champion(workspace)
     assert job is not None
-    best = next(line.method for line in steps.findings(trained.report).lines("same_stage") if not line.baseline)
+    best = next(line.method for line in stored.findings(trained.report).lines("same_stage") if not line.baseline)
     assert (job.method in ("frozen", "single"), job.stage, job.protocol) == (True, 1, "same_stage")
     assert best in ("frozen", "single")
     assert "**first**" in said

@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from flows import steps, tracking
+from flows.reporting import stored
 from stages.jobs import Checkpoint, Evaluation, Job
 from stages.workspace import Workspace, write_json
 
@@ -226,4 +227,4 @@ def test_a_tracking_store_that_fails_costs_a_warning_and_no_report(
     assert steps.record(workspace, folder) is None
     assert "driftrec report" in caplog.text
     (workspace.root / "mlflow.db").unlink()
-    assert steps.record(workspace, folder) == steps.recorded_chart(folder)
+    assert steps.record(workspace, folder) == stored.recorded_chart(folder)
