@@ -57,7 +57,7 @@ format: install ## let ruff rewrite what it can
 bench: install ## run the short benchmarks, under 20 minutes, and refresh docs/results.md's table
 	@$(BIN)/python -m benchmarks.bench
 
-faults: install ## inject every fault of docs/reliability.md, an hour or two
+faults: install ## inject every fault of docs/reliability.md, about half an hour
 	$(BIN)/python -m benchmarks.faults
 
 ui: install ## Prefect on port 4200 and MLflow on port 5000, this machine only, for WORKSPACE

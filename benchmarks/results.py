@@ -1,10 +1,10 @@
 """Writes docs/results.md: the reports of workspaces named on the command line, and the table of benchmarks.
 
     python -m benchmarks.results workspace/video_games workspace/online_retail    # the reports
-    python -m benchmarks.results                                                  # the benchmarks, from results.json
+    python -m benchmarks.results                # the benchmarks and the faults, from results.json and faults.json
 
-Every number comes from a report.json or from results.json; the page says which command made it, on what machine, from
-which data. Each part stands between marks of its own, and writing one leaves the other as it is.
+Every number comes from a report.json, results.json or faults.json; the page says which command made it, on what
+machine, from which data. Each part stands between marks of its own, and writing one leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from stages.workspace import read_json, replacing
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 BENCHMARKS = PAGE.parent.parent / "benchmarks" / "results.json"
+FAULTS = BENCHMARKS.with_name("faults.json")
 INTRODUCTION = """# Results
 
 Full catalogue, every test user, trie-constrained beam, 95 % intervals by paired bootstrap over users. Means are over
@@ -35,6 +36,12 @@ Each line is a script in `benchmarks/` that runs both sides in turn in one proce
 ratios; in brackets the smallest and the largest of them. Above a mark with ≥ is good, below one with ≤. "Limit" is the
 share of what this machine's own matmul and memory stream allow, measured in the same run. Written by `make bench`.
 """
+BROKEN = """# Faults
+
+Each row is a fault injected for real, as often as the table says ([reliability.md](reliability.md)). R: the repeated
+run ends in the same bytes as an undisturbed one; E: a clear error, nothing lost; D: it carries on and says so; Q: rows
+counted and set aside. Written by `make faults`.
+"""
 
 
 def refresh_reports(workspaces: list[Path], page: Path = PAGE) -> None:
@@ -50,6 +57,33 @@ def refresh_benchmarks(results: Path = BENCHMARKS, page: Path = PAGE) -> None:
     """
     rows = read_json(results)["rows"]
     replace_part(page, "benchmarks", "\n".join([SPEED, *benchmark_table(rows)]))
+
+
+def refresh_faults(faults: Path = FAULTS, page: Path = PAGE) -> None:
+    """Write the part made from faults.json.
+
+    Raises:
+        UserError: there is no faults.json.
+    """
+    found = read_json(faults)
+    rows = found["rows"]
+    runs, passes = (sum(row[name] for row in rows) for name in ("runs", "passes"))
+    seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
+    lines = [
+        f"{passes:,} of {runs:,} runs passed, {found['date']}, seed {seeds}.",
+        "",
+        "| | fault | expected | runs | passes | seconds | the injection leaves out |",
+        "|---|---|---|---|---|---|---|",
+        *(fault_line(row) for row in rows),
+    ]
+    replace_part(page, "faults", "\n".join([BROKEN, *lines]))
+
+
+def fault_line(row: dict[str, Any]) -> str:
+    """A row of faults.json as a row of the table."""
+    passes = f"{row['passes']}" if row["passes"] == row["runs"] and row["runs"] else f"**{row['passes']}**"
+    texts = [row["row"], row["fault"], row["expectation"], row["runs"], passes, f"{row['seconds']:.0f}", row["note"]]
+    return "| " + " | ".join(" ".join(str(text).replace("|", "/").split()) for text in texts) + " |"
 
 
 def replace_part(page: Path, name: str, text: str) -> None:
@@ -225,5 +259,8 @@ def number(value: float | None, unit: float, form: str) -> str:
 
 
 if __name__ == "__main__":
-    named = [Path(argument) for argument in sys.argv[1:]]
-    refresh_reports(named) if named else refresh_benchmarks()
+    if sys.argv[1:]:
+        refresh_reports([Path(argument) for argument in sys.argv[1:]])
+    else:
+        refresh_benchmarks()
+        refresh_faults()

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.faults.__main__ import line, write
 from benchmarks.faults.harness import Bench
 from benchmarks.faults.table import TABLE, tried
+from benchmarks.results import refresh_faults
 
 QUICK = [row for row in TABLE if row.quick]
 
@@ -41,3 +42,27 @@ def test_a_row_that_was_not_tried_is_no_pass(tmp_path: Path) -> None:
     write(tmp_path / "f.json", [result | {"runs": 2, "passes": 2}], partial=False)
     write(tmp_path / "f.json", [{**result, "row": 2}], partial=True)
     assert [row["row"] for row in json.loads((tmp_path / "f.json").read_text())["rows"]] == [1, 2]
+
+
+def test_the_page_shows_what_failed_and_what_was_not_tried(tmp_path: Path) -> None:
+    row = {
+        "row": 1,
+        "fault": "a | b",
+        "expectation": "R",
+        "runs": 3,
+        "passes": 3,
+        "seconds": 1.2,
+        "seed": 7,
+        "note": "",
+    }
+    failed = row | {"row": 2, "passes": 2, "note": "Traceback\n  x | y"}
+    write(
+        tmp_path / "f.json", [row | {"fault": "kill"}, failed, row | {"row": 3, "runs": 0, "passes": 0}], partial=False
+    )
+    refresh_faults(tmp_path / "f.json", tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "5 of 6 runs passed, " in page
+    assert ", seed 7." in page
+    assert "| 1 | kill | R | 3 | 3 | 1 |  |" in page
+    assert "| 2 | a / b | R | 3 | **2** | 1 | Traceback x / y |" in page
+    assert "| 3 | a / b | R | 0 | **0** | 1 |  |" in page
