@@ -25,11 +25,14 @@ from stages.interactions import IntArray
 from stages.jobs import Job
 from stages.methods.contract import LooksAhead, Losses, SharedLosses, Step
 from stages.search_examples import SearchWindows
-from stages.stage_examples import Examples, micro_batches, validation_batches
+from stages.stage_examples import Examples, validation_batches
 
 Progress = Callable[[Mapping[str, Any]], None]
 TOKEN_ROWS = ("input_rows", "output_rows", "marker_rows")
 """Trained rows of tokens, by name."""
+
+MICRO_TOKENS = {"cpu": 4096, "cuda": 65536}
+"""Tokens of a backward pass by device: what a processor's caches hold of `small`, and what fills a GPU."""
 
 
 class Fit:
@@ -114,7 +117,8 @@ class Fit:
             chosen: objective -> window numbers.
         """
         shares = self.examples.shares(chosen, self.equal)
-        for piece in micro_batches(chosen, self.settings.micro_batch_size):
+        tokens = MICRO_TOKENS[self.model.device.type]
+        for piece in self.examples.micro_batches(chosen, self.settings.micro_batch_size, tokens):
             losses = {
                 name: self._loss(name, self.examples.parts[name].training, part, self.settings.label_smoothing)
                 * shares[name]

@@ -85,6 +85,33 @@ class Examples:
             return {name: 1 / (len(codes) * count) for name, count in codes.items()}
         return dict.fromkeys(codes, 1 / sum(codes.values()))
 
+    def micro_batches(
+        self, chosen: Mapping[str, IntArray], size: int | None, tokens: int
+    ) -> Iterator[dict[str, IntArray]]:
+        """A batch in pieces that are each one backward pass, every piece with its share of every objective.
+
+        Args:
+            chosen: objective -> window numbers of the batch, alike in length.
+            size: windows a piece; None: as many pieces as make about `tokens` tokens each.
+            tokens: padding included, a query's words left out.
+        """
+        total = sum(map(len, chosen.values()))
+        count = -(-self.padded(chosen) // tokens) if size is None else -(-total // size)
+        if len(chosen) == 1 and size is not None:
+            for name, own in chosen.items():
+                yield from ({name: part} for part in np.split(own, range(size, len(own), size)))
+            return
+        pieces = {name: np.array_split(own, count) for name, own in chosen.items()}
+        for number in range(count):
+            piece = {name: parts[number] for name, parts in pieces.items() if len(parts[number])}
+            if piece:
+                yield piece
+
+    def padded(self, chosen: Mapping[str, IntArray]) -> int:
+        """Tokens of a batch in one piece, padding included, a query's words left out."""
+        parts = ((self.parts[name], own) for name, own in chosen.items())
+        return sum(int(part.training.lengths[own].max()) * len(own) * part.encoder.stride for part, own in parts)
+
     def weights(self, chosen: Mapping[str, IntArray], shares: Mapping[str, float]) -> dict[str, float]:
         """What each objective weighs in a piece of a batch; over the pieces of a batch they sum to 1.
 
@@ -96,21 +123,6 @@ class Examples:
             name: int(self.parts[name].training.count[own].sum()) * self.levels * shares[name]
             for name, own in chosen.items()
         }
-
-
-def micro_batches(chosen: Mapping[str, IntArray], size: int | None) -> Iterator[dict[str, IntArray]]:
-    """A batch in pieces of about `size` windows, each with its share of every objective; None: in one piece."""
-    total = sum(map(len, chosen.values()))
-    size = size or total
-    if len(chosen) == 1:
-        for name, own in chosen.items():
-            yield from ({name: part} for part in np.split(own, range(size, len(own), size)))
-        return
-    pieces = {name: np.array_split(own, -(-total // size)) for name, own in chosen.items()}
-    for number in range(-(-total // size)):
-        piece = {name: parts[number] for name, parts in pieces.items() if len(parts[number])}
-        if piece:
-            yield piece
 
 
 def validation_batches(windows: Windows | SearchWindows, size: int) -> Iterator[IntArray]:

@@ -19,10 +19,12 @@ from stages.config import PROTOCOLS, Config, Protocol
 from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.evaluate import evaluate_stage
+from stages.fit import MICRO_TOKENS, Fit
 from stages.jobs import Job
 from stages.method_config import PesoConfig
 from stages.methods import peso
 from stages.methods.contract import Schedule
+from stages.stage_examples import stage_examples
 from stages.train import bare_model, restore_model, train_stage, training_log
 from stages.workspace import Workspace
 from tests import tiny
@@ -234,6 +236,30 @@ def test_accumulated_micro_batches_give_the_same_adapter(tmp_path: Path) -> None
         adapters.append(load_file(folder(config, workspace, job("peso_working", 1)) / ADAPTER))
     for name, value in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], value, atol=2e-4, rtol=0)
+
+
+def test_a_batch_of_many_tokens_is_read_in_pieces_and_a_small_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, config = tiny.checkerboard(tmp_path), tiny.config(**QUICK)
+    examples = stage_examples(config, load_dataset(config, workspace), job("single", 1), False, None)
+    chosen = {"recommendation": np.arange(16)}
+    assert examples.padded(chosen) == 16 * 7 * tiny.LEVELS  # of nine items, two are held out
+    sizes = [
+        [len(piece["recommendation"]) for piece in examples.micro_batches(chosen, size, tokens)]
+        for size, tokens in ((None, 4096), (None, 120), (6, 120))
+    ]
+    assert sizes == [[16], [6, 5, 5], [6, 6, 4]]
+    model = bare_model(config, load_dataset(config, workspace), 0).eval()
+    gradients = []
+    for tokens in (4096, 120):
+        monkeypatch.setitem(MICRO_TOKENS, "cpu", tokens)
+        model.zero_grad()
+        for losses in Fit(config, model, lambda _: {}, examples, 0).losses(chosen):
+            sum(losses.values()).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for whole, pieces in zip(*gradients, strict=True):
+        torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=1e-5)
 
 
 def test_the_penalty_is_evaluated_once_a_step_however_many_micro_batches(
