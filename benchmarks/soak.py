@@ -1,9 +1,11 @@
-"""A long life in one process: a lineage trained and tested stage after stage, and what each stage takes.
+"""A long life in one process: retraining night after night, and what each stage takes.
 
     python -m benchmarks.soak [--stages 200] [--method peso]
 
-Writes docs/images/soak.png: memory, open files and processor seconds a stage, each with its slope. The stages are tiny
-(12 users), so that what grows with the length of the lineage would stand out against the work itself.
+Every night new rows close a stage; the `retrain` flow reads and cuts them, trains a challenger, asks champion and
+baselines about the same users, lets the gate decide, moves the champion and registers it in MLflow. Writes
+docs/images/soak.png: memory, open files and processor seconds a stage, each with its slope. The stages are tiny
+(40 users, 160 events), so that what grows with the length of the life would stand out against the work itself.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +26,21 @@ import numpy.typing as npt
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
+from flows.environment import set_defaults  # noqa: E402
 from stages.evaluate import evaluate_stage  # noqa: E402
 from stages.jobs import Job  # noqa: E402
 from stages.train import train_stage  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests import growing, tiny  # noqa: E402
 
 PICTURE = ROOT / "docs" / "images" / "soak.png"
 FEWEST = 12
 """Stages below which a life is too short to say anything."""
+EVERYBODY_PASSES = """
+[retrain.gate]
+minimum = -1
+worst_slice = 1
+latency_ms = 60000
+"""
 
 
 @dataclass(frozen=True)
@@ -65,18 +74,45 @@ def slope(values: npt.NDArray[np.float64]) -> float:
     return float(100 * np.median((values[second] - values[first]) / (second - first)))
 
 
-def lived(root: Path, stages: int, method: str = "peso") -> Life:
-    """Train and test one lineage of `stages` stages in the new folder `root`."""
+def lived(rounds: Iterable[None]) -> Life:
+    """What each round left and took."""
+    rows: list[tuple[float, float, float]] = []
+    started = time.process_time()
+    for _ in rounds:
+        rows.append((resident(), len(os.listdir("/proc/self/fd")), time.process_time() - started))
+        started = time.process_time()
+    return Life(*np.array(rows).T)
+
+
+def lineage(root: Path, stages: int, method: str = "peso") -> Iterator[None]:
+    """One lineage of `stages` stages trained and tested in the new folder `root`."""
     training = {**tiny.config().training.model_dump(), "first_epochs": 2, "epochs": 2}
     config, place = tiny.config(training=training), tiny.checkerboard(root, stages=stages, users=12)
-    rows: list[tuple[float, float, float]] = []
     for stage in range(stages):
-        started = time.process_time()
         job = Job(method, 0, "same_stage", stage)
         train_stage(config, place, job)
         evaluate_stage(config, place, job, tested=stage)
-        rows.append((resident(), len(os.listdir("/proc/self/fd")), time.process_time() - started))
-    return Life(*np.array(rows).T)
+        yield
+
+
+def nights(root: Path, stages: int, method: str = "peso") -> Iterator[None]:
+    """The `retrain` flow once a week of a growing shop in the folder `root`; every challenger goes into service.
+
+    Raises:
+        RuntimeError: a night without a decision to promote.
+    """
+    from flows.retrain import retrain
+
+    config = growing.write_shop(root, EVERYBODY_PASSES)
+    config.write_text(config.read_text(encoding="utf-8").replace('"single"', f'"{method}"'), encoding="utf-8")
+    for number in range(2, stages + 1):
+        rows = growing.week(number, items=growing.ITEMS - number)  # the same items and users every week
+        late = growing.week(number + 1)[:1]  # the event behind its end that closes a week
+        growing.write_rows(root / "events" / f"week{number:03d}.csv", [*rows, *late])
+        said = retrain(str(config), workspace=str(root / "workspace"))
+        if "**promoted**" not in said and "**first**" not in said:
+            raise RuntimeError(f"week {number}: {said}")
+        yield
 
 
 def resident() -> float:
@@ -117,7 +153,9 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE)
     wish = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        life = lived(Path(folder) / "workspace", max(wish.stages, FEWEST), wish.method)
+        (Path(folder) / "workspace").mkdir()  # Prefect's server does not start below a folder that is not there
+        set_defaults(Path(folder) / "workspace")
+        life = lived(nights(Path(folder), max(wish.stages, FEWEST), wish.method))
     draw(life, wish.picture)
     for name, label, unit, digits in panels():
         early, late = life.halves(name)

@@ -34,6 +34,9 @@ Seeds = Annotated[str | None, typer.Option("--seeds", help="Training seeds, sepa
 Workers = Annotated[
     int | None, typer.Option("--workers", min=1, help="Processes that share the work; absent: as many as suit.")
 ]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="Also write where each stage's time goes; works in one process.")
+]
 
 
 @app.callback()
@@ -112,20 +115,12 @@ def train(
     users: Users = None,
     workspace: Folder = None,
     workers: Workers = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Also write where each stage's time goes.")] = False,
+    profile: Profile = False,
 ) -> None:
     """Train and test one method over all stages."""
     arguments = {"method": method, "seeds": _numbers(seeds), "stages": stages, "users": users}
-    # A helper would train stages that nobody profiles.
-    arguments |= {"workers": 1 if profile else workers, "profile": profile}
-    folder = _flow("continual", config, _start(_place(config, workspace)), arguments)
-    _show(folder)
-    if profile:
-        from flows import terminal
-
-        pages = folder.parents[1] / "profiles"
-        found = str(pages) if pages.exists() else "none: every stage was committed before, or had too few steps"
-        terminal.stdout().print(f"profiles: {found}", soft_wrap=True)
+    arguments |= {"workers": workers, "profile": profile}
+    _show(_flow("continual", config, _start(_place(config, workspace)), arguments), profile=profile)
 
 
 @app.command()
@@ -137,9 +132,11 @@ def compare(
     users: Users = None,
     workspace: Folder = None,
     workers: Workers = None,
+    profile: Profile = False,
 ) -> None:
     """Train several methods and seeds over the same stages, and report them beside the baselines."""
-    _show(_compare(config, _start(_place(config, workspace)), methods, seeds, stages, users, workers))
+    place = _start(_place(config, workspace))
+    _show(_compare(config, place, methods, seeds, stages, users, workers, profile), profile=profile)
 
 
 AsUser = Annotated[str | None, typer.Option("--user", "-u", help="User id in the log.")]
@@ -311,9 +308,10 @@ def _compare(
     stages: int | None,
     users: int | None,
     workers: int | None,
+    profile: bool = False,
 ) -> Path:
     arguments = {"methods": _words(methods), "seeds": _numbers(seeds), "stages": stages, "users": users}
-    return _flow("compare", config, workspace, {**arguments, "workers": workers})
+    return _flow("compare", config, workspace, {**arguments, "workers": workers, "profile": profile})
 
 
 def _flow(name: str, config: Path, workspace: Path | None, arguments: dict[str, Any]) -> Path:
@@ -336,7 +334,9 @@ def _flow(name: str, config: Path, workspace: Path | None, arguments: dict[str, 
         return Path(run(name, everything, last_flow_run(place)))
 
 
-def _show(folder: Path, best: dict[str, dict[str, float]] | None = None, chart: str | None = None) -> None:
+def _show(
+    folder: Path, best: dict[str, dict[str, float]] | None = None, chart: str | None = None, profile: bool = False
+) -> None:
     """The report's tables and where everything is."""
     from flows import terminal
     from flows.reporting import stored, tables
@@ -356,6 +356,10 @@ def _show(folder: Path, best: dict[str, dict[str, float]] | None = None, chart: 
     else:
         later = f"`driftrec report --workspace {folder.parents[2]}` does it later"
         console.print(f"chart:  not recorded in MLflow; {later}", soft_wrap=True)
+    if profile:
+        pages = folder.parents[1] / "profiles"
+        place = str(pages) if pages.exists() else "none: every stage was committed before, or had too few steps"
+        console.print(f"profiles: {place}", soft_wrap=True)
 
 
 def _words(text: str | None) -> list[str] | None:

@@ -18,6 +18,7 @@ def compare(
     users: int | None = None,
     workspace: str | None = None,
     workers: int | None = 1,
+    profile: bool = False,
 ) -> str:
     """Train every method and seed over the stages, test all of them and the baselines alike, and report.
 
@@ -29,11 +30,13 @@ def compare(
         users: a seeded sample of so many test users, for a quick look.
         workspace: absent: the config's.
         workers: processes that share the work; None: as many as suit the machine and the backbone.
+        profile: runs/profiles says where the time of each stage trained now went; the run works alone.
 
     Returns:
         The report's folder.
     """
-    plan = prepared(make_plan(config, workspace, methods, seeds, stages, users, workers=workers), "compare")
+    plan = make_plan(config, workspace, methods, seeds, stages, users, workers=workers, profile=profile)
+    plan = prepared(plan, "compare")
     baselines = [tasks.evaluate(plan, job, tested) for job, tested in plan.baselines()]
     trained, tests = follow_all(plan)
     folder = tasks.summarise(plan, [*baselines, *tests], trained)

@@ -22,10 +22,11 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from transformers import PreTrainedModel
 
 from models.adapter import LowRank
+from models.backbone import compute_device
 from stages.commit import method_of
 from stages.config import Config
 from stages.dataset import load_dataset
-from stages.fit import Progress
+from stages.fit import MICRO_TOKENS, Progress
 from stages.jobs import Checkpoint, Job
 from stages.search_examples import query_vocabulary
 from stages.stage_examples import Examples, stage_examples
@@ -172,25 +173,31 @@ def filling_of(config: Config, workspace: Workspace, job: Job) -> Filling:
     dataset = load_dataset(config, workspace)
     everything = job.stage > 0 and method_of(config, job.method).data == "all"
     examples = stage_examples(config, dataset, job, everything, query_vocabulary(config, dataset))
-    return filling(examples, config.training.batch_size)
+    own = config.training
+    return filling(
+        examples, own.batch_size, own.micro_batch_size, MICRO_TOKENS[compute_device(config.backbone.device).type]
+    )
 
 
-def filling(examples: Examples, size: int, seed: int = 0) -> Filling:
+def filling(examples: Examples, size: int, micro: int | None = None, most: int = 2**31, seed: int = 0) -> Filling:
     """Shares of one epoch's tokens.
 
     Args:
         examples: with at least one window.
         size: windows a batch.
+        micro: windows a backward pass.
+        most: tokens a backward pass, where `micro` is None.
         seed: of the batches' order.
     """
     tokens = useful = padding = 0
-    for chosen in examples.epoch(size, np.random.default_rng(seed)):
-        for name, own in chosen.items():
-            part = examples.parts[name]
-            batch = part.batch(part.training, own)
-            tokens += batch.tokens.numel()
-            useful += len(batch.labels)
-            padding += int((batch.tokens == part.encoder.bos).sum()) - len(own)  # all but the first of each row
+    batches = examples.epoch(size, np.random.default_rng(seed))
+    pieces = (piece for batch in batches for piece in examples.micro_batches(batch, micro, most))
+    for name, own in (part for piece in pieces for part in piece.items()):
+        part = examples.parts[name]
+        batch = part.batch(part.training, own)
+        tokens += batch.tokens.numel()
+        useful += len(batch.labels)
+        padding += int((batch.tokens == part.encoder.bos).sum()) - len(own)  # all but the first of each row
     return Filling(tokens, useful / tokens, padding / tokens)
 
 

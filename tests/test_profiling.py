@@ -20,6 +20,8 @@ from stages.profiling import REST, filling, profile_stage, shares
 from stages.stage_examples import Examples, Part
 from stages.train import train_stage
 from tests import tiny
+from tests.conftest import write_tiny_experiment
+from tests.test_cli import driftrec
 
 
 def table(page: Path) -> dict[str, float]:
@@ -66,6 +68,21 @@ def test_a_stage_that_is_committed_already_has_nothing_to_watch(tmp_path: Path) 
     assert not (workspace.root / "runs" / "profiles").exists()
 
 
+def test_compare_profiles_every_stage_that_it_trains_and_says_where(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DRIFTREC_PREFECT", "off")
+    config, place = write_tiny_experiment(tmp_path / "source"), tmp_path / "workspace"
+    config.write_text(config.read_text().replace("first_epochs = 1\nepochs = 1", "first_epochs = 9\nepochs = 9"))
+    words = ["compare", "-c", config, "-w", place, "--methods", "single,frozen", "--workers", "2", "--profile"]
+    code, said, _ = driftrec(monkeypatch, capsys, *words)
+    assert code == 0
+    assert f"profiles: {place / 'runs' / 'profiles'}" in said
+    pages = sorted(path.parent.name for path in place.glob("runs/profiles/*/summary.md"))
+    assert pages == sorted(folder.name for folder in place.glob("runs/checkpoints/*"))
+    assert len(pages) == 3  # stage 0 of each protocol, and `single` at stage 1 of one; `frozen` trains nothing
+
+
 def event(name: str, spent: float, parent: Any = None, number: int = -1, start: float = 0.0) -> Any:
     return SimpleNamespace(
         name=name,
@@ -106,6 +123,7 @@ def test_useful_and_padded_tokens_of_two_windows_by_hand(tmp_path: Path) -> None
     together = filling(examples, size=2)
     assert (together.tokens, together.useful, together.padding) == (24, 9 / 24, 5 / 24)
     assert filling(examples, size=1).padding == 0
+    assert filling(examples, size=2, micro=1) == filling(examples, size=2, most=12) == filling(examples, size=1)
 
 
 def test_training_does_not_fill_new_memory_and_puts_that_setting_back(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import polars as pl
 from benchmarks.faults.harness import LINEAGES, OFF, Bench, Row, fingerprint, refused, sound, user_error
 from benchmarks.faults.intake import config as log_config
 from benchmarks.faults.intake import written
-from benchmarks.soak import FEWEST, lived
+from benchmarks.soak import FEWEST, lineage, lived
 from stages.checkpoint import ADAPTER, tensors_digest
 from stages.commit import checkpoint_folders
 from stages.config import Config
@@ -256,7 +256,7 @@ def other_processor(bench: Bench, count: int, rng: Random) -> Iterator[str]:
 
 def soak(bench: Bench, count: int, rng: Random) -> Iterator[str]:
     """One lineage of `count` stages in one process: memory, descriptors and processor time a stage."""
-    life = lived(bench.place(), max(count, FEWEST))
+    life = lived(lineage(bench.place(), max(count, FEWEST)))
     grown, more, slower = (late - early for early, late in map(life.halves, ("memory", "files", "seconds")))
     flat = grown <= 64 and more <= 0 and slower < 0.5 * life.halves("seconds")[0]
     yield "" if flat else f"from early to late {grown:+.0f} MiB, {more:+.0f} descriptors, {slower:+.2f} s a stage"
