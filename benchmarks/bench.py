@@ -20,6 +20,7 @@ from benchmarks.measure import RESULTS, stored
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (
     "packed_training",
+    "long_windows",
     "output_head",
     "lora_step",
     "proximal_step",

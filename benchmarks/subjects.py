@@ -71,8 +71,18 @@ def take(step: Step, model: GenerativeModel, batch: TokenBatch, times: int) -> N
 
 def video_games(script: str) -> tuple[Config, Dataset]:
     """PESO's stage blocks of Amazon Video Games, prepared from DRIFTREC_DATA; skips the script without them."""
-    data_folder(script, "amazon-video-games-blocks")
-    place = ROOT / "configs" / "video_games.toml"
+    return prepared(script, "video_games", "amazon-video-games-blocks")
+
+
+def lastfm(script: str) -> tuple[Config, Dataset]:
+    """Last.fm's tag searches and recommendations, prepared from DRIFTREC_DATA; skips the script without them."""
+    return prepared(script, "lastfm_search", "hetrec-lastfm-2k")
+
+
+def prepared(script: str, config: str, data: str) -> tuple[Config, Dataset]:
+    """The log of a config of this repository, read, cut and coded; skips the script where `data` is not there."""
+    data_folder(script, data)
+    place = ROOT / "configs" / f"{config}.toml"
     with tempfile.TemporaryDirectory() as folder:
         plan = steps.make_plan(place, Path(folder))
         steps.read(plan)
