@@ -16,6 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from stages.clock import instant
@@ -26,7 +27,7 @@ from stages.errors import UserError
 from stages.log import read_events, read_items
 from stages.packing import encoded, encoded_all
 from stages.split import Stage, described, digest_of_stages, load_stages
-from stages.stage_files import COLUMNS, first_met, write_stage
+from stages.stage_files import COLUMNS, first_met, read_stages, write_stage
 from stages.waiting import Waiting, in_order, load_waiting, store_waiting, with_reason, without
 from stages.workspace import Workspace, need_space, read_json, sync_folder, write_json
 
@@ -178,8 +179,7 @@ def _look(
 def _committed_rows(workspace: Workspace, columns: tuple[str, ...]) -> pl.DataFrame:
     """Rows of all committed stages."""
     manifest = read_json(workspace.stages / "manifest.json")
-    files = [workspace.stage_file(row["index"]) for row in manifest["stages"]]
-    return pl.concat(pl.read_parquet(file, columns=list(columns)) for file in files)
+    return read_stages(workspace, len(manifest["stages"]), columns).drop("stage")
 
 
 def _by_policy(config: Config, look: _Look) -> tuple[pl.DataFrame, Waiting, pl.DataFrame]:
@@ -255,14 +255,12 @@ def _stage_rows(workspace: Workspace, index: int) -> pl.DataFrame:
 
 def _staged(workspace: Workspace, count: int, changed: dict[int, pl.DataFrame]) -> tuple[list[int], pl.DataFrame]:
     """First row of each stage and the number of rows; user_id and item_id of every row, stage by stage."""
-    columns: list[str] = list(COLUMNS[:2])
-    frames = [
-        changed[index].select(columns)
-        if index in changed
-        else pl.read_parquet(workspace.stage_file(index), columns=columns)
-        for index in range(count)
-    ]
-    return [0, *accumulate(frame.height for frame in frames)], pl.concat(frames)
+    columns, committed = COLUMNS[:2], len(read_json(workspace.stages / "manifest.json")["stages"])
+    kept = read_stages(workspace, committed, columns).filter(~pl.col("stage").is_in(list(changed)))
+    fresh = (rows.select(*columns, stage=pl.lit(index, pl.Int64)) for index, rows in changed.items())
+    frame = pl.concat([kept, *fresh]).sort("stage", maintain_order=True)
+    heights = np.bincount(frame["stage"].to_numpy(), minlength=count)
+    return [0, *accumulate(int(height) for height in heights)], frame
 
 
 def _ready(workspace: Workspace, index: int) -> Path:
