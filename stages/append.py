@@ -1,8 +1,8 @@
 """New rows for a workspace whose stages are committed: which are new, which come late, and which stages close.
 
-Every look reads all sources anew and tells rows apart by their content, so that the same files twice change nothing and
-a missed look loses nothing. Committed stages keep their bytes, hence their digests and checkpoints, unless the policy
-for late rows is `rebuild`.
+Every look goes through all files of the sources and tells rows apart by their content, so that the same files twice
+change nothing and a missed look loses nothing; a file whose bytes an earlier look took whole is not read again.
+Committed stages keep their bytes, hence their digests and checkpoints, unless the policy for late rows is `rebuild`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from stages.clock import instant
@@ -23,10 +24,10 @@ from stages.closing import closings
 from stages.config import Config
 from stages.content import content_digest, write_parquet
 from stages.errors import UserError
-from stages.log import read_events, read_items
+from stages.log import Incoming, read_events, read_items
 from stages.packing import encoded, encoded_all
 from stages.split import Stage, described, digest_of_stages, load_stages
-from stages.stage_files import COLUMNS, first_met, write_stage
+from stages.stage_files import COLUMNS, first_met, read_stages, write_stage
 from stages.waiting import Waiting, in_order, load_waiting, store_waiting, with_reason, without
 from stages.workspace import Workspace, need_space, read_json, sync_folder, write_json
 
@@ -37,10 +38,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Intake:
-    """What one look at the sources found and did; the first five count rows.
+    """What one look at the sources found and did; all but `unread` of the first six count rows.
 
     Attributes:
-        read: accepted rows of the files looked at, duplicates dropped.
+        read: accepted rows of the files read, duplicates dropped.
+        unread: files that an earlier look has taken whole.
         taken: rows that came into the open stage (and perhaps into a closed one at once).
         late: rows met for the first time that are older than the last closed stage's end.
         held: all rows kept aside in `held/`, late and future-dated ones.
@@ -51,6 +53,7 @@ class Intake:
     """
 
     read: int
+    unread: int
     taken: int
     late: int
     held: int
@@ -63,9 +66,10 @@ class Intake:
         """All of it in one line."""
         closed = f"closed stage {', '.join(map(str, self.closed))}" if self.closed else "no stage closed"
         rebuilt = f", rebuilt stage {', '.join(map(str, self.rebuilt))}" if self.rebuilt else ""
+        unread = f", {self.unread:,} files unchanged" if self.unread else ""
         return (
-            f"{self.read:,} rows read, {self.taken:,} new, {self.late:,} late, {self.held:,} held; {closed}{rebuilt}; "
-            f"{self.open:,} rows wait in the open stage from {self.end}"
+            f"{self.read:,} rows read{unread}, {self.taken:,} new, {self.late:,} late, {self.held:,} held; "
+            f"{closed}{rebuilt}; {self.open:,} rows wait in the open stage from {self.end}"
         )
 
 
@@ -78,7 +82,6 @@ class _Look:
     future: pl.DataFrame
     refused: pl.DataFrame
     rejects: pl.DataFrame
-    read: int
 
 
 def take_new_rows(
@@ -112,7 +115,8 @@ def take_new_rows(
         finish_commit(workspace)
     stages, waiting = load_stages(workspace), load_waiting(workspace)
     end = _end_of(stages[-1])
-    look = _look(config, workspace, _incoming(config, new, progress), waiting, end, now or datetime.now(UTC))
+    incoming = _incoming(config, new, progress, waiting.files)
+    look = _look(config, workspace, incoming, waiting, end, now or datetime.now(UTC))
     opened, after, misplaced = _by_policy(config, look)
     met = pl.concat([waiting.open, waiting.held.select(COLUMNS)])
     started = opened.with_columns(at=pl.max_horizontal("timestamp", pl.lit(end, pl.Datetime("us", "UTC")))).sort(
@@ -124,10 +128,11 @@ def take_new_rows(
     if not dry_run and (edges or rebuilt):
         _commit(config, workspace, stages, started, edges, rebuilt)
     if not dry_run:
-        store_waiting(workspace, replace(after, open=in_order(rest)))
+        store_waiting(workspace, replace(after, open=in_order(rest), files=waiting.files | incoming.clean))
         _store_rejects(workspace, look.rejects)
     return Intake(
-        read=look.read,
+        read=incoming.rows.height,
+        unread=incoming.unread,
         taken=without(opened, waiting.open).height,
         late=without(look.late, met).height,
         held=after.held.height,
@@ -144,10 +149,10 @@ def _end_of(stage: Stage) -> datetime:
     return instant(stage.end, f"stage {stage.index}")
 
 
-def _incoming(config: Config, new: str | None, progress: Progress) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Accepted rows of the sources, or of the files given, and the refused ones."""
+def _incoming(config: Config, new: str | None, progress: Progress, known: frozenset[str]) -> Incoming:
+    """What the sources hold, or the files given."""
     if new is None:
-        return read_events(config, progress)
+        return read_events(config, progress, known)
     if len(config.log.sources) != 1 or config.log.sources[0].distinct:
         raise UserError(
             f"--new {new}: needs a config with one log source and without `distinct`, whose form the files have; "
@@ -155,31 +160,29 @@ def _incoming(config: Config, new: str | None, progress: Progress) -> tuple[pl.D
         )
     source = config.log.sources[0].model_copy(update={"path": os.path.abspath(new)})
     log = config.log.model_copy(update={"sources": [source]})
-    return read_events(config.model_copy(update={"log": log}), progress)
+    return read_events(config.model_copy(update={"log": log}), progress, known)
 
 
 def _look(
     config: Config,
     workspace: Workspace,
-    incoming: tuple[pl.DataFrame, pl.DataFrame],
+    incoming: Incoming,
     waiting: Waiting,
     end: datetime,
     now: datetime,
 ) -> _Look:
-    rows, rejects = incoming
-    pool = in_order(pl.concat([rows.select(COLUMNS), waiting.open, waiting.held.select(COLUMNS)]))
+    pool = in_order(pl.concat([incoming.rows.select(COLUMNS), waiting.open, waiting.held.select(COLUMNS)]))
     pool = without(pool, waiting.refused.select(COLUMNS))
     old, later = pool.filter(pl.col("timestamp") < end), pool.filter(pl.col("timestamp") >= end)
     late = without(old, _committed_rows(workspace, COLUMNS)) if old.height else old
     ahead = pl.col("timestamp") > now + timedelta(hours=config.retrain.future_hours)
-    return _Look(later.filter(~ahead), late, later.filter(ahead), waiting.refused, rejects, rows.height)
+    return _Look(later.filter(~ahead), late, later.filter(ahead), waiting.refused, incoming.rejects)
 
 
 def _committed_rows(workspace: Workspace, columns: tuple[str, ...]) -> pl.DataFrame:
     """Rows of all committed stages."""
     manifest = read_json(workspace.stages / "manifest.json")
-    files = [workspace.stage_file(row["index"]) for row in manifest["stages"]]
-    return pl.concat(pl.read_parquet(file, columns=list(columns)) for file in files)
+    return read_stages(workspace, len(manifest["stages"]), columns).drop("stage")
 
 
 def _by_policy(config: Config, look: _Look) -> tuple[pl.DataFrame, Waiting, pl.DataFrame]:
@@ -255,14 +258,12 @@ def _stage_rows(workspace: Workspace, index: int) -> pl.DataFrame:
 
 def _staged(workspace: Workspace, count: int, changed: dict[int, pl.DataFrame]) -> tuple[list[int], pl.DataFrame]:
     """First row of each stage and the number of rows; user_id and item_id of every row, stage by stage."""
-    columns: list[str] = list(COLUMNS[:2])
-    frames = [
-        changed[index].select(columns)
-        if index in changed
-        else pl.read_parquet(workspace.stage_file(index), columns=columns)
-        for index in range(count)
-    ]
-    return [0, *accumulate(frame.height for frame in frames)], pl.concat(frames)
+    columns, committed = COLUMNS[:2], len(read_json(workspace.stages / "manifest.json")["stages"])
+    kept = read_stages(workspace, committed, columns).filter(~pl.col("stage").is_in(list(changed)))
+    fresh = (rows.select(*columns, stage=pl.lit(index, pl.Int64)) for index, rows in changed.items())
+    frame = pl.concat([kept, *fresh]).sort("stage", maintain_order=True)
+    heights = np.bincount(frame["stage"].to_numpy(), minlength=count)
+    return [0, *accumulate(int(height) for height in heights)], frame
 
 
 def _ready(workspace: Workspace, index: int) -> Path:

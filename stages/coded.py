@@ -50,6 +50,8 @@ NAMED = {"user": "user_id", "item": "item_id", "query": "query"}
 EVENTS = pl.Series(["recommendation", "search"])
 NEVER = np.iinfo(np.int64).min
 """The time of a row without one."""
+FEW = 50_000
+"""Rows that one thread numbers sooner than two can be started."""
 KEPT = 2**21
 """Rows that wait in memory, and not in a file, for the last one to come."""
 
@@ -147,8 +149,7 @@ class Coder:
         """Add rows with the columns of `LOG_SCHEMA`, or all of them but `block`."""
         if frame.is_empty():
             return
-        with ThreadPoolExecutor(2) as pool:
-            user, item = pool.map(lambda name: self._names[name].codes(frame[NAMED[name]]), ("user", "item"))
+        user, item = self._coded(frame)
         query, count = frame["query"], frame.height
         absent = query.null_count() == count
         known = np.zeros(count, np.uint32) if absent else self._names["query"].codes(query) + np.uint32(1)
@@ -161,6 +162,17 @@ class Coder:
             columns["block"] = frame["block"].fill_null(-1).to_numpy()
         self._met.append(columns)
         self._ticks = self._ticks.met(times)
+
+    def _coded(self, frame: pl.DataFrame) -> list[npt.NDArray[np.uint32]]:
+        """Users and items as numbers: side by side, but for a few rows, where starting threads takes longer."""
+
+        def codes(name: str) -> npt.NDArray[np.uint32]:
+            return self._names[name].codes(frame[NAMED[name]])
+
+        if frame.height < FEW:
+            return [codes("user"), codes("item")]
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(codes, ("user", "item")))
 
     def sorted_distinct(self, path: Path) -> Coded:
         """Each row once, in order of `ORDER`; stored at `path`. Every row has a time."""

@@ -20,6 +20,7 @@ import polars as pl
 
 from stages.errors import UserError
 from stages.search_config import OBJECTIVES, Objective
+from stages.stage_files import COLUMNS, read_stages
 from stages.workspace import Workspace, read_json
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -153,9 +154,8 @@ def load_interactions(
     count = len(read_json(workspace.stages / "manifest.json")["stages"])
     numbers = pl.read_parquet(workspace.catalogue / "items.parquet", columns=["item_id"]).with_row_index("item")
     kinds = used_objectives(workspace, objectives)
-    frame = pl.concat(
-        stage_events(workspace, index, kinds).with_columns(stage=pl.lit(index, pl.Int64)) for index in range(count)
-    )
+    rows = read_stages(workspace, count, _columns(kinds))
+    frame = pl.concat(_in_order(part, kinds) for part in rows.partition_by("stage", maintain_order=True))
     # A stage's events come sorted by user and time; the stable sort keeps that order within a user and stage.
     frame = frame.join(numbers, on="item_id", how="left", maintain_order="left").sort("user_id", maintain_order=True)
     users = frame["user_id"].rle()
@@ -179,8 +179,7 @@ def used_objectives(workspace: Workspace, wanted: Collection[Objective] | None) 
         UserError: an objective of which the log has no event.
     """
     count = len(read_json(workspace.stages / "manifest.json")["stages"])
-    found = pl.concat(pl.read_parquet(workspace.stage_file(index), columns=["event"]) for index in range(count))
-    there = set(found["event"].unique())
+    there = set(read_stages(workspace, count, ["event"])["event"].unique())
     if missing := sorted(set(wanted or ()) - there):
         raise UserError(
             f"search.objectives names {missing[0]}, but the log has no {missing[0]} event; remove it there, "
@@ -208,9 +207,17 @@ def stage_events(
     would be their article numbers. Here events of a user at one instant stand in a scrambled order that depends on
     nothing but the stage's own events; searches come after the instant's other events, those of one query together.
     """
-    columns = ["user_id", "item_id", "timestamp", "event", "query"]
+    return _in_order(pl.read_parquet(workspace.stage_file(stage), columns=_columns(objectives)), objectives)
+
+
+def _columns(objectives: Collection[Objective]) -> list[str]:
+    """What is read of a stage's file: its queries only where searches are used."""
+    return [name for name in COLUMNS if name != "query" or "search" in objectives]
+
+
+def _in_order(frame: pl.DataFrame, objectives: Collection[Objective]) -> pl.DataFrame:
+    """One stage's events of the kinds `objectives`, as `stage_events` says."""
     searching = "search" in objectives
-    frame = pl.read_parquet(workspace.stage_file(stage), columns=columns if searching else columns[:-1])
     frame = frame.filter(pl.col("event").is_in(list(objectives)))
     if not searching:
         frame = frame.drop("event")

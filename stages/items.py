@@ -21,6 +21,7 @@ from models.semantic_ids import Collisions, assign_ids, collisions, read_index
 from stages.config import Config
 from stages.errors import UserError
 from stages.item_vectors import fit_coder, load_coder, stage_vectors
+from stages.stage_files import read_stages
 from stages.workspace import SCHEMA, Workspace, digest_of, read_json, replacing, sha256_file, write_json
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -150,15 +151,10 @@ def _kept(workspace: Workspace, earlier: dict[str, Any] | None, inputs: Mapping[
 
 def _first_stages(workspace: Workspace, count: int) -> pl.DataFrame:
     """item_id and first_stage, in the order of item numbers."""
-    frames = [
-        pl.read_parquet(workspace.stage_file(index), columns=["item_id"])
-        .unique()
-        .with_columns(first_stage=pl.lit(index, pl.Int64))
-        for index in range(count)
-    ]
-    if not frames or not frames[0].height:
+    rows = read_stages(workspace, count, ["item_id"]) if count else pl.DataFrame({"stage": []})
+    if rows["stage"].min() != 0:
         raise UserError("stage 0 has no events, so there is nothing to fit item vectors on; move the first boundary")
-    return pl.concat(frames).group_by("item_id").agg(pl.col("first_stage").min()).sort("first_stage", "item_id")
+    return rows.group_by("item_id").agg(first_stage=pl.col("stage").min()).sort("first_stage", "item_id")
 
 
 def _raw(workspace: Workspace) -> pl.DataFrame:

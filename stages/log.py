@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from stages.log_files import NUMBERS_FILE, checked_manifest, store_manifest
 from stages.published import read_blocks, read_sequences
 from stages.rows import EVENT_FIELDS, INSTANT, ITEM_FIELDS, Sifted, sift_events, sift_items
 from stages.scan import KEY, raw_rows
+from stages.taken import file_key
 from stages.workspace import Workspace, replacing
 
 FEWEST_EVENTS = 3
@@ -78,6 +79,23 @@ class LogReport:
 
 
 @dataclass(frozen=True)
+class Incoming:
+    """What the files of the log hold now.
+
+    Attributes:
+        rows: accepted ones of the files read, each once and in the log's order.
+        rejects: refused ones with file, row number and reason.
+        clean: `stages.taken.file_key` of the files that were read and of which no row was refused.
+        unread: how many files were known already.
+    """
+
+    rows: pl.DataFrame
+    rejects: pl.DataFrame
+    clean: frozenset[str]
+    unread: int
+
+
+@dataclass(frozen=True)
 class _Table:
     """What became of all files of a table; the accepted rows themselves are elsewhere."""
 
@@ -86,6 +104,8 @@ class _Table:
     rows: int
     filtered: int
     units: dict[str, str | None]
+    clean: tuple[tuple[Source, File], ...] = ()
+    unread: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,19 +169,22 @@ def read_log(
     return report
 
 
-def read_events(config: Config, progress: Callable[[str], None] = _silent) -> tuple[pl.DataFrame, pl.DataFrame]:
+def read_events(config: Config, progress: Callable[[str], None], known: Collection[str] = frozenset()) -> Incoming:
     """The events of `config.log.sources` as they are now; nothing is stored.
 
-    Returns:
-        Accepted rows, each once and in the log's order, and the refused ones with file, row number and reason.
+    Args:
+        config: names the sources.
+        progress: receives one line a file.
+        known: keys of files to leave unread.
 
     Raises:
         UserError: a file that is missing, empty, unreadable or inconsistent.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / NUMBERS_FILE
-        table, log, _ = _events(config, window(config.log.earliest, config.log.latest), progress, path)
-        return log.whole().drop("block"), table.rejects
+        table, log, _ = _events(config, window(config.log.earliest, config.log.latest), progress, path, known)
+        keys = {file_key(config, *each) for each in table.clean} - {None}
+        return Incoming(log.whole().drop("block"), table.rejects, frozenset(map(str, keys)), table.unread)
 
 
 def read_items(config: Config, progress: Callable[[str], None] = _silent) -> pl.DataFrame:
@@ -184,7 +207,7 @@ def load_log(workspace: Workspace) -> tuple[pl.DataFrame, LogReport]:
 
 
 def _events(
-    config: Config, plausible: Window, progress: Callable[[str], None], path: Path
+    config: Config, plausible: Window, progress: Callable[[str], None], path: Path, known: Collection[str] = ()
 ) -> tuple[_Table, Coded, int | None]:
     required = ("user_id", "item_id", "timestamp")
 
@@ -195,7 +218,11 @@ def _events(
     coder, keyed = Coder(path.parent), []
     by_key = any(source.distinct for source in config.log.sources)
     keep = keyed.append if by_key else coder.add
-    table = _collected(config.log.sources, sift, EVENT_FIELDS, keep, progress)
+
+    def is_known(source: Source, file: File) -> bool:
+        return bool(known) and file_key(config, source, file) in known
+
+    table = _collected(config.log.sources, sift, EVENT_FIELDS, keep, progress, is_known)
     if not by_key:
         return table, coder.sorted_distinct(path), None
     coder.add(_earliest_of_a_key(pl.concat(keyed, how="diagonal")))
@@ -235,12 +262,14 @@ def _collected(
     fields: tuple[str, ...],
     keep: Callable[[pl.DataFrame], object],
     progress: Callable[[str], None],
+    is_known: Callable[[Source, File], bool] = lambda *_: False,
 ) -> _Table:
-    """Sift every file and hand its accepted rows on, part by part."""
+    """Sift every file that is not known and hand its accepted rows on, part by part."""
     files = [(source, file) for source in sources for file in source_files(source.path)]
     names = shown([file.path for _, file in files])
     rejects, units, accepted, rows, filtered = [], {}, 0, 0, 0
-    for source, file in files:
+    wanted, clean = [each for each in files if not is_known(*each)], []
+    for source, file in wanted:
         name = names[file.path]
         parts, left_out = sift(source, file)
         good = bad = 0
@@ -249,12 +278,14 @@ def _collected(
             rejects.append(part.rejects.select(pl.lit(name).alias("file"), pl.all()))
             units[name] = part.unit
             good, bad = good + part.accepted.height, bad + part.rejects.height
+        if not bad:
+            clean.append((source, file))
         accepted, filtered, rows = accepted + good, filtered + left_out, rows + left_out + good + bad
         unit = "" if units[name] is None else f", times in {units[name]}"
         progress(f"{name}: {good:,} rows{unit}, {left_out:,} filtered, {bad:,} rejected")
     schema = {"file": pl.String, "row": pl.Int64, "reason": pl.String, **dict.fromkeys(fields, pl.String)}
     refused = pl.concat(rejects) if rejects else pl.DataFrame(schema=schema)
-    return _Table(accepted, refused, rows, filtered, units)
+    return _Table(accepted, refused, rows, filtered, units, tuple(clean), len(files) - len(wanted))
 
 
 def _blocks(

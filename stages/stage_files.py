@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from stages.coded import LOG_SCHEMA, NEVER, Coded, fields
 from stages.content import CHUNK, digest_and_sink, digest_and_write
 from stages.packing import Columns, Field, Layout, Ticks, by_code
 from stages.spool import height, sorted_rows
-from stages.workspace import replacing, sha256_file
+from stages.workspace import Workspace, replacing, sha256_file
 
 COLUMNS = ("user_id", "item_id", "timestamp", "event", "query")
 NUMBERED = ("user", "time", "item", "event", "query")
@@ -53,6 +53,22 @@ def _numbered(log: Coded, low: int, high: int) -> Iterator[Columns]:
     for piece in log.columns(low, high, NUMBERED):
         yield piece | {"place": np.arange(low, low + height(piece))}
         low += height(piece)
+
+
+def read_stages(workspace: Workspace, count: int, columns: Sequence[str]) -> pl.DataFrame:
+    """Rows of the stages before `count`, one after the other, with their `stage`.
+
+    In one read: opened one by one, hundreds of small files take longer than a stage's training.
+
+    Args:
+        workspace: holds the stages.
+        count: how many of them, at least one.
+        columns: wanted of each file.
+    """
+    files = [str(workspace.stage_file(index)) for index in range(count)]
+    found = pl.scan_parquet(files, glob=False, hive_partitioning=False, include_file_paths="stage")
+    numbers = pl.col("stage").replace_strict(files, range(count), return_dtype=pl.Int64)
+    return found.select(*columns, numbers).collect()
 
 
 def counted(log: Coded, name: str, low: int, high: int) -> npt.NDArray[np.int64]:

@@ -29,32 +29,44 @@ class Waiting:
         open: rows of the open stage.
         held: rows kept aside, with a `reason`; a later look takes up those whose reason is gone.
         refused: late rows under the policy `reject`, with a `reason`.
+        files: `stages.taken.file_key` of the log's files whose rows are all in these tables or in the stages.
     """
 
     open: pl.DataFrame
     held: pl.DataFrame
     refused: pl.DataFrame
+    files: frozenset[str] = frozenset()
 
 
 def load_waiting(workspace: Workspace) -> Waiting:
     """The stored tables, checked against their hashes; empty ones where nothing waits.
 
+    What is said of the log's files holds for the stages it was said with: for others none counts as taken.
+
     Raises:
         UserError: a file is missing or damaged.
     """
     path = _manifest(workspace)
-    parts: dict[str, Any] = read_json(path)["parts"] if path.is_file() else {}
-    return Waiting(**{part: _read(workspace, part, parts.get(part)) for part in FOLDERS})
+    found: dict[str, Any] = read_json(path) if path.is_file() else {"parts": {}}
+    tables = {part: _read(workspace, part, found["parts"].get(part)) for part in FOLDERS}
+    files = found.get("files", ()) if found.get("stages") == _stages(workspace) else ()
+    return Waiting(**tables, files=frozenset(files))
 
 
 def store_waiting(workspace: Workspace, waiting: Waiting) -> None:
     """Replace the stored tables; the same tables again write nothing."""
     path = _manifest(workspace)
-    before = read_json(path)["parts"] if path.is_file() else dict.fromkeys(FOLDERS)
-    after = {part: _write(workspace, part, getattr(waiting, part), before[part]) for part in FOLDERS}
+    before = read_json(path) if path.is_file() else {"parts": dict.fromkeys(FOLDERS)}
+    parts = {part: _write(workspace, part, getattr(waiting, part), before["parts"][part]) for part in FOLDERS}
+    after = {"schema": SCHEMA, "parts": parts, "stages": _stages(workspace), "files": sorted(waiting.files)}
     if after != before:
-        write_json(path, {"schema": SCHEMA, "parts": after}, seal=True)
-        _sweep(workspace, after)
+        write_json(path, after, seal=True)
+        _sweep(workspace, parts)
+
+
+def _stages(workspace: Workspace) -> str:
+    """Digest of the closed stages."""
+    return str(read_json(workspace.stages / "manifest.json")["digest"])
 
 
 def in_order(rows: pl.DataFrame) -> pl.DataFrame:

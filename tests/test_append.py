@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,51 @@ def test_the_same_files_twice_change_nothing(shop: tuple[Config, Workspace, Path
     assert listing(workspace.root) == before
     write_rows(events / "copy.csv", week(2) + week(1))
     assert take(config, workspace).taken == 0
-    assert listing(workspace.root) == before
+    after = listing(workspace.root)
+    assert after.pop("open/manifest.json") != before.pop("open/manifest.json")  # one file more was taken
+    assert after == before
+
+
+def test_a_file_taken_whole_is_not_read_again_until_it_or_its_reading_changes(
+    shop: tuple[Config, Workspace, Path],
+) -> None:
+    config, workspace, events = shop
+    write_rows(events / "bad.csv", [*week(2, users=2), ("", "i01", seconds(14))])
+    first = take(config, workspace)
+    assert (first.read, first.unread) == (320 + 8, 0)
+    again = take(config, workspace)
+    assert (again.read, again.unread, again.taken) == (8, 1, 0)  # who has refused rows is listed at every look
+    assert pl.read_parquet(workspace.rejects / "retrain.parquet").height == 1
+    write_rows(events / "bad.csv", week(2, users=3))
+    grown = take(config, workspace)
+    assert (grown.read, grown.unread, grown.taken) == (12, 1, 4)
+    assert (take(config, workspace).read, take(config, workspace).unread) == (0, 2)
+    (events / "bad.csv").rename(events / "good.csv")
+    assert take(config, workspace).unread == 2
+    stated = config.log.model_copy(update={"latest": "2025-01-20"})
+    assert take(config.model_copy(update={"log": stated}), workspace).unread == 0
+    (workspace.root / "open" / "manifest.json").unlink()
+    assert take(config, workspace).read == 332
+
+
+@pytest.mark.parametrize("late", ["hold", "next_stage", "reject", "rebuild"])
+def test_reading_only_new_files_ends_like_reading_all_of_them(
+    shop: tuple[Config, Workspace, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    config, workspace, events = shop
+    config = with_rules(config, late=late)
+    copy = Workspace(tmp_path / "copy")
+    shutil.copytree(workspace.root, copy.root)
+    nights = [week(2), [*week(3)[:50], *week(0, users=45)], [*week(3), ("u01", "i02", seconds(900))], week(1, items=9)]
+    for night, rows in enumerate([*nights, week(5)]):
+        write_rows(events / f"night{night}.csv", rows)
+        quick = take(config, workspace)
+        with monkeypatch.context() as patched:
+            patched.setattr(append, "load_waiting", lambda place: replace(load_waiting(place), files=frozenset()))
+            whole = take(config, copy)
+        assert quick.unread == night + 1 - (night == 0)
+        assert replace(whole, read=0) == replace(quick, read=0, unread=0)
+    assert listing(workspace.root) == listing(copy.root)
 
 
 def test_a_closed_stage_begins_where_the_last_one_ended_and_moves_no_digest_and_no_code(

@@ -6,8 +6,9 @@ A registered version is the whole model, as `driftrec export-model` writes it: m
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import takewhile
 from typing import Any
 
 from flows import tracking
@@ -28,6 +29,8 @@ LONGEST = 5000
 def record_decisions(workspace: Workspace, experiment: str) -> None:
     """Record every line of the history that MLflow does not have, and point the alias at the champion.
 
+    Lines are recorded oldest first, so the newest one that MLflow has stands for all before it.
+
     Args:
         workspace: holds history, champion and checkpoints.
         experiment: the config's name.
@@ -35,25 +38,30 @@ def record_decisions(workspace: Workspace, experiment: str) -> None:
     client = tracking.MlflowClient(tracking.store(workspace))
     own = tracking.store(workspace) == workspace.mlflow_uri
     place = tracking.experiment_of(client, experiment, workspace.mlflow_artifacts if own else None)
-    known = {run.data.tags.get("driftrec.key"): str(run.info.run_id) for run in _decisions(client, place)}
-    runs: dict[str, str] = {}
-    for line in read_history(workspace)[0]:
-        key = digest_of(line)[:32]
-        run = known.get(key) or _run(client, place, key, line)
-        if line["decision"] in SERVED:
-            runs[line["champion"]["digest"]] = run
+    lines = read_history(workspace)[0]
+    missing = list(takewhile(lambda line: _found(client, place, line) is None, reversed(lines)))
+    for line in reversed(missing):
+        _run(client, place, line)
     present = in_service(workspace)
-    if present is not None and present.digest in runs:
-        _point(client, model_name(experiment), workspace, present, runs[present.digest])
+    rise = next((line for line in reversed(lines) if present is not None and _puts(line, present)), None)
+    run = None if rise is None else _found(client, place, rise)
+    if present is not None and run is not None:
+        _point(client, model_name(experiment), workspace, present, run)
 
 
-def _decisions(client: tracking.MlflowClient, place: str) -> Iterator[Any]:
-    """Every run of a decision, page by page."""
-    token: str | None = None
-    while token != "":
-        page = client.search_runs([place], 'tags.role = "decision"', page_token=token)
-        yield from page
-        token = page.token or ""
+def _puts(line: Entry, champion: Champion) -> bool:
+    """Whether this decision put the champion's very tensors into service."""
+    return line["decision"] in SERVED and line["champion"]["digest"] == champion.digest
+
+
+def _key(line: Entry) -> str:
+    return digest_of(line)[:32]
+
+
+def _found(client: tracking.MlflowClient, place: str, line: Entry) -> str | None:
+    """MLflow's run of a decision, if it has one."""
+    runs = client.search_runs([place], f'tags."driftrec.key" = "{_key(line)}"', max_results=1)
+    return str(runs[0].info.run_id) if runs else None
 
 
 def model_name(experiment: str) -> str:
@@ -61,8 +69,13 @@ def model_name(experiment: str) -> str:
     return f"driftrec-{experiment}"
 
 
-def _run(client: tracking.MlflowClient, place: str, key: str, line: Entry) -> str:
-    tags = {"role": "decision", "decision": line["decision"], "reason": line["why"][:LONGEST], "driftrec.key": key}
+def _run(client: tracking.MlflowClient, place: str, line: Entry) -> None:
+    tags = {
+        "role": "decision",
+        "decision": line["decision"],
+        "reason": line["why"][:LONGEST],
+        "driftrec.key": _key(line),
+    }
     tags |= {"decided_at": line["at"], "stage": str(line["stage"]), **tracking.flow_run_tags()}
     for side in ("challenger", "champion"):
         if line.get(side):
@@ -71,7 +84,6 @@ def _run(client: tracking.MlflowClient, place: str, key: str, line: Entry) -> st
     run = client.create_run(place, run_name=name, tags=tags)
     client.log_batch(run.info.run_id, metrics=[_metric(line["stage"], *pair) for pair in _numbers(line).items()])
     client.set_terminated(run.info.run_id)
-    return str(run.info.run_id)
 
 
 def _metric(stage: int, name: str, value: float) -> Any:
@@ -93,7 +105,7 @@ def _point(client: tracking.MlflowClient, name: str, workspace: Workspace, champ
     """Register the model in service where it is not yet, and move the alias to it."""
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description="The model in service; champion.json is the truth.")
-    versions = client.search_model_versions(f"name = '{name}'")
+    versions = client.search_model_versions(f"name = '{name}' and tags.digest = '{champion.digest}'")
     found = next((version for version in versions if _holds(version.tags, champion)), None)
     if found is None:
         _log_model(client, workspace, run)
