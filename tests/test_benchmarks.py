@@ -113,6 +113,8 @@ def test_a_slope_is_growth_by_100_stages_and_one_odd_stage_does_not_move_it() ->
 
     assert slope(np.arange(40) * 0.5) == 50
     flat = np.full(40, 9.0)
-    life = Life(memory=np.where(np.arange(40) == 20, 900.0, flat), files=flat, seconds=flat + np.arange(40))
-    assert life.slopes() == {"memory": 0.0, "files": 0.0, "seconds": 100.0}
+    memory, seconds, odd = np.where(np.arange(40) == 20, 900.0, flat), flat + np.arange(40), np.arange(40) % 2 == 1
+    life = Life(memory=memory, files=flat, seconds=seconds, wall=2 * seconds, promoted=odd)
+    assert life.slopes() == {"memory": 0.0, "files": 0.0, "seconds": 100.0, "wall": 200.0}
     assert life.halves("seconds") == (9 + 14.5, 9 + 34.5)
+    assert life.halves("seconds", promoted=True) == (9 + 15, 9 + 35)
