@@ -8,6 +8,7 @@ the part of the workspace that answering needs, each file checked against its di
 from __future__ import annotations
 
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,7 +33,7 @@ from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.jobs import BASELINES
 from stages.train import lineage_folders
-from stages.workspace import sha256_file, temporary_beside, write_json
+from stages.workspace import forget, sha256_file, temporary_beside, write_json
 
 WORKSPACE = "workspace"
 """Name of the artifact."""
@@ -70,6 +71,10 @@ SIGNATURE = ModelSignature(
     ),
     params=ParamSchema([ParamSpec("k", DataType.long, 10)]),
 )
+
+
+RUN_BY_MLFLOW = "code_model_"
+"""How MLflow names the module that it makes of this file."""
 
 
 class RecommenderModel(PythonModel):
@@ -164,10 +169,12 @@ def export_model(root: Path, folder: Path, method: str | None = None, seed: int 
         _save(folder, part, sources)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+        forget(place)
     return folder
 
 
 def _save(folder: Path, part: Path, sources: Sequence[Path]) -> None:
+    before = set(sys.modules)
     with warnings.catch_warnings():
         # MLflow would have an example beside our signature.
         warnings.filterwarnings("ignore", message=".*(type hint|input example)")
@@ -179,6 +186,9 @@ def _save(folder: Path, part: Path, sources: Sequence[Path]) -> None:
             signature=SIGNATURE,
             pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
+    for name in set(sys.modules) - before:
+        if name.startswith(RUN_BY_MLFLOW):
+            del sys.modules[name]  # MLflow runs this file to look at the model, and keeps each run for ever
 
 
 def _copy_part(root: Path, part: Path, method: str | None, seed: int | None) -> None:

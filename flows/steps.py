@@ -144,7 +144,7 @@ def identify(plan: Plan) -> None:
     build_semantic_ids(plan.config, plan.workspace, progress=watcher().say)
     last = [lineage.at(stage) for lineage in plan.lineages() for stage in plan.trained(lineage)[-1:]]
     size = check_space(plan.config, plan.workspace, load_dataset(plan.config, plan.workspace), last)
-    log.info("the checkpoints will take about %.0f MiB", size / 2**20)
+    log.info("the checkpoints still to come will take about %.0f MiB", size / 2**20)
     log.info(machine.arithmetic(plan.config.backbone.precision, plan.config.backbone.device))
 
 

@@ -30,6 +30,7 @@ from stages.workspace import (
     is_settled,
     need_space,
     read_json,
+    remember_in,
     sha256_file,
     stamp_of,
     sync_folder,
@@ -207,6 +208,7 @@ def tensors_digest(folder: Path) -> str:
 
 _tensors: dict[Path, tuple[Stamp, str]] = {}
 """By manifest: what `tensors_digest` gave while the file was this one."""
+remember_in(_tensors)
 
 
 def other_inputs(folder: Path, inputs: Mapping[str, Any]) -> str | None:

@@ -14,11 +14,12 @@ from typing import TypeAlias
 
 from stages.checkpoint import fault_of, other_inputs, stale_parent, tensors_digest
 from stages.commit import Link
-from stages.workspace import Stamp, digest_of, is_settled, stamp_of
+from stages.workspace import Stamp, digest_of, is_settled, remember_in, stamp_of
 
 Stamps: TypeAlias = tuple[tuple[str, Stamp], ...]
 _good: dict[Path, tuple[Stamps, str, str]] = {}
 """By folder: its files, its key, and the digest of its parents, when it was found good."""
+remember_in(_good)
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from stages.commit import FIRST, lineage_jobs, method_of
+from stages.checkpoint import MANIFEST
+from stages.commit import FIRST, checkpoint_folders, lineage_jobs, method_of
 from stages.config import Config
 from stages.dataset import Dataset
 from stages.jobs import Job
@@ -15,15 +16,23 @@ WIDTH = 4
 """Bytes of a stored weight."""
 
 
-def expected_bytes(config: Config, dataset: Dataset, jobs: Iterable[Job]) -> int:
-    """Bytes of all checkpoints that `jobs` will commit, each counted once; an upper bound for a local backbone.
+def expected_bytes(config: Config, workspace: Workspace, dataset: Dataset, jobs: Iterable[Job]) -> int:
+    """Bytes of all checkpoints that `jobs` will yet commit, each counted once; an upper bound for a local backbone.
 
     Args:
         config: the experiment.
+        workspace: what lies there already needs no more room.
         dataset: its prepared log.
         jobs: models to be trained, each with its last stage.
     """
-    parts = {part for job in jobs for part in lineage_jobs(config, job)}
+    places = {
+        folder: part
+        for job in jobs
+        for part, folder in zip(
+            lineage_jobs(config, job), checkpoint_folders(config, workspace, dataset, job), strict=True
+        )
+    }
+    parts = [part for folder, part in places.items() if not (folder / MANIFEST).exists()]
     stack, adapter, rows = _weights(config, sum(dataset.catalogue.sizes))
     total = 0
     for part in parts:
@@ -39,7 +48,7 @@ def check_space(config: Config, workspace: Workspace, dataset: Dataset, jobs: It
     Raises:
         UserError: too little space.
     """
-    size = expected_bytes(config, dataset, jobs)
+    size = expected_bytes(config, workspace, dataset, jobs)
     need_space(workspace.root, size)
     return size
 

@@ -23,6 +23,7 @@ SETTLED = 100_000_000
 """Nanoseconds after which a file's times tell a further write from the last one."""
 Stamp: TypeAlias = tuple[int, int, int, int]
 _hashed: dict[Path, tuple[Stamp, str]] = {}
+_remembered: list[dict[Path, Any]] = [_hashed]
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,18 @@ def sha256_once(path: Path) -> str:
     if is_settled(stamp):
         _hashed[path] = stamp, digest
     return digest
+
+
+def remember_in(table: dict[Path, Any]) -> None:
+    """Let `forget` take entries off a table of what this process knows of files."""
+    _remembered.append(table)
+
+
+def forget(folder: Path) -> None:
+    """Drop what this process knows of the files below a folder that is about to go, or its memory would only grow."""
+    for table in _remembered:
+        for path in [path for path in table if path.is_relative_to(folder)]:
+            del table[path]
 
 
 def stamp_of(path: Path | os.DirEntry[str]) -> Stamp:

@@ -184,6 +184,10 @@ def test_a_named_file_is_taken_and_the_sources_are_not_looked_at(shop: tuple[Con
     elsewhere = write_rows(events.parent / "elsewhere" / "week2.csv", week(2))
     assert take(config, workspace, new=str(elsewhere)).taken == 160
     assert take(config, workspace, new=str(elsewhere)).taken == 0
+    write_rows(elsewhere.with_name("more.csv"), week(2, users=42))
+    assert take(config, workspace, new=str(elsewhere.parent)).taken == 8  # a folder
+    write_rows(elsewhere.with_name("most.csv"), week(2, users=43))
+    assert take(config, workspace, new=str(elsewhere.with_name("mo*.csv"))).taken == 4  # a glob
 
 
 LATE_ROW = ("u00", "i05", seconds(8.5))

@@ -112,10 +112,12 @@ def test_the_sweep_takes_what_dead_processes_left_and_nothing_else(tmp_path: Pat
 @pytest.mark.parametrize("method", ["single", "full_finetune", "frozen"])
 def test_the_expected_size_of_the_checkpoints_is_their_size(method: str, tmp_path: Path) -> None:
     workspace, settings = tiny.checkerboard(tmp_path), config()
+    dataset, jobs = load_dataset(settings, workspace), [job(method, 2), job(method, 1)]
+    expected = expected_bytes(settings, workspace, dataset, jobs)
     train_stage(settings, workspace, job(method, 2))
     tensors = sum(path.stat().st_size for path in workspace.checkpoints.rglob("*.safetensors"))
-    expected = expected_bytes(settings, load_dataset(settings, workspace), [job(method, 2), job(method, 1)])
     assert 0.8 * tensors < expected < 1.1 * tensors
+    assert expected_bytes(settings, workspace, dataset, jobs) == 0  # what is there needs no more room
 
 
 def test_a_json_log_line_holds_the_message_in_one_line() -> None:

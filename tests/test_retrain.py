@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,15 @@ minimum = -1
 worst_slice = 1
 users = 1
 latency_ms = 60000
+"""
+
+
+HOLD = """
+import fcntl, sys
+with open(sys.argv[1], "a+") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    print("held", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -348,6 +358,22 @@ def test_the_doctor_leaves_a_workspace_alone_that_a_run_holds(copy: tuple[Path, 
     assert "in use by process" in check.found
     with pytest.raises(UserError, match="--workspace"):
         list(repaired(None))
+
+
+def test_a_retraining_is_refused_while_another_holds_the_workspace(copy: tuple[Path, Workspace]) -> None:
+    from flows.retrain import retrain
+
+    config, workspace = copy
+    holder = [sys.executable, "-c", HOLD, str(workspace.root / "run.lock")]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        before = listing(workspace.root)
+        with pytest.raises(UserError, match="in use by"):
+            retrain(str(config), workspace=str(workspace.root))
+        assert listing(workspace.root) == before
+        process.communicate()
+    assert "nothing to decide" in retrain(str(config), workspace=str(workspace.root))
 
 
 def test_the_deployment_file_names_what_exists() -> None:

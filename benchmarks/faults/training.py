@@ -18,7 +18,8 @@ import polars as pl
 from benchmarks.faults.harness import LINEAGES, OFF, Bench, Row, fingerprint, refused, sound, user_error
 from benchmarks.faults.intake import config as log_config
 from benchmarks.faults.intake import written
-from benchmarks.soak import FEWEST, lineage, lived
+from benchmarks.soak import FEWEST, lived
+from flows.plain import run_plainly
 from stages.checkpoint import ADAPTER, tensors_digest
 from stages.commit import checkpoint_folders
 from stages.config import Config
@@ -255,10 +256,12 @@ def other_processor(bench: Bench, count: int, rng: Random) -> Iterator[str]:
 
 
 def soak(bench: Bench, count: int, rng: Random) -> Iterator[str]:
-    """One lineage of `count` stages in one process: memory, descriptors and processor time a stage."""
-    life = lived(lineage(bench.place(), max(count, FEWEST)))
-    grown, more, slower = (late - early for early, late in map(life.halves, ("memory", "files", "seconds")))
-    flat = grown <= 64 and more <= 0 and slower < 0.5 * life.halves("seconds")[0]
+    """`count` retrainings in one process: memory, descriptors and processor time a stage."""
+    life = lived(bench.place(), max(count, FEWEST), run_plainly)
+    early, late = life.halves("seconds", promoted=False)
+    grown, more = (last - first for first, last in map(life.halves, ("memory", "files")))
+    slower = late - early
+    flat = grown <= 64 and more <= 0 and slower < 0.5 * early
     yield "" if flat else f"from early to late {grown:+.0f} MiB, {more:+.0f} descriptors, {slower:+.2f} s a stage"
 
 
@@ -276,5 +279,13 @@ TABLE = (
     Row(
         41, "a processor without AVX", "metrics within 0.1", other_processor, 0, 1, "library upgrades are not injected"
     ),
-    Row(42, "a lineage of many stages in one process", "flat memory, descriptors, time", soak, 12, 200),
+    Row(
+        42,
+        "many retrainings in one process",
+        "flat memory, descriptors, time",
+        soak,
+        12,
+        200,
+        "time of stages that kept the champion: a registered model holds its whole lineage",
+    ),
 )
