@@ -118,3 +118,17 @@ def test_a_slope_is_growth_by_100_stages_and_one_odd_stage_does_not_move_it() ->
     assert life.slopes() == {"memory": 0.0, "files": 0.0, "seconds": 100.0, "wall": 200.0}
     assert life.halves("seconds") == (9 + 14.5, 9 + 34.5)
     assert life.halves("seconds", promoted=True) == (9 + 15, 9 + 35)
+
+
+def test_glosses_are_read_from_wordnet_s_own_format_and_cut_in_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synset = '{:08d} 03 n 02 hot_dog 0 frank 1 001 @ 00001740 n 0000 | a sausage; "eat a frank"  \n'
+    for part in general_text.PARTS:
+        lines = "".join(synset.format(number) for number in range(5))
+        (tmp_path / f"data.{part}").write_text("  1 This software and database is being provided\n" + lines)
+    monkeypatch.setattr("sys.argv", ["general_text", str(tmp_path), str(tmp_path / "out")])
+    general_text.main()
+    kept, held = ((tmp_path / "out" / name).read_text().splitlines() for name in ("glosses.txt", "held_out.txt"))
+    assert (len(kept), len(held)) == (18, 2)
+    assert {*kept, *held} == {'hot dog, frank: a sausage; "eat a frank"'}
