@@ -7,6 +7,7 @@ nanoseconds. For instants from March 1973 to the year 5138 that is unambiguous.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -21,7 +22,7 @@ BOUNDS: tuple[tuple[Unit, float], ...] = (("s", 1e11), ("ms", 1e14), ("us", 1e17
 UNITS: tuple[Unit, ...] = ("text", "s", "ms", "us", "ns")
 MULTIPLY: dict[str, int] = {"s": 1_000_000, "ms": 1_000, "us": 1}
 NANOSECONDS = 1_000
-AT_ONCE = 1_000_000
+AT_ONCE = 250_000
 """Values that are looked at together."""
 FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -103,23 +104,23 @@ def window(earliest: str, latest: str) -> Window:
     return result
 
 
-def reading_of(raw: pl.Series, unit: Unit | None, place: str) -> Reading:
+def reading_of(parts: Iterable[pl.Series], unit: Unit | None, place: str) -> Reading:
     """Which unit a raw column counts in.
 
     Args:
-        raw: numbers, text, dates or datetimes; a datetime without a zone is UTC.
+        parts: of the column: numbers, text, dates or datetimes; a datetime without a zone is UTC.
         unit: stated unit of numbers or text; inferred when None.
         place: file and column, for messages.
 
     Raises:
         UserError: the file mixes units, counts in YYYYMMDD, or the column's type holds no time.
     """
-    if raw.dtype.is_temporal():
-        return Reading("datetime", False)
     met: Counter[str] = Counter()
     dated, first = True, None
-    for start in range(0, max(len(raw), 1), AT_ONCE):
-        frame = _parsed(raw.slice(start, AT_ONCE), place)
+    for raw in parts:
+        if raw.dtype.is_temporal():
+            return Reading("datetime", False)
+        frame = _parsed(raw, place)
         met.update(dict(frame["unit"].drop_nulls().value_counts().iter_rows()))
         whole = frame.filter(pl.col("unit").is_not_null())["whole"]
         dated = dated and (not len(whole) or _are_compact_dates(whole))
@@ -137,7 +138,8 @@ def reading_of(raw: pl.Series, unit: Unit | None, place: str) -> Reading:
 
 def read_times(raw: pl.Series, unit: Unit | None, plausible: Window, place: str) -> Times:
     """Turn a raw column into instants; as `reading_of` and `times_of`."""
-    return times_of(raw, reading_of(raw, unit, place), plausible, place)
+    parts = (raw.slice(start, AT_ONCE) for start in range(0, max(len(raw), 1), AT_ONCE))
+    return times_of(raw, reading_of(parts, unit, place), plausible, place)
 
 
 def times_of(raw: pl.Series, reading: Reading, plausible: Window, place: str) -> Times:

@@ -116,8 +116,8 @@ class Coded:
         }
         if queries.any():
             found["query"] = _without(self.names["query"].gather(np.maximum(queries, 1) - 1), queries == 0)
-        if blocks is not None:
-            found["block"] = _without(blocks, blocks < 0)
+        if blocks is not None and not (absent := blocks < 0).all():
+            found["block"] = _without(blocks, absent)
         table = pl.DataFrame(found).with_columns(
             pl.lit(None, kind).alias(name) for name, kind in LOG_SCHEMA.items() if name not in found
         )

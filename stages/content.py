@@ -57,11 +57,16 @@ def _add(digest: hashlib._Hash, column: pl.Series) -> None:
         _add(digest, column.list.len().cast(pl.Int64))
         _add(digest, column.explode())
     elif column.dtype == pl.String:
-        digest.update(column.str.len_bytes().fill_null(int(NULL_LENGTH)).to_numpy().tobytes())
-        digest.update(_bytes(column.drop_nulls()))
+        digest.update(_memory(column.str.len_bytes().fill_null(int(NULL_LENGTH))))
+        digest.update(_bytes(column.drop_nulls() if column.null_count() else column))
     else:
-        digest.update(column.is_null().to_numpy().tobytes())
-        digest.update(column.to_physical().cast(pl.Int64).fill_null(0).to_numpy().tobytes())
+        digest.update(_memory(column.is_null()) if column.null_count() else bytes(len(column)))
+        digest.update(_memory(column.to_physical().cast(pl.Int64).fill_null(0)))
+
+
+def _memory(column: pl.Series) -> memoryview:
+    """The values of a column of numbers as they lie in memory."""
+    return np.ascontiguousarray(column.to_numpy()).data
 
 
 def _bytes(column: pl.Series) -> memoryview:

@@ -18,9 +18,11 @@ from stages.content import content_digest, digest_and_sink, write_parquet
 from stages.errors import UserError
 from stages.files import File, shown, source_files
 from stages.log_files import NUMBERS_FILE, checked_manifest, store_manifest
+from stages.long_files import raw_file
 from stages.published import read_blocks, read_sequences
 from stages.rows import EVENT_FIELDS, INSTANT, ITEM_FIELDS, Sifted, sift_events, sift_items
 from stages.scan import KEY, raw_rows
+from stages.spool import ahead
 from stages.taken import file_key
 from stages.workspace import Workspace, replacing
 
@@ -211,9 +213,9 @@ def _events(
 ) -> tuple[_Table, Coded, int | None]:
     required = ("user_id", "item_id", "timestamp")
 
-    def sift(source: Source, file: File) -> tuple[Iterable[Sifted], int]:
-        raw = raw_rows(source, file, EVENT_FIELDS, required)
-        return sift_events(raw, source.event, source.time_unit, plausible, str(file.path)), raw.filtered
+    def sift(source: Source, file: File) -> Iterable[Sifted]:
+        raw = raw_file(source, file, EVENT_FIELDS, required)
+        return sift_events(raw, source.event, source.time_unit, plausible, str(file.path))
 
     coder, keyed = Coder(path.parent), []
     by_key = any(source.distinct for source in config.log.sources)
@@ -258,28 +260,30 @@ def _met(log: Coded, short: int | None) -> _Met:
 
 def _collected(
     sources: list[Source],
-    sift: Callable[[Source, File], tuple[Iterable[Sifted], int]],
+    sift: Callable[[Source, File], Iterable[Sifted]],
     fields: tuple[str, ...],
     keep: Callable[[pl.DataFrame], object],
     progress: Callable[[str], None],
     is_known: Callable[[Source, File], bool] = lambda *_: False,
 ) -> _Table:
-    """Sift every file that is not known and hand its accepted rows on, part by part."""
+    """Sift every file that is not known, hand its accepted rows on, part by part, while the next part is sifted."""
+
+    def handed_on(part: Sifted) -> Sifted:
+        keep(part.accepted)
+        return part
+
     files = [(source, file) for source in sources for file in source_files(source.path)]
     names = shown([file.path for _, file in files])
     rejects, units, accepted, rows, filtered = [], {}, 0, 0, 0
     wanted, clean = [each for each in files if not is_known(*each)], []
     for source, file in wanted:
         name = names[file.path]
-        parts, left_out = sift(source, file)
-        good = bad = 0
-        for part in parts:
-            keep(part.accepted)
+        good = bad = left_out = 0
+        for part in ahead(sift(source, file), handed_on):
             rejects.append(part.rejects.select(pl.lit(name).alias("file"), pl.all()))
             units[name] = part.unit
-            good, bad = good + part.accepted.height, bad + part.rejects.height
-        if not bad:
-            clean.append((source, file))
+            good, bad, left_out = good + part.accepted.height, bad + part.rejects.height, left_out + part.filtered
+        clean += [] if bad else [(source, file)]
         accepted, filtered, rows = accepted + good, filtered + left_out, rows + left_out + good + bad
         unit = "" if units[name] is None else f", times in {units[name]}"
         progress(f"{name}: {good:,} rows{unit}, {left_out:,} filtered, {bad:,} rejected")
@@ -323,10 +327,9 @@ READERS = {"events": _events, "blocks": _blocks, "sequences": _sequences}
 def _catalogue(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[_Table, pl.DataFrame]:
     settings = config.catalogue
 
-    def sift(source: Source, file: File) -> tuple[Iterable[Sifted], int]:
+    def sift(source: Source, file: File) -> Iterable[Sifted]:
         raw = raw_rows(source, file, ITEM_FIELDS, ("item_id",))
-        place = str(file.path)
-        return [sift_items(raw, settings.category_separator, source.time_unit, plausible, place)], raw.filtered
+        return [sift_items(raw, settings.category_separator, source.time_unit, plausible, str(file.path))]
 
     accepted: list[pl.DataFrame] = []
     table = _collected(settings.sources, sift, ITEM_FIELDS, accepted.append, progress)

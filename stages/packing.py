@@ -95,18 +95,27 @@ class Layout:
         for field, word, shift, width in self._places:
             if width:
                 values = columns[field.name]
-                values = (values - field.low) // field.step if (field.low, field.step) != (0, 1) else values
-                words[word] |= values.astype(np.uint64) << np.uint64(shift)
+                own = np.subtract(values, field.low) if field.low else values
+                own = own // field.step if field.step > 1 else own
+                own = own.astype(np.uint64, copy=own is values)
+                own <<= np.uint64(shift)
+                words[word] |= own
         return words
 
     def unpacked(self, words: Sequence[Words]) -> Columns:
         """The fields of the rows."""
         found: Columns = {}
         for field, word, shift, width in self._places:
-            bits = (words[word] >> np.uint64(shift % BITS)) & np.uint64(2**width - 1)
-            values: npt.NDArray[Any] = bits.astype(field.dtype)
-            if (field.low, field.step) != (0, 1):
-                values = values * field.step + field.low
+            if not width:
+                found[field.name] = np.full(len(words[0]), field.low, dtype=field.dtype)
+                continue
+            values: npt.NDArray[Any] = words[word] >> np.uint64(shift)
+            values &= np.uint64(2**width - 1)
+            values = values.view(np.int64) if field.dtype is np.int64 else values.astype(field.dtype)
+            if field.step > 1:
+                values *= field.step
+            if field.low:
+                values += field.low
             found[field.name] = values
         return found
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
-from stages.clock import AT_ONCE, MISSING, Reading, Times, Unit, Window, read_times, reading_of, times_of
+from stages.clock import MISSING, Reading, Times, Unit, Window, read_times, reading_of, times_of
 from stages.errors import UserError
+from stages.long_files import RawFile
 from stages.scan import KEY, RAGGED, ROW, RawRows
 
 EVENT_FIELDS = ("user_id", "item_id", "timestamp", "event", "query")
@@ -29,15 +30,17 @@ class Sifted:
         accepted: the fields in driftrec's types, and `__key` if the source has `distinct`.
         rejects: `row` (1-based), `reason` and the raw fields as text.
         unit: of the timestamps; None for a file without any.
+        filtered: rows that `where` took away before.
     """
 
     accepted: pl.DataFrame
     rejects: pl.DataFrame
     unit: str | None
+    filtered: int
 
 
-def sift_events(raw: RawRows, event: str | None, unit: Unit | None, plausible: Window, place: str) -> Iterator[Sifted]:
-    """Judge the rows of one file of a log, `AT_ONCE` at a time.
+def sift_events(raw: RawFile, event: str | None, unit: Unit | None, plausible: Window, place: str) -> Iterator[Sifted]:
+    """Judge the rows of one file of a log, a part at a time.
 
     Args:
         raw: the rows, as read.
@@ -49,9 +52,8 @@ def sift_events(raw: RawRows, event: str | None, unit: Unit | None, plausible: W
     Raises:
         UserError: an id column of a type that cannot hold ids exactly, mixed time units.
     """
-    reading = reading_of(raw.frame["timestamp"], unit, f"{place}: timestamp")
-    for start in range(0, max(raw.frame.height, 1), AT_ONCE):
-        part = replace(raw, frame=raw.frame.slice(start, AT_ONCE))
+    reading = reading_of(raw.times(), unit, f"{place}: timestamp")
+    for part in raw.parts():
         yield _sifted_events(part, event, reading, plausible, place)
 
 
@@ -70,7 +72,7 @@ def _sifted_events(raw: RawRows, event: str | None, reading: Reading, plausible:
         _rule(~pl.col("event").is_in(["recommendation", "search"]), "event is neither recommendation nor search"),
         _rule((pl.col("event") == "search") & blank, "search without a query"),
     ]
-    return _sifted(frame, raw.frame, rules, EVENT_FIELDS, times.unit, _doubtful_event(raw.lossy))
+    return _sifted(frame, raw, rules, EVENT_FIELDS, times.unit, _doubtful_event(raw.lossy))
 
 
 def sift_items(raw: RawRows, separator: str, unit: Unit | None, plausible: Window, place: str) -> Sifted:
@@ -93,7 +95,7 @@ def sift_items(raw: RawRows, separator: str, unit: Unit | None, plausible: Windo
         *_bad_text(("item_id",), ("title", "text"), raw.lossy),
         pl.when(pl.col("__time_reason") != MISSING).then(pl.col("__time_reason")),
     ]
-    return _sifted(frame, raw.frame, rules, ITEM_FIELDS, times.unit)
+    return _sifted(frame, raw, rules, ITEM_FIELDS, times.unit)
 
 
 def _item_times(frame: pl.DataFrame, unit: Unit | None, plausible: Window, place: str) -> Times:
@@ -105,7 +107,7 @@ def _item_times(frame: pl.DataFrame, unit: Unit | None, plausible: Window, place
 
 def _sifted(
     frame: pl.DataFrame,
-    raw: pl.DataFrame,
+    raw: RawRows,
     rules: list[pl.Expr],
     fields: tuple[str, ...],
     unit: str | None,
@@ -122,12 +124,12 @@ def _sifted(
         kept[broken[PLACE].to_numpy()] = False
         good = frame.filter(kept)
     accepted = good.with_columns(timestamp=pl.col("__time")).select(*fields, *keys)
-    there = [field for field in fields if field in raw.columns]
-    refused = raw[broken[PLACE]]
-    rejects = refused.select(pl.col(ROW).alias("row"), *(_shown(raw, field) for field in there))
+    there = [field for field in fields if field in raw.frame.columns]
+    refused = raw.frame[broken[PLACE]]
+    rejects = refused.select(pl.col(ROW).alias("row"), *(_shown(raw.frame, field) for field in there))
     rejects = rejects.with_columns(reason=broken["reason"])
     absent = [pl.lit(None, pl.String).alias(field) for field in fields if field not in there]
-    return Sifted(accepted, rejects.with_columns(absent).select("row", "reason", *fields), unit)
+    return Sifted(accepted, rejects.with_columns(absent).select("row", "reason", *fields), unit, raw.filtered)
 
 
 def _doubtful_event(lossy: bool) -> pl.Expr:

@@ -24,7 +24,7 @@ ROW, RAGGED, KEPT, KEY = "__row", "__ragged", "__kept", "__key"
 
 @dataclass(frozen=True)
 class RawRows:
-    """The rows of one file.
+    """The rows of one file, or of a part of it.
 
     Attributes:
         frame: `__row` (1-based), `__ragged`, the requested fields that exist (raw types) and, for a source with
@@ -54,14 +54,15 @@ def raw_rows(source: Source, file: File, fields: tuple[str, ...], required: tupl
         return _read(source, file, fields, required, lossy=False)
     except (PolarsError, OSError, UnicodeDecodeError) as error:
         if not is_invalid_text(error):
-            raise _unreadable(file.path, error) from None
+            raise unreadable(file.path, error) from None
     try:
         return _read(source, file, fields, required, lossy=True)
     except (PolarsError, OSError) as error:
-        raise _unreadable(file.path, error) from None
+        raise unreadable(file.path, error) from None
 
 
-def _unreadable(path: Path, error: BaseException) -> UserError:
+def unreadable(path: Path, error: BaseException) -> UserError:
+    """What to say of a file that polars or the system cannot read."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     hint = ""
     if 'could not parse `"' in lines[0]:
@@ -70,8 +71,34 @@ def _unreadable(path: Path, error: BaseException) -> UserError:
 
 
 def _read(source: Source, file: File, fields: tuple[str, ...], required: tuple[str, ...], lossy: bool) -> RawRows:
-    frame = scan_table(file.path, source, lossy)
-    frame = frame.with_columns(pl.lit(value, pl.String).alias(name) for name, value in file.partitions.items())
+    table = scan_table(file.path, source, lossy)
+    return without_filtered(planned(table, source, file, fields, required).collect(), lossy)
+
+
+def without_filtered(rows: pl.DataFrame, lossy: bool) -> RawRows:
+    """Rows of `planned`, those that `where` takes away counted and gone."""
+    if KEPT not in rows.columns:
+        return RawRows(rows, 0, lossy)
+    kept = rows.filter(pl.col(KEPT)).drop(KEPT)
+    return RawRows(kept, rows.height - kept.height, lossy)
+
+
+def planned(
+    table: pl.LazyFrame, source: Source, file: File, fields: tuple[str, ...], required: tuple[str, ...]
+) -> pl.LazyFrame:
+    """The rows of a table under driftrec's names, and under `KEPT` what `where` says of them.
+
+    Args:
+        table: as of `scan_table`.
+        source: how to read it.
+        file: where it comes from.
+        fields: as of `raw_rows`.
+        required: as of `raw_rows`.
+
+    Raises:
+        UserError: as `raw_rows`.
+    """
+    frame = table.with_columns(pl.lit(value, pl.String).alias(name) for name, value in file.partitions.items())
     for join in source.join:
         frame = _joined(frame, join, file.path)
     for name, expression in source.derive.items():
@@ -81,11 +108,9 @@ def _read(source: Source, file: File, fields: tuple[str, ...], required: tuple[s
     wanted = _mapped(frame, source, file.path, fields, required)
     if source.distinct:
         wanted.append(_key(frame, source.distinct, file.path))
-    if source.where is None:
-        return RawRows(frame.select(ROW, RAGGED, *wanted).collect(), 0, lossy)
-    rows = frame.select(ROW, RAGGED, pl.col(KEPT).cast(pl.Boolean).fill_null(False), *wanted).collect()
-    kept = rows.filter(pl.col(KEPT)).drop(KEPT)
-    return RawRows(kept, rows.height - kept.height, lossy)
+    if source.where is not None:
+        wanted.append(pl.col(KEPT).cast(pl.Boolean).fill_null(False))
+    return frame.select(ROW, RAGGED, *wanted)
 
 
 def _visible(frame: pl.LazyFrame) -> list[str]:
@@ -156,7 +181,7 @@ def _joined(frame: pl.LazyFrame, join: Join, main: Path) -> pl.LazyFrame:
     doubled = keyed.filter(pl.col(join.on).is_duplicated())[join.on]
     if len(doubled):
         raise UserError(f"{path}: {join.on} = {doubled[0]!r} is there twice; keep one row a key")
-    return frame.join(keyed.lazy(), on=join.on, how="left")
+    return frame.join(keyed.lazy(), on=join.on, how="left", maintain_order="left")
 
 
 def _side_table(join: Join, path: Path) -> pl.DataFrame:
@@ -168,7 +193,7 @@ def _side_table(join: Join, path: Path) -> pl.DataFrame:
         side = scan_table(path, table, lossy=False).collect()
     except (PolarsError, OSError, UnicodeDecodeError) as error:
         remedy = '; if it is Latin-1, set encoding = "latin1"' if is_invalid_text(error) else ""
-        raise UserError(f"{_unreadable(path, error)}{remedy}") from None
+        raise UserError(f"{unreadable(path, error)}{remedy}") from None
     if side[RAGGED].any():
         row = side.filter(pl.col(RAGGED))[ROW][0]
         raise UserError(f"{path}: row {row} has more fields than the table has columns; mend it or check quote")
@@ -213,8 +238,12 @@ def _scan_jsonl(path: Path, source: Source, lossy: bool) -> pl.LazyFrame:
 
 
 def _scan_csv(path: Path, source: Source, lossy: bool) -> pl.LazyFrame:
-    text = decoded(path, source.encoding, lossy)
-    separator, quote = separator_of(path, source), source.quote or None
+    return scan_text(decoded(path, source.encoding, lossy), separator_of(path, source), source)
+
+
+def scan_text(text: Path | io.BytesIO, separator: str, source: Source) -> pl.LazyFrame:
+    """Separated text, with `ROW` counted from 0, and `RAGGED`."""
+    quote = source.quote or None
 
     def scan(schema: dict[str, pl.DataType] | None) -> pl.LazyFrame:
         return pl.scan_csv(

@@ -241,7 +241,7 @@ def test_stages_sorted_a_part_at_a_time_are_the_stages_sorted_at_once(tmp_path, 
     monkeypatch.setattr("stages.spool.STRIDE", 2)
     monkeypatch.setattr("stages.coded.KEPT", 5)
     monkeypatch.setattr("stages.clock.AT_ONCE", 30)
-    monkeypatch.setattr("stages.rows.AT_ONCE", 30)
+    monkeypatch.setattr("stages.long_files.AT_ONCE", 30)
     assert split(tmp_path / "parts", rows) == whole
 
 
