@@ -51,26 +51,34 @@ def settings(
 
 @app.command()
 def demo(
-    workspace: ThisFolder = Path("workspace/demo"),
+    workspace: Annotated[
+        Path | None,
+        typer.Option("--workspace", "-w", help="Folder; absent: workspace/demo, or workspace/demo_searches."),
+    ] = None,
     seeds: Seeds = None,
     methods: Annotated[str | None, typer.Option(help="Methods, separated by commas.")] = None,
     stages: Stages = None,
     users: Users = None,
     workers: Workers = None,
+    searches: Annotated[
+        bool, typer.Option("--searches", help="Also train and test the log's searches: GEMS beside its rivals.")
+    ] = False,
 ) -> None:
     """Generate a shop log, compare methods on it, and show the best score anyone could reach."""
+    from flows.demo import WORKSPACES, best_scores, write_demo
+
+    workspace = workspace or WORKSPACES[searches]
     _start(workspace)
-    from flows.demo import best_scores, write_demo
     from flows.experiment import exclusive
     from flows.reporting.stored import findings
     from stages.workspace import Workspace
 
     with exclusive(Workspace(workspace)):
-        config = write_demo(workspace)
+        config = write_demo(workspace, searches)
     folder = _compare(config, workspace, methods, seeds, stages, users, workers)
     found = findings(folder)
     later = [stage for stage in found.stages if stage > 0]
-    _show(folder, best_scores(workspace, found.protocols, later))
+    _show(folder, best_scores(workspace, found.protocols, found.objectives, later))
 
 
 @app.command()
@@ -335,7 +343,10 @@ def _flow(name: str, config: Path, workspace: Path | None, arguments: dict[str, 
 
 
 def _show(
-    folder: Path, best: dict[str, dict[str, float]] | None = None, chart: str | None = None, profile: bool = False
+    folder: Path,
+    best: dict[tuple[str, str], dict[str, float]] | None = None,
+    chart: str | None = None,
+    profile: bool = False,
 ) -> None:
     """The report's tables and where everything is."""
     from flows import terminal

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-import shutil
+from itertools import product
 from pathlib import Path
 
-from stages.config import load_config
+from stages.config import PROTOCOLS, load_config
+from stages.search_config import OBJECTIVES
 from stages.workspace import replacing
 
 SEED = 0
 FOLDER = "demo"
+WORKSPACES = {False: Path("workspace/demo"), True: Path("workspace/demo_searches")}
+"""Where the demo goes unless it is told, without and with the searches of the log."""
+SEARCHING = {
+    "name": 'name = "demo_searches"',
+    "workspace": f'workspace = "{WORKSPACES[True].as_posix()}"',
+    "compare": 'compare = ["frozen", "single", "pcgrad", "gems"]',
+    "where": None,
+}
+"""What the demo with searches has instead of a line of demo.toml; None: nothing."""
+ASKING = """
+[search]
+# As in the demo without searches: the generator's best possible scores count items that a user has met before.
+repeats = "ask"
+"""
 
 
-def write_demo(workspace: Path, seed: int = SEED) -> Path:
+def write_demo(workspace: Path, searches: bool = False, seed: int = SEED) -> Path:
     """Write the demo's log, catalogue, truth and config to `workspace/demo`.
+
+    Args:
+        workspace: the folder of the run.
+        searches: also train and test the log's searches; the log is the same, the config another file beside it.
+        seed: of the log.
 
     Returns:
         The config's path; `driftrec compare --config` takes it too.
@@ -22,17 +42,24 @@ def write_demo(workspace: Path, seed: int = SEED) -> Path:
 
     folder = workspace / FOLDER
     write_demo_log(folder, seed)
-    config = folder / "demo.toml"
+    text = Path(__file__).with_name("demo.toml").read_text(encoding="utf-8")
+    config = folder / ("searches.toml" if searches else "demo.toml")
     with replacing(config) as temporary:
-        shutil.copyfile(Path(__file__).with_name("demo.toml"), temporary)
+        temporary.write_text(_with_searches(text) if searches else text, encoding="utf-8")
     load_config(config)
     return config
 
 
-def best_scores(workspace: Path, protocols: list[str], stages: list[int]) -> dict[str, dict[str, float]]:
-    """What a model that knew the true distribution would score: protocol -> metric -> mean over `stages`.
+def best_scores(
+    workspace: Path, protocols: list[str], objectives: list[str], stages: list[int]
+) -> dict[tuple[str, str], dict[str, float]]:
+    """What a model that knew the true distribution would score: (protocol, objective) -> metric -> mean over `stages`.
 
-    Empty without stages: the table's means leave stage 0 out.
+    Args:
+        workspace: where `write_demo` wrote.
+        protocols: of the report.
+        objectives: of the report; events of other kinds are taken as left out of the log.
+        stages: tested ones. Empty without any: the table's means leave stage 0 out.
     """
     import polars as pl
 
@@ -42,7 +69,15 @@ def best_scores(workspace: Path, protocols: list[str], stages: list[int]) -> dic
         return {}
     truth = pl.read_parquet(workspace / FOLDER / "truth.parquet")
     found = {}
-    for protocol in protocols:
-        by_stage = [best_possible(truth, protocol, stage) for stage in stages]  # pyright: ignore[reportArgumentType]
-        found[protocol] = {name: sum(scores[name] for scores in by_stage) / len(by_stage) for name in by_stage[0]}
+    for protocol, objective in product(PROTOCOLS, OBJECTIVES):
+        if {protocol, objective} <= {*protocols, *objectives}:
+            by_stage = [best_possible(truth, protocol, stage, objectives, objective) for stage in stages]
+            means = {name: sum(scores[name] for scores in by_stage) / len(by_stage) for name in by_stage[0]}
+            found[protocol, objective] = means
     return found
+
+
+def _with_searches(text: str) -> str:
+    """The text of demo.toml with the lines of `SEARCHING` in place of its own."""
+    lines = (SEARCHING.get(line.partition(" = ")[0], line) for line in text.splitlines())
+    return "\n".join(line for line in lines if line is not None) + "\n" + ASKING

@@ -1,8 +1,9 @@
-"""What a report's numbers leave out or only half use, counted: rows, users, queries of searches, unseen codes."""
+"""What a reader must know of how a report's numbers came about, counted: rows left out, users skipped, inputs kept."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -34,11 +35,14 @@ def omission_notes(
         same_stage: stages tested under the same-stage protocol.
         checkpoints: everything trained.
     """
+    states = _states(workspace, checkpoints)
     return [
         *_rows_note(_log_manifest(workspace)),
         *_search_note(config, workspace),
         *_skipped_note(config, workspace, sorted(same_stage)),
-        *_unseen_note(workspace, checkpoints),
+        *_unseen_note(states),
+        *_alone_note(states),
+        *_protected_notes(states),
     ]
 
 
@@ -92,18 +96,57 @@ def _skipped_note(config: Config, workspace: Workspace, tested: Sequence[int]) -
     return [f"Same-stage tests skip users with fewer than three baskets in the stage: {_by_stage(skipped, 'users')}."]
 
 
-def _unseen_note(workspace: Workspace, checkpoints: Iterable[Checkpoint]) -> list[str]:
+def _states(workspace: Workspace, checkpoints: Iterable[Checkpoint]) -> list[dict[str, Any]]:
+    """Each checkpoint's `state.json`, once: a frozen model's later jobs name stage 0's."""
+    paths = dict.fromkeys(workspace.checkpoints / checkpoint.key / "state.json" for checkpoint in checkpoints)
+    return [read_json(path) for path in paths if path.exists()]
+
+
+def _unseen_note(states: Iterable[Mapping[str, Any]]) -> list[str]:
     """The largest count of any checkpoint of a stage: methods and seeds meet the same rows, so a sum would repeat."""
     unseen: dict[int, int] = {}
-    for checkpoint in checkpoints:
-        path = workspace.checkpoints / checkpoint.key / "state.json"
-        state = read_json(path) if path.exists() else {}
-        stage = state.get("job", {}).get("stage", 0)  # the one trained: a frozen model's later jobs name stage 0's
+    for state in states:
+        stage = state.get("job", {}).get("stage", 0)
         if stage and "unseen_code_rows" in state:
             unseen[stage] = max(state["unseen_code_rows"], unseen.get(stage, 0))
     if not any(unseen.values()):
         return []
     return [f"Code tokens trained on that no event of an earlier stage holds: {_by_stage(unseen, 'tokens')}."]
+
+
+def _alone_note(states: Iterable[Mapping[str, Any]]) -> list[str]:
+    """GEMS where a stage held one objective."""
+    alone = [state for state in states if state.get("gems", {}).get("single_objective")]
+    if not alone:
+        return []
+    objectives = sorted({name for state in alone for name in state["gems"]["objectives"]})
+    stages = sorted({state["job"]["stage"] for state in alone})
+    return [
+        f"One objective alone, {' or '.join(objectives)}, at stage {', '.join(map(str, stages))}: there "
+        f"{_methods(alone)} trained the shared subspace only."
+    ]
+
+
+def _protected_notes(states: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Whose inputs GEMS left alone, and how much of them."""
+    by_corpus: dict[str, list[Mapping[str, Any]]] = {}
+    for state in states:
+        if state.get("gems", {}).get("protected") and state["inputs"]["method"]["null_space"] == "orthogonal":
+            by_corpus.setdefault(state["inputs"]["method"]["corpus"], []).append(state)
+    notes = []
+    for corpus, own in by_corpus.items():
+        shares = [one["k_over_n"] for state in own for one in state["gems"]["protected"].values()]
+        source = "the stage before" if corpus == "previous_stage" else f"the text {Path(corpus).name}"
+        span = f"{min(shares):.0%} to {max(shares):.0%}"
+        notes.append(
+            f"Null space: {_methods(own)} kept what the inputs of {source} give, {span} of the directions a map reads; "
+            "k of every map is in its checkpoint's state.json."
+        )
+    return notes
+
+
+def _methods(states: Iterable[Mapping[str, Any]]) -> str:
+    return ", ".join(dict.fromkeys(state["job"]["method"] for state in states))
 
 
 def _by_stage(counts: Mapping[int, int], what: str) -> str:

@@ -21,6 +21,7 @@ from stages.config import CUTOFFS, Protocol
 from stages.errors import UserError
 from stages.metrics import hit_at_k, ndcg_at_k
 from stages.queries import FEWEST_BASKETS
+from stages.search_config import Objective
 from stages.workspace import replacing
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -51,7 +52,7 @@ class DemoTruth:
         events: CSV, one row an event in time order: user_id, item_id, timestamp (epoch seconds), event, query.
         catalogue: CSV, one row an item, later ones included: item_id, title, text, categories ("|" between them).
         truth: Parquet, one row an event: user_id, item_id, timestamp, event, stage, and rank, the place (1-based) of
-            the item in the true distribution at that moment.
+            the item in the true distribution at that moment; of a search, in the distribution given its query.
         boundaries: the instants at which tastes turn and stages end, rising.
     """
 
@@ -103,7 +104,9 @@ def write_demo_log(folder: Path, seed: int, users: int = 500, items: int = 240, 
     shop = _shop(rng, items, stages)
     crowd = _crowd(rng, users, items // PER_CATEGORY, stages)
     truth = _with_times(rng, pl.concat(_walks(rng, shop, crowd)), stages)
-    events = truth.select("user_id", "item_id", "timestamp", "event", query=_queries(rng, shop, truth))
+    truth = truth.with_columns(query=_queries(rng, shop, truth))
+    truth = truth.with_columns(rank=_ranks_given_queries(shop, crowd, truth))
+    events = truth.select("user_id", "item_id", "timestamp", "event", "query")
     files = DemoTruth(folder / "events.csv", folder / "catalogue.csv", folder / "truth.parquet", boundaries(stages))
     for path, frame in ((files.events, events), (files.catalogue, _catalogue(shop))):
         with replacing(path) as temporary:
@@ -119,7 +122,11 @@ def boundaries(stages: int) -> tuple[datetime, ...]:
 
 
 def best_possible(
-    truth: pl.DataFrame, protocol: Protocol, stage: int, events: Collection[str] = ("recommendation",)
+    truth: pl.DataFrame,
+    protocol: Protocol,
+    stage: int,
+    events: Collection[str] = ("recommendation",),
+    objective: Objective = "recommendation",
 ) -> dict[str, float]:
     """What the Bayes-optimal ranker scores on the test events of a stage.
 
@@ -130,7 +137,8 @@ def best_possible(
         truth: `DemoTruth.truth` as read.
         protocol: `same_stage`: the last event of each visit of at least three; `next_stage`: every event.
         stage: the tested stage.
-        events: kinds of event that count; others are as if they were not in the log.
+        events: kinds of event that are used; others are as if they were not in the log.
+        objective: the kind that is asked for, repeated items included (`search.repeats = "ask"`).
 
     Returns:
         hit_at_1 … hit_at_20 and ndcg_at_10: means within users, then over users; NaN without a test event.
@@ -139,6 +147,7 @@ def best_possible(
     if protocol == "same_stage":
         long = visit.filter(pl.len().over("user_id") >= FEWEST_BASKETS)
         visit = long.filter(pl.col("timestamp") == pl.col("timestamp").max().over("user_id"))
+    visit = visit.filter(pl.col("event") == objective)
     rank, alone = visit["rank"].to_numpy(), np.ones(len(visit), dtype=np.int64)
     scores = {f"hit_at_{k}": hit_at_k(rank, alone, k) for k in CUTOFFS} | {"ndcg_at_10": ndcg_at_k(rank, alone, 10)}
     if not len(visit):
@@ -241,15 +250,19 @@ def _walks(rng: np.random.Generator, shop: _Shop, crowd: _Crowd) -> list[pl.Data
 
 
 def _step(rng: np.random.Generator, shop: _Shop, crowd: _Crowd, stage: int, step: int, last: IntArray) -> pl.DataFrame:
-    """One more event of each user whose visit is not over; `last` moves on where it is no search."""
+    """One more event of each user whose visit is not over; `last` moves on where it is no search.
+
+    `after` is the item that the event followed, -1 for none.
+    """
     here = np.flatnonzero(crowd.visits[stage] > step)
     chances = _next_item(shop, stage, crowd.taste[stage, here], last[here])
     lots = rng.random(len(here))[:, None] * chances.sum(axis=1, keepdims=True)
     item = (chances.cumsum(axis=1) <= lots).sum(axis=1)
     searched = rng.random(len(here)) < SEARCHES
+    after = last[here]
     last[here[~searched]] = item[~searched]
     return pl.DataFrame(
-        {"user": here, "item": item, "rank": _ranks(chances, item), "searched": searched},
+        {"user": here, "item": item, "rank": _ranks(chances, item), "searched": searched, "after": after},
     ).with_columns(stage=pl.lit(stage, pl.Int64), step=pl.lit(step, pl.Int64))
 
 
@@ -285,12 +298,35 @@ def _with_times(rng: np.random.Generator, walks: pl.DataFrame, stages: int) -> p
 
 def _queries(rng: np.random.Generator, shop: _Shop, truth: pl.DataFrame) -> pl.Series:
     """Two words of the item's title and text for each search, null otherwise."""
-    words = [sorted({*title.split(), *text.split()}) for title, text in zip(shop.titles, shop.texts, strict=True)]
+    words = _words(shop)
     queries = [
         " ".join(rng.choice(words[item], 2, replace=False)) if event == "search" else None
         for item, event in truth.select("item", "event").iter_rows()
     ]
     return pl.Series(queries, dtype=pl.String)
+
+
+def _ranks_given_queries(shop: _Shop, crowd: _Crowd, truth: pl.DataFrame) -> pl.Series:
+    """Those of searches by what was likely before the query, times the chance that an item gives the query."""
+    words = _words(shop)
+    odds: dict[str, FloatArray] = {}
+    ranks = truth["rank"].to_numpy().copy()
+    for row, (stage, user, after, item, query) in enumerate(
+        truth.select("stage", "user", "after", "item", "query").iter_rows()
+    ):
+        if query is None:
+            continue
+        if query not in odds:
+            asked = set(query.split())
+            odds[query] = np.array([asked.issubset(own) / (len(own) * (len(own) - 1)) for own in words])
+        before = _next_item(shop, stage, crowd.taste[stage, [user]], np.array([after]))
+        ranks[row] = _ranks(before * odds[query], np.array([item]))[0]
+    return pl.Series(ranks)
+
+
+def _words(shop: _Shop) -> list[list[str]]:
+    """Of each item's title and text, those from which a query takes its two."""
+    return [sorted({*title.split(), *text.split()}) for title, text in zip(shop.titles, shop.texts, strict=True)]
 
 
 def _catalogue(shop: _Shop) -> pl.DataFrame:

@@ -173,7 +173,7 @@ def test_an_interval_stays_inside_its_track() -> None:
 
 def test_terminal_and_prefect_show_the_report_s_numbers(invented_report: dict[str, Any]) -> None:
     found = Findings(invented_report)
-    text = printed(tables.headline(found, {"next_stage": {"hit_at_10": 0.75, "ndcg_at_10": 0.5}}))
+    text = printed(tables.headline(found, {("next_stage", "recommendation"): {"hit_at_10": 0.75, "ndcg_at_10": 0.5}}))
     assert "0.0510 [0.0450, 0.0570]" in text
     assert "+0.0050 [+0.0010, +0.0090]" in text
     assert "best possible" in text

@@ -300,6 +300,30 @@ def test_codes_met_for_the_first_time_are_counted_once_for_a_stage(space: Worksp
     assert notes[-1].endswith(": 3 tokens at stage 1, 1 tokens at stage 2.")
 
 
+def test_what_gems_kept_and_where_it_met_one_objective_is_said_once(space: Workspace) -> None:
+    trained = []
+    for method, stage, objectives, corpus, shares in (
+        ("gems", 1, ["recommendation"], "previous_stage", (0.25, 0.5)),
+        ("gems", 2, ["search", "recommendation"], "previous_stage", (0.75, 0.5)),
+        ("gems_keep", 2, ["search", "recommendation"], "previous_stage", (0.3, 0.3)),
+        ("worded", 2, ["search", "recommendation"], "/somewhere/glosses.txt", (0.1, 0.2)),
+    ):
+        job = Job(method, 0, "same_stage", stage)
+        trained.append(Checkpoint(job, f"{method}{stage}", "d", 1.0, 1, 1, None, 1, reused=False))
+        own = {"objectives": objectives, "single_objective": len(objectives) < 2}
+        own |= {"protected": {str(place): {"k_over_n": share} for place, share in enumerate(shares)}}
+        inputs = {"method": {"null_space": "orthogonal", "corpus": corpus}}
+        state = {"job": asdict(job), "inputs": inputs, "gems": own}
+        write_json(space.checkpoints / f"{method}{stage}" / "state.json", state)
+    cells = [measured(space, Job("single", 0, "same_stage", 1), 1, crowd(0.5))]
+    notes = summarise(settings(), space, cells, trained)["notes"]
+    assert "One objective alone, recommendation, at stage 1: there gems trained the shared subspace only." in notes
+    said = [note for note in notes if note.startswith("Null space: ")]
+    assert len(said) == 2
+    assert said[0].startswith("Null space: gems, gems_keep kept what the inputs of the stage before give, 25% to 75% ")
+    assert said[1].startswith("Null space: worded kept what the inputs of the text glosses.txt give, 10% to 20% ")
+
+
 def test_a_changed_evaluation_file_is_refused(space: Workspace) -> None:
     cell = measured(space, Job("single", 0, "same_stage", 1), 1, crowd(0.5))
     with (space.root / cell.path).open("ab") as handle:

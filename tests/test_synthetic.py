@@ -154,8 +154,25 @@ def test_the_best_possible_score_follows_the_protocols_tests() -> None:
     assert same["hit_at_1"] == 0.0
     assert same["hit_at_5"] == 1.0
     assert same["ndcg_at_10"] == pytest.approx(1 / math.log2(4))
-    assert best_possible(truth, "same_stage", 1, events=("recommendation", "search"))["hit_at_1"] == 1.0
+    both = ("recommendation", "search")
+    assert best_possible(truth, "same_stage", 1, both, "search")["hit_at_1"] == 1.0
+    assert math.isnan(best_possible(truth, "same_stage", 1, both)["hit_at_1"])  # no visit ends in a recommendation
+    assert best_possible(truth, "next_stage", 1, both) == following
     assert all(math.isnan(value) for value in best_possible(truth, "same_stage", 0).values())
+
+
+def test_a_searched_items_rank_is_counted_among_the_items_that_give_its_query(
+    small: DemoTruth, events: pl.DataFrame, truth: pl.DataFrame
+) -> None:
+    items = pl.read_csv(small.catalogue)
+    words = [{*title.split(), *text.split()} for title, text in items.select("title", "text").iter_rows()]
+    searched = truth.with_columns(query=events["query"]).filter(pl.col("event") == "search")
+    named = [sum(set(query.split()) <= own for own in words) for query in searched["query"]]
+    ranks = searched["rank"].to_list()
+    assert max(named) > 1
+    assert all(rank <= count for rank, count in zip(ranks, named, strict=True))
+    # A ranker that draws lots among the items named would score this; the true one knows taste and series, too.
+    assert np.mean([rank == 1 for rank in ranks]) > np.mean([1 / count for count in named]) + 0.1
 
 
 def test_the_best_possible_score_is_far_from_chance_and_from_certainty(truth: pl.DataFrame) -> None:

@@ -25,16 +25,20 @@ SPACE = "\N{NO-BREAK SPACE}"
 """Stands between a number and its interval until the width is known."""
 
 
-def headline(findings: Findings, best: dict[str, dict[str, float]] | None = None, width: int = WIDE) -> list[Table]:
+def headline(
+    findings: Findings, best: dict[tuple[str, str], dict[str, float]] | None = None, width: int = WIDE
+) -> list[Table]:
     """The report's tables, one for each protocol and objective.
 
     Args:
         findings: of a report.
-        best: protocol -> metric -> best possible score, where it is known.
+        best: (protocol, objective) -> metric -> best possible score, where it is known.
         width: of the terminal, in characters; below `WIDE` an interval stands under its number.
     """
     return [
-        _table(findings, protocol, objective, (best or {}).get(protocol, {}), " " if width >= WIDE else "\n")
+        _table(
+            findings, protocol, objective, (best or {}).get((protocol, objective), {}), " " if width >= WIDE else "\n"
+        )
         for protocol in findings.protocols
         for objective in findings.objectives
     ]
