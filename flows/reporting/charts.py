@@ -75,12 +75,13 @@ def stage_chart(findings: Findings, theme: Theme) -> Figure | None:
         return None
     with style(theme):
         tables = [(protocol, objective) for objective in findings.objectives for protocol in findings.protocols]
-        figure, panels = panels_of(len(tables), width=5.4, height=3.6)
+        figure, panels = panels_of(len(tables), width=5.4, height=3.6, columns=min(len(tables), 2))
         for axes, (protocol, objective) in zip(panels, tables, strict=True):
             _stage_panel(axes, findings, protocol, objective, theme)
-        handles, labels = panels[0].get_legend_handles_labels()
-        rows = -(-len(labels) // 5)
-        figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // rows), frameon=False)
+        # A baseline of searches stands in their panels only.
+        lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        columns = -(-len(lines) // max(1, -(-len(lines) // 5)))
+        figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, frameon=False)
         _name_sample(figure, sample_note(findings.report))
     return figure
 
