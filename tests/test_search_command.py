@@ -11,10 +11,11 @@ import pytest
 from flows import steps
 from flows.recommending import recommend
 from flows.reporting import tables
-from flows.reporting.charts import LIGHT, draw_charts, stage_chart
+from flows.reporting.charts import DASHES, LIGHT, draw_charts, stage_chart
 from flows.reporting.findings import Findings
 from flows.reporting.report import render
 from stages.errors import UserError
+from stages.jobs import BASELINES
 from stages.workspace import Workspace, read_json
 from tests import conftest
 from tests.test_cli import driftrec
@@ -59,6 +60,7 @@ def test_the_report_shows_the_objectives_apart(compared: tuple[Workspace, Path])
     assert chart is not None
     assert chart.get_figwidth() == pytest.approx(2 * 5.4)  # two panels a row stay readable on a page
     assert [text.get_text() for text in chart.legends[0].get_texts()] == found.methods
+    assert len(DASHES) == len(set(DASHES)) >= len(BASELINES)
     titles = [str(table.title) for table in tables.headline(found)]
     assert any(title.startswith("Next stage, search") for title in titles)
     assert any(note.startswith("Searches: ") for note in report["notes"])

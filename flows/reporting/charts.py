@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette without its yellow, which vanishes on white, and its black, which vanishes on dark.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = (":", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
+"""Of the baselines, none twice."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _stage_panel(axes: Axes, findings: Findings, protocol: str, objective: str, 
 
 def _pen(findings: Findings, method: str, theme: Theme) -> dict[str, Any]:
     if method in BASELINES:
-        dashes = (":", "--", "-.")[BASELINES.index(method) % 3]
+        dashes = DASHES[BASELINES.index(method) % len(DASHES)]
         return {"color": theme.faint, "linestyle": dashes, "linewidth": 1.2, "marker": ".", "markersize": 4}
     place = findings.methods.index(method) % len(COLOURS)
     return {"color": COLOURS[place], "linewidth": 1.8, "marker": MARKERS[place], "markersize": 5}
