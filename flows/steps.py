@@ -80,7 +80,10 @@ def draft_plan(
     settings = settings.model_copy(update={"evaluation": type(settings.evaluation).model_validate(changed)})
     names = tuple(dict.fromkeys(methods or settings.compare))
     for name in names:
-        settings.method(name)
+        try:
+            settings.method(name).check(pretrained=settings.backbone.path is not None)
+        except ValueError as error:
+            raise UserError(f"{config}: methods.{name}: {error}") from None
     chosen = tuple(dict.fromkeys(settings.seeds if seeds is None else seeds))
     place = Workspace(workspace if workspace is not None else Path(settings.workspace).expanduser())
     command = {

@@ -128,7 +128,7 @@ def _stacked(
             axes.annotate(
                 share, (x, low + high), (0, 3), textcoords="offset points", ha="center", fontsize=8.5, color=INK
             )
-    axes.set_ylim(0, height * 1.14)
+    axes.set_ylim(0, height * 1.32)  # the legend stands above the highest bar and its share
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     _dress(axes, f"{title} per stage", "share of new ones above each bar")
     axes.legend(frameon=False, fontsize=9, loc="upper right", handlelength=1.4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,6 +12,16 @@ from stages.settings import Settings
 
 class MethodConfig(Settings):
     """What every method's settings are; subclasses say which by their `method` field."""
+
+    def check(self, pretrained: bool) -> None:
+        """Refuse at once what only a later stage would meet.
+
+        Args:
+            pretrained: whether the backbone was trained on text.
+
+        Raises:
+            ValueError: the settings need a file or a backbone that is not there.
+        """
 
 
 class FrozenConfig(MethodConfig):
@@ -129,6 +140,18 @@ class GemsConfig(MethodConfig):
                 'or set null_space = "off"'
             )
         return self
+
+    def check(self, pretrained: bool) -> None:
+        """Refuse a text that is not there, or that the backbone cannot read."""
+        if self.null_space == "off" or self.corpus == "previous_stage":
+            return
+        if not pretrained:
+            raise ValueError(
+                f"corpus = {self.corpus!r} is text, but the `small` backbone reads no words and holds no general "
+                'knowledge; use corpus = "previous_stage"'
+            )
+        if not Path(self.corpus).is_file():
+            raise ValueError(f'corpus = {self.corpus!r} is no file; name a text file, "previous_stage" or "off"')
 
 
 class SurgeryConfig(MethodConfig):

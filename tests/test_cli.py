@@ -188,6 +188,24 @@ def test_the_whole_history_reaches_the_model(monkeypatch: pytest.MonkeyPatch, tr
     assert seen == [2 * len(items)]
 
 
+def test_a_text_that_gems_cannot_read_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    from flows.steps import draft_plan
+
+    config, words = tmp_path / "x.toml", tmp_path / "words.txt"
+    base = 'name = "x"\nworkspace = "w"\n[[log.sources]]\npath = "a.csv"\n'
+    own = '[methods.own]\nmethod = "gems"\ncorpus = "words.txt"\n'
+    words.write_text("a text")
+    config.write_text(base + own)
+    with pytest.raises(UserError, match=r"x.toml: methods.own: corpus = .* `small` backbone reads no words"):
+        draft_plan(config, methods=["own"])
+    assert draft_plan(config, methods=["gems"]).methods == ("gems",)
+    config.write_text(base + '[backbone]\npath = "some/model"\n' + own)
+    assert draft_plan(config, methods=["own"]).methods == ("own",)
+    words.unlink()
+    with pytest.raises(UserError, match=r"words.txt' is no file; name a text file"):
+        draft_plan(config, methods=["own"])
+
+
 def test_a_missing_source_is_one_line_without_a_traceback(tmp_path: Path) -> None:
     config = tmp_path / "x.toml"
     config.write_text('name = "x"\nworkspace = "unused"\n[[log.sources]]\npath = "missing.csv"\n')

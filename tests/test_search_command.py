@@ -11,10 +11,11 @@ import pytest
 from flows import steps
 from flows.recommending import recommend
 from flows.reporting import tables
-from flows.reporting.charts import draw_charts
+from flows.reporting.charts import DASHES, LIGHT, draw_charts, stage_chart
 from flows.reporting.findings import Findings
 from flows.reporting.report import render
 from stages.errors import UserError
+from stages.jobs import BASELINES
 from stages.workspace import Workspace, read_json
 from tests import conftest
 from tests.test_cli import driftrec
@@ -52,6 +53,14 @@ def test_the_report_shows_the_objectives_apart(compared: tuple[Workspace, Path])
         assert searched
     page = render(report, draw_charts(report, compared[1]))
     assert "Next stage, search" in page
+    assert page.count("<dt>Best, ") == 4
+    assert "Best, same stage, search" in page
+    assert "About recommendation; R[i][j] of search is in report.json." in page
+    chart = stage_chart(found, LIGHT)
+    assert chart is not None
+    assert chart.get_figwidth() == pytest.approx(2 * 5.4)  # two panels a row stay readable on a page
+    assert [text.get_text() for text in chart.legends[0].get_texts()] == found.methods
+    assert len(DASHES) == len(set(DASHES)) >= len(BASELINES)
     titles = [str(table.title) for table in tables.headline(found)]
     assert any(title.startswith("Next stage, search") for title in titles)
     assert any(note.startswith("Searches: ") for note in report["notes"])

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette without its yellow, which vanishes on white, and its black, which vanishes on dark.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = (":", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))
+"""Of the baselines, none twice."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,13 @@ def stage_chart(findings: Findings, theme: Theme) -> Figure | None:
         return None
     with style(theme):
         tables = [(protocol, objective) for objective in findings.objectives for protocol in findings.protocols]
-        figure, panels = panels_of(len(tables), width=5.4, height=3.6)
+        figure, panels = panels_of(len(tables), width=5.4, height=3.6, columns=min(len(tables), 2))
         for axes, (protocol, objective) in zip(panels, tables, strict=True):
             _stage_panel(axes, findings, protocol, objective, theme)
-        handles, labels = panels[0].get_legend_handles_labels()
-        rows = -(-len(labels) // 5)
-        figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // rows), frameon=False)
+        # A baseline of searches stands in their panels only.
+        lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        columns = -(-len(lines) // max(1, -(-len(lines) // 5)))
+        figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, frameon=False)
         _name_sample(figure, sample_note(findings.report))
     return figure
 
@@ -119,7 +122,7 @@ def _stage_panel(axes: Axes, findings: Findings, protocol: str, objective: str, 
 
 def _pen(findings: Findings, method: str, theme: Theme) -> dict[str, Any]:
     if method in BASELINES:
-        dashes = (":", "--", "-.")[BASELINES.index(method) % 3]
+        dashes = DASHES[BASELINES.index(method) % len(DASHES)]
         return {"color": theme.faint, "linestyle": dashes, "linewidth": 1.2, "marker": ".", "markersize": 4}
     place = findings.methods.index(method) % len(COLOURS)
     return {"color": COLOURS[place], "linewidth": 1.8, "marker": MARKERS[place], "markersize": 5}

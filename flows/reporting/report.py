@@ -98,8 +98,9 @@ def _head(findings: Findings) -> Markup:
     trained = [name for name in findings.methods if findings.costs(name)]
     facts = [
         *(
-            _fact(f"Best, {PROTOCOL_TITLES.get(name, name).lower()}", *_winner(findings, name))
+            _fact(f"Best, {_titled(findings, name, objective).lower()}", *_winner(findings, name, objective))
             for name in findings.protocols
+            for objective in findings.objectives
         ),
         _fact("Log", f"{sum(stage['events'] for stage in stages):,} events", f"{len(stages)} stages"),
         _fact("Trained", f"{len(trained)} methods", f"seeds {', '.join(map(str, seeds))}" if seeds else "no seed"),
@@ -116,9 +117,13 @@ def _fact(name: str, value: str, small: str) -> Markup:
     return element("div", join(element("dt", name), element("dd", join(value, element("small", small)))))
 
 
-def _winner(findings: Findings, protocol: str) -> tuple[str, str]:
+def _titled(findings: Findings, protocol: str, objective: str) -> str:
+    return PROTOCOL_TITLES.get(protocol, protocol) + (f", {objective}" if len(findings.objectives) > 1 else "")
+
+
+def _winner(findings: Findings, protocol: str, objective: str) -> tuple[str, str]:
     metric = HEADLINE[0]
-    best = [line for line in findings.lines(protocol) if metric in line.best]
+    best = [line for line in findings.lines(protocol, objective) if metric in line.best]
     if not best:
         return "nobody was tested", ""
     cell = best[0].cells[metric]
@@ -132,7 +137,7 @@ def _protocol(findings: Findings, protocol: str, objective: str) -> Markup:
     tops = {m: max((_high(line.cells.get(m)) for line in lines), default=0.0) for m in HEADLINE}
     names = [title for m in HEADLINE for title in (metric_title(m), f"{metric_title(m)} minus {REFERENCE}")]
     users = max((cell.users for line in lines for cell in line.cells.values()), default=0)
-    title = PROTOCOL_TITLES.get(protocol, protocol) + (f", {objective}" if len(findings.objectives) > 1 else "")
+    title = _titled(findings, protocol, objective)
     losers = _losers(lines)
     return join(
         element("h2", title),

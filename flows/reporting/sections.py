@@ -69,7 +69,13 @@ def forgetting(findings: Findings, figures: dict[str, Path]) -> Markup:
         for name, values in found.items()
     ]
     sample = findings.report.get("config", {}).get("evaluation", {}).get("matrix_users")
-    intro = "Low forgetting alone is no virtue: tastes move on. Read BWT beside NextPerf."
+    if len(findings.objectives) > 1:
+        about = (
+            f"About {findings.objectives[0]}; R[i][j] of {' and '.join(findings.objectives[1:])} is in report.json. "
+        )
+    else:
+        about = ""
+    intro = f"{about}Low forgetting alone is no virtue: tastes move on. Read BWT beside NextPerf."
     if sample:
         intro += (
             f" The cells of R[i][j] carry no interval: they rest on one seed, the first, and on a seeded sample of at "

@@ -173,14 +173,8 @@ def text_stream(model: GenerativeModel, settings: GemsConfig) -> TokenStream:
     Raises:
         ValueError: the backbone has no tokenizer, or the file is not there.
     """
+    settings.check(model.pretrained)
     path = Path(settings.corpus)
-    if not model.pretrained:
-        raise ValueError(
-            f"corpus = {settings.corpus!r} is text, but the `small` backbone reads no words and holds no general "
-            'knowledge; use corpus = "previous_stage"'
-        )
-    if not path.is_file():
-        raise ValueError(f'corpus = {settings.corpus!r} is no file; name a text file, "previous_stage" or "off"')
     place = model.stack.name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
