@@ -13,6 +13,7 @@ from flows.plan import Plan
 from flows.terminal import watcher
 from flows.workers import fitting
 from stages.config import load_config
+from stages.errors import UserError
 from stages.jobs import Checkpoint, Evaluation, Job
 from stages.workspace import Workspace, read_json, sweep, write_json
 
