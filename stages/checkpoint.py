@@ -24,6 +24,7 @@ from models import adapter as lora
 from models.generative import GenerativeModel
 from stages.config import AdapterConfig
 from stages.errors import UserError
+from stages.file_time import at_files
 from stages.workspace import (
     Stamp,
     digest_of,
@@ -71,6 +72,7 @@ def trained_tensors(model: GenerativeModel) -> Tensors:
     return Tensors(adapter=lora.snapshot(model.stack), rows=rows, backbone=plain)
 
 
+@at_files()
 def read_tensors(folder: Path, prefix: str = "model") -> Tensors:
     """Load a verified checkpoint's tensors.
 
@@ -89,6 +91,7 @@ def read_tensors(folder: Path, prefix: str = "model") -> Tensors:
     return Tensors(adapter=lora.own_names(parts[ADAPTER], prefix), rows=parts[ROWS], backbone=parts[BACKBONE])
 
 
+@at_files()
 def write_checkpoint(
     folder: Path,
     tensors: Tensors,
@@ -162,6 +165,7 @@ def _sync_file(path: Path) -> None:
         os.fsync(handle.fileno())
 
 
+@at_files()
 def fault_of(folder: Path) -> str | None:
     """Why the checkpoint in `folder` cannot be used, or None if every file is as its manifest says."""
     if not (folder / MANIFEST).exists():
@@ -185,6 +189,7 @@ def fault_of(folder: Path) -> str | None:
     return f"altered: {', '.join(wrong)}" if wrong else None
 
 
+@at_files()
 def tensors_digest(folder: Path) -> str:
     """SHA-256 over the digests of a checkpoint's tensor files: what a later stage trains from.
 

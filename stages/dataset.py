@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stages.config import Config
 from stages.errors import UserError
+from stages.file_time import at_files
 from stages.interactions import Catalogue, Interactions, load_catalogue, load_interactions
 from stages.search_config import Objective
 from stages.workspace import Workspace, digest_of, read_json, sha256_once
@@ -47,6 +48,7 @@ class Dataset:
         return digest_of([self.stage_digests[: stage + 1], items.hexdigest(), list(self.catalogue.sizes)])
 
 
+@at_files()
 def load_dataset(config: Config, workspace: Workspace) -> Dataset:
     """Read what `split` and `build_semantic_ids` left in the workspace.
 

@@ -6,9 +6,10 @@ what runs inside it. A profiled stage commits the same bytes as any other.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from models.backbone import compute_device
 from stages.commit import method_of
 from stages.config import Config
 from stages.dataset import load_dataset
+from stages.file_time import timed_files
 from stages.fit import MICRO_TOKENS, Progress
 from stages.jobs import Checkpoint, Job
 from stages.search_examples import query_vocabulary
@@ -33,11 +35,13 @@ from stages.stage_examples import Examples, stage_examples
 from stages.train import train_stage
 from stages.workspace import Workspace, replacing
 
-PREFIX = "driftrec/"
-"""Begins the name of every range that stands for a part of the step."""
+PREFIX, MASK = "driftrec/", "create_causal_mask"
+"""Begins the name of every range that stands for a part of the step; what transformers' models make their mask with."""
 SKIPPED, WATCHED = 3, 6
 """Optimiser steps before the watched ones (the last of them warms the profiler up), and those."""
 REST = "python and the rest"
+ASKED = ("attention", "head", "adapter", "optimiser", "penalty", "masking")
+"""Parts that every page names, also where a step has none of them."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def profile_stage(
         own.step()
         progress(news)
 
-    with own, _named_modules():
+    with own, _named_modules(), timed_files() as at_files:
         checkpoint = train_stage(config, workspace, job, watched)
     moments.append(time.perf_counter())
     if len(moments) - 2 < SKIPPED + WATCHED:
@@ -91,7 +95,8 @@ def profile_stage(
     folder = workspace.root / "runs" / "profiles" / checkpoint.key
     with replacing(folder / "trace.json") as temporary:
         own.export_chrome_trace(str(temporary))
-    text = summary(config, job, shares(own.events() or []), filling_of(config, workspace, job), moments)
+    spent = shares(own.events() or [])
+    text = summary(config, job, spent, filling_of(config, workspace, job), moments, sum(at_files))
     with replacing(folder / "summary.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     return checkpoint, folder
@@ -99,10 +104,15 @@ def profile_stage(
 
 @contextmanager
 def _named_modules() -> Iterator[None]:
-    """Every call of a module that stands for a part of the step becomes a range of that name."""
+    """Every call of a module that stands for a part of the step, or makes a mask, becomes a range of that name."""
     ranges: list[record_function] = []
+    makers: dict[str, Callable[..., Any]] = {}  # by module of transformers, what it makes its mask with
 
     def enter(module: nn.Module, _: Any) -> None:
+        home = sys.modules[type(module).__module__]
+        if isinstance(module, PreTrainedModel) and home.__name__ not in makers and hasattr(home, MASK):
+            makers[home.__name__] = getattr(home, MASK)
+            setattr(home, MASK, _named(makers[home.__name__], "masking"))
         if (name := _part_of(module)) is not None:
             ranges.append(record_function(PREFIX + name))
             ranges[-1].__enter__()
@@ -117,6 +127,16 @@ def _named_modules() -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        for home, make in makers.items():
+            setattr(sys.modules[home], MASK, make)
+
+
+def _named(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def named(*args: Any, **kwargs: Any) -> Any:
+        with record_function(PREFIX + name):
+            return call(*args, **kwargs)
+
+    return named
 
 
 def _part_of(module: nn.Module) -> str | None:
@@ -124,7 +144,7 @@ def _part_of(module: nn.Module) -> str | None:
     if isinstance(module, LowRank):
         return "adapter"
     if isinstance(module, PreTrainedModel):
-        return "norms, positions, mask"  # what of the stack is in none of its other parts
+        return "norms, positions"  # what of the stack is in none of its other parts
     kind = type(module).__name__
     return next(
         (name for end, name in (("Attention", "attention"), ("MLP", "feed-forward")) if kind.endswith(end)), None
@@ -201,7 +221,9 @@ def filling(examples: Examples, size: int, micro: int | None = None, most: int =
     return Filling(tokens, useful / tokens, padding / tokens)
 
 
-def summary(config: Config, job: Job, spent: Mapping[str, float], filled: Filling, moments: list[float]) -> str:
+def summary(
+    config: Config, job: Job, spent: Mapping[str, float], filled: Filling, moments: list[float], at_files: float
+) -> str:
     """One page about one stage.
 
     Args:
@@ -210,7 +232,9 @@ def summary(config: Config, job: Job, spent: Mapping[str, float], filled: Fillin
         spent: microseconds by part, over the watched steps.
         filled: shares of the tokens.
         moments: seconds at the start, after every optimiser step, and at the end.
+        at_files: seconds of them that files were read and written.
     """
+    spent = {**spent, **{part: 0.0 for part in ASKED if part not in spent}}
     total = sum(spent.values())
     steps = np.diff(moments[1:-1])[SKIPPED - 1 :][:WATCHED]
     before, after = moments[1] - moments[0], moments[-1] - moments[-2]
@@ -223,6 +247,8 @@ def summary(config: Config, job: Job, spent: Mapping[str, float], filled: Fillin
         f"- padding: {filled.padding:.1%} of them",
         f"- of {moments[-1] - moments[0]:.1f} s, {before:.1f} s until the first step was done (reading, building, a "
         f"first validation) and {after:.1f} s after the last (validating, writing)",
+        f"- I/O: {at_files / (moments[-1] - moments[0]):.1%} of them, {at_files:.2f} s (log, catalogue and checkpoints "
+        "read and checked, the new checkpoint written)",
         "",
         "| part of a step, forward and backward | share | ms |",
         "|---|---|---|",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from models.backbone import CONTROL_TOKENS
 from models.generative import TokenBatch
@@ -107,12 +108,14 @@ def search_batch(encoder: Encoder, windows: SearchWindows, chosen: IntArray) -> 
     tokens[line, place] = flat
     asked = (column + sizes - encoder.levels)[:, None] + np.arange(encoder.levels)  # the request, then each code
     plain = bool((count == 1).all())
+    with record_function("driftrec/masking"):
+        seen = None if plain else _visible(tokens.shape, line, place, history, np.repeat(prefix, sizes), sizes)
     return TokenBatch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy((owner[:, None] * width + asked).ravel()),
         labels=torch.from_numpy(codes.ravel()),
         places=None if plain else _places(tokens.shape, line, place, runs(prefix, sizes)),
-        visible=None if plain else _visible(tokens.shape, line, place, history, np.repeat(prefix, sizes), sizes),
+        visible=seen,
     )
 
 

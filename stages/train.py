@@ -22,6 +22,7 @@ from stages.commit import FIRST, checkpoint_folder, folders_of, lineage_jobs, li
 from stages.config import Config
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
+from stages.file_time import at_files
 from stages.fit import Fit, Progress, drift, moving, reproducible
 from stages.jobs import Checkpoint, Job
 from stages.lineage import Parents, fault_in_lineage
@@ -119,7 +120,8 @@ def bare_model(config: Config, dataset: Dataset, seed: int, vocabulary: Vocabula
 def _backbone(config: Config, seed: int, text: int) -> Backbone:
     own = config.backbone
     if own.path is not None:
-        return pretrained_backbone(own.path)
+        with at_files():
+            return pretrained_backbone(own.path)
     return small_backbone(own.hidden, own.layers, own.heads, own.feed_forward, seed, text)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +14,18 @@ import pytest
 import torch
 from torch.utils import deterministic
 
+from flows import cli
 from stages.checkpoint import tensors_digest
 from stages.dataset import load_dataset
 from stages.examples import Encoder, Windows
+from stages.file_time import at_files, timed_files
 from stages.jobs import Job
-from stages.profiling import REST, filling, profile_stage, shares
+from stages.profiling import ASKED, REST, WATCHED, filling, profile_stage, shares
 from stages.stage_examples import Examples, Part
 from stages.train import train_stage
+from stages.workspace import read_json
 from tests import tiny
-from tests.conftest import write_tiny_experiment
+from tests.conftest import Trained, write_tiny_experiment
 from tests.test_cli import driftrec
 
 
@@ -52,13 +57,92 @@ def test_a_profiled_stage_commits_the_same_bytes_and_says_where_its_time_went(tm
         "embedding",
         "adapter",
         "penalty",
+        "masking",
         "clipping",
         "optimiser",
         "batches",
     }
     assert wanted <= parts.keys()
     assert sum(parts.values()) == pytest.approx(100, abs=1)
-    assert "peso, seed 0, next stage, stage 1" in (folder / "summary.md").read_text(encoding="utf-8")
+    page = (folder / "summary.md").read_text(encoding="utf-8")
+    assert "peso, seed 0, next stage, stage 1" in page
+    assert "- useful: " in page
+    assert "- padding: " in page
+    at_files = re.search(r"- I/O: ([\d.]+)% of them, ([\d.]+) s", page)
+    assert at_files is not None
+    assert 0 < float(at_files[1]) < 100
+
+
+def test_making_the_mask_has_a_share_of_its_own_and_transformers_is_left_as_it_was(tmp_path: Path) -> None:
+    from transformers.models.llama import modeling_llama
+
+    before = modeling_llama.create_causal_mask
+    workspace = tiny.checkerboard(tmp_path, stages=1)
+    _, folder = profile_stage(tiny.config(), workspace, Job("single", 0, "same_stage", 0))
+    assert folder is not None
+    assert table(folder / "summary.md").keys() >= set(ASKED)
+    events = json.loads((folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    assert sum(event.get("name") == "driftrec/masking" and event["ph"] == "X" for event in events) >= WATCHED
+    assert modeling_llama.create_causal_mask is before
+
+
+def test_time_at_files_is_that_of_the_outermost_call_and_nothing_is_kept_unasked() -> None:
+    @at_files()
+    def inner() -> None:
+        time.sleep(0.01)
+
+    @at_files()
+    def outer() -> None:
+        inner()
+        inner()
+
+    outer()
+    with timed_files() as seconds:
+        outer()
+        time.sleep(0.05)
+        inner()
+    inner()
+    assert len(seconds) == 2
+    assert seconds[0] >= 0.02
+    assert seconds[1] >= 0.01
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_the_commands_hand_profile_on_and_say_where_the_pages_are(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Trained
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def answered(name: str, config: Path, workspace: Path | None, arguments: dict[str, Any]) -> Path:
+        asked.append({"name": name, **arguments})
+        return trained.report
+
+    monkeypatch.setattr(cli, "_flow", answered)
+    words = ["driftrec", command, "-c", str(trained.config), "-w", str(trained.workspace.root), "--profile"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert asked[0]["profile"]
+    assert "profiles: none" in capsys.readouterr().out
+
+
+def test_a_profiled_comparison_works_alone_and_writes_a_page_for_every_stage_it_trains(
+    prefect_server: None, tmp_path: Path
+) -> None:
+    from flows.compare import compare
+
+    config = write_tiny_experiment(tmp_path / "source")
+    longer = config.read_text(encoding="utf-8").replace("epochs = 1", "epochs = 10\nbatch_size = 8\npatience = 10", 1)
+    config.write_text(longer.replace("\nepochs = 1", "\nepochs = 10"), encoding="utf-8")
+    place = tmp_path / "workspace"
+    report = Path(compare(str(config), methods=["single"], workspace=str(place), workers=2, profile=True))
+    assert read_json(report / "report.json")["command"]["methods"] == ["single"]
+    pages = sorted((place / "runs" / "profiles").glob("*/summary.md"))
+    committed = [folder for folder in (place / "runs" / "checkpoints").iterdir() if (folder / "manifest.json").exists()]
+    assert len(pages) == len(committed) >= 2
+    assert all(table(page).keys() >= set(ASKED) and "- I/O: " in page.read_text(encoding="utf-8") for page in pages)
+    assert not list((place / "runs").glob("helper-*.log"))
 
 
 def test_a_stage_that_is_committed_already_has_nothing_to_watch(tmp_path: Path) -> None:
