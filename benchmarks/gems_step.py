@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from benchmarks.measure import Pair, Row, alternate, dearer, report, using_threads
+from benchmarks.measure import Pair, Row, Work, alternate, dearer, flops, report, using_threads
 from benchmarks.subjects import SCHEDULE, generated_batch, small
 from models.generative import GenerativeModel, TokenBatch
 from models.input_moments import input_moments, linear_maps
@@ -37,7 +37,8 @@ def main() -> None:
     pair = alternate(lambda: gems(losses(held, batches)), lambda: adamw(losses(plain, batches)))
     full = 8 * sum(module.weight.numel() for module in linear_maps(held.stack).values())
     said = f"state {gems.state_bytes() / 2**20:.1f} MiB, Adam's {full / 2**20:.1f} MiB on the same matrices"
-    step = dearer("GEMS's step", "AdamW on all weights", pair, mark=1.3, note=f"`small`, 2 x 32 windows; {said}")
+    work, note = Work(flops=flops(lambda: gems(losses(held, batches)))), f"`small`, 2 x 32 windows; {said}"
+    step = dearer("GEMS's step", "AdamW on all weights", pair, mark=1.3, work=work, note=note)
     report(NAME, [step, refresh_row(gems, held, batches)])
 
 

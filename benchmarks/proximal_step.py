@@ -8,7 +8,7 @@ the widest one, which holds the code tokens' rows as well.
 from __future__ import annotations
 
 from benchmarks.lora_step import folded
-from benchmarks.measure import alternate, dearer, report
+from benchmarks.measure import Work, alternate, dearer, flops, report
 from benchmarks.subjects import SCHEDULE, take, usual_batch
 from models import adapter as lora
 from models.generative import GenerativeModel
@@ -29,7 +29,8 @@ def main() -> None:
     (model, step, penalty), (plain, plain_step) = held("adapter"), folded()
     _, _, wide = held("adapter+tokens", model)
     whole = alternate(lambda: take(step, model, batch, STEPS), lambda: take(plain_step, plain, batch, STEPS))
-    rows = [dearer("PESO's term", "the same step without it", whole, mark=1.03, calls=STEPS, note=NOTE)]
+    work = Work(flops=flops(lambda: take(step, model, batch, STEPS)))
+    rows = [dearer("PESO's term", "the same step without it", whole, mark=1.03, work=work, calls=STEPS, note=NOTE)]
     for anchor, term in (("adapter", penalty), ("adapter+tokens", wide)):
         pair = alternate(lambda term=term: repeat(term, STEPS), lambda: take(plain_step, plain, batch, STEPS))
         name = f"PESO's term alone, anchor = {anchor}"

@@ -208,7 +208,7 @@ number.
 | item rows of the model | 2 · C · d numbers: they grow with codes, not with items |
 | item graph | 16 bytes a link, at most 60 links an item |
 | events in training and tests | 32 bytes an event (item, stage, basket, user), and the user ids |
-| read and split | the largest file, the distinct ids, 8 or 16 bytes a row of at most 2^24; the rest wait on disk |
+| read and split | the distinct ids, a part of a file, 8 or 16 bytes a row of at most 2^24; the rest wait on disk |
 
 With ten million items nothing but the trie and the catalogue's table grows: the model's rows, a step of decoding and
 the cache stay what they are. `generate()` would hold K prompts a user: B · K · (P + L) · kv.

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from benchmarks.measure import Pair, Row, dearer, report, skip
+from benchmarks.measure import Pair, Row, Work, dearer, report, skip
 from benchmarks.split_sides import THREADS
 
 SCRIPT = "split_log"
@@ -91,11 +91,12 @@ def beside(folder: Path, log: Path, rows: int) -> None:
         note=f"DuckDB's own peak is {peaks[1] / 2**20:,.0f} MiB",
     )
     note = "ours also checks every row and digests what it writes"
+    work = Work(bytes=stored(log) + stored(folder / "ours"))
     report(
         SCRIPT,
         [
-            dearer(name, "DuckDB's time", wall, mark=1, note=note),
-            dearer(f"{name}, processor time", "DuckDB's", cpu, mark=None, note=note),
+            dearer(name, "DuckDB's time", wall, mark=1, work=work, note=note),
+            dearer(f"{name}, processor time", "DuckDB's", cpu, mark=None, work=work, note=note),
             memory,
         ],
     )
@@ -106,6 +107,11 @@ def child(side: str, log: Path, folder: Path) -> dict[str, float]:
     arguments = [side, str(log), str(folder / side)]
     command = [sys.executable, "-m", "benchmarks.split_sides", *arguments]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def stored(folder: Path) -> int:
+    """Bytes of all files below a folder: what has to be read, or written, once at least."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def write_log(folder: Path, rows: int) -> None:
