@@ -28,12 +28,13 @@ from flows.promotion.champion import FILE
 from flows.recommending import job_in_service
 from flows.serving.searching import Past, Ranking
 from flows.serving.served import FALLBACK, Served, load_served
-from stages.checkpoint import MANIFEST
+from stages.checkpoint import MANIFEST, tensors_digest
 from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.jobs import BASELINES
-from stages.train import lineage_folders
-from stages.workspace import forget, sha256_file, temporary_beside, write_json
+from stages.lineage import LEFT_OUT
+from stages.train import folders_read, lineage_folders
+from stages.workspace import Workspace, forget, sha256_file, temporary_beside, write_json
 
 WORKSPACE = "workspace"
 """Name of the artifact."""
@@ -192,15 +193,18 @@ def _save(folder: Path, part: Path, sources: Sequence[Path]) -> None:
 
 
 def _copy_part(root: Path, part: Path, method: str | None, seed: int | None) -> None:
-    """The files that answering reads: config, stages, catalogue and the lineage of one model, named as champion."""
+    """The files that answering reads: config, stages, catalogue and the checkpoints of one model, named as champion."""
     config, workspace = remembered_config(root)
     job = job_in_service(workspace, method, seed)
-    folders = []
+    folders, needed = [], []
     if job.method not in BASELINES:
         folders = lineage_folders(config, workspace, load_dataset(config, workspace), job)
-    copied = [workspace.stages, workspace.catalogue, *folders]
-    for folder in copied:
+        needed = folders_read(config, job, folders)
+    for folder in [workspace.stages, workspace.catalogue, *needed]:
         shutil.copytree(folder, part / folder.relative_to(workspace.root))
+    elsewhere = {folder.name: tensors_digest(folder) for folder in folders if folder not in needed}
+    if elsewhere:
+        write_json(Workspace(part).checkpoints / LEFT_OUT, elsewhere)
     for name in ("workspace.json", "config.json"):
         shutil.copy2(workspace.root / name, part / name)
     named = {"key": folders[-1].name, "digest": sha256_file(folders[-1] / MANIFEST)} if folders else {}

@@ -111,19 +111,21 @@ def history(workspace: ThisFolder) -> None:
 def gc(
     workspace: ThisFolder,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
-    keep: Annotated[int, typer.Option(help="Newest checkpoints kept of each method, seed and protocol.")] = 2,
+    keep: Annotated[
+        int, typer.Option(help="Newest kept: checkpoints of each method, seed and protocol, and models in MLflow.")
+    ] = 2,
     forget_report: Annotated[bool, typer.Option(help="Also what only the latest report names.")] = False,
 ) -> None:
     """Remove what nothing rests on: never the champion's lineage, never what the latest report names."""
     started_in(workspace)
     from flows import terminal
     from flows.experiment import exclusive, remembered_config
-    from flows.promotion.retention import removable, remove
+    from flows.promotion.retention import removable, remove, superseded
 
-    _, place = remembered_config(workspace)
+    config, place = remembered_config(workspace)
     console = terminal.stdout()
     with exclusive(place):
-        found = removable(place, keep, forget_report)
+        found = [*removable(place, keep, forget_report), *superseded(place, config.name, keep)]
         for removal in found:
             where = removal.path.relative_to(place.root)
             console.print(f"{removal.size / 2**20:8.1f} MiB  {where}  ({removal.why})", soft_wrap=True, markup=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 from stages.config import Config
@@ -12,7 +11,7 @@ from stages.errors import UserError
 from stages.file_time import at_files
 from stages.interactions import Catalogue, Interactions, load_catalogue, load_interactions
 from stages.search_config import Objective
-from stages.workspace import Workspace, digest_of, read_json, sha256_once
+from stages.workspace import Stamp, Workspace, digest_of, is_settled, read_json, sha256_once, stamp_of
 
 
 @dataclass(frozen=True)
@@ -52,19 +51,59 @@ class Dataset:
 def load_dataset(config: Config, workspace: Workspace) -> Dataset:
     """Read what `split` and `build_semantic_ids` left in the workspace.
 
-    A file that may have changed is hashed at every call, and all are parsed again only where one is another than at the
-    last call: the trainings and tests of a run share one copy.
+    Files are hashed again where their stamps may hide a change, and all are parsed again only where one is another than
+    at the last call: the trainings and tests of a run share one copy.
 
     Raises:
         UserError: they have not run, or a file is not the one its manifest names.
     """
-    stages = read_json(workspace.stages / "manifest.json")["stages"]
-    items = read_json(workspace.catalogue / "manifest.json")
-    named = {workspace.catalogue / "items.parquet": items["digest"]}
-    named |= {workspace.stage_file(index): row.get("sha256") for index, row in enumerate(stages)}
-    content = digest_of([items, stages, [_checked(path, digest) for path, digest in named.items()]])
-    digests = tuple(stage["digest"] for stage in stages)
-    return _parsed(workspace.root.resolve(), content, digests, config.evaluation.baskets, config.search.objectives)
+    stages, catalogue = workspace.stages / "manifest.json", workspace.catalogue / "manifest.json"
+    # Looked at before anything is read, so that a write meanwhile shows at the next call.
+    manifests = _stamps(stages, catalogue)
+    rows = read_json(stages)["stages"]
+    files = [*(workspace.stage_file(index) for index in range(len(rows))), workspace.catalogue / "items.parquet"]
+    stamps = manifests + _stamps(*files)
+    wish = (workspace.root.resolve(), config.evaluation.baskets, config.search.objectives)
+    last = _last[0] if _last and _last[0].wish == wish else None
+    if last is not None and last.stamps == stamps:
+        return last.dataset
+    items = read_json(catalogue)
+    named = zip(files, [*(row.get("sha256") for row in rows), items["digest"]], strict=True)
+    content = digest_of([items, rows, [_checked(path, digest) for path, digest in named]])
+    if last is not None and last.content == content:
+        dataset = last.dataset
+    else:
+        _last.clear()  # one copy at a time
+        events = load_interactions(workspace, config.evaluation.baskets, config.search.objectives)
+        dataset = Dataset(events, load_catalogue(workspace), tuple(row["digest"] for row in rows))
+    _last[:] = [_Parsed(wish, stamps if is_settled(*stamps) else None, content, dataset)]
+    return dataset
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """The last call.
+
+    Attributes:
+        wish: whose files it read, and how.
+        stamps: of those files; None where a later write need not show in them.
+        content: names their bytes.
+        dataset: what it gave; nobody writes to it.
+    """
+
+    wish: tuple[Path, bool, tuple[Objective, ...] | None]
+    stamps: tuple[Stamp, ...] | None
+    content: str
+    dataset: Dataset
+
+
+_last: list[_Parsed] = []
+"""At most one."""
+
+
+def _stamps(*paths: Path) -> tuple[Stamp, ...]:
+    """Of the files that are there; a missing one is told of when it is read."""
+    return tuple(stamp_of(path) for path in paths if path.exists())
 
 
 def _checked(path: Path, digest: str | None) -> str:
@@ -73,12 +112,3 @@ def _checked(path: Path, digest: str | None) -> str:
     if found is None or (digest is not None and found != digest):
         raise UserError(f"{path}: missing, or not the file that its manifest names; run the same command again")
     return found
-
-
-@lru_cache(maxsize=1)
-def _parsed(
-    root: Path, content: str, digests: tuple[str, ...], baskets: bool, objectives: tuple[Objective, ...] | None
-) -> Dataset:
-    """The files of `root`, whose bytes `content` names; nobody writes to what it returns."""
-    workspace = Workspace(root)
-    return Dataset(load_interactions(workspace, baskets, objectives), load_catalogue(workspace), digests)

@@ -14,9 +14,11 @@ from typing import TypeAlias
 
 from stages.checkpoint import fault_of, other_inputs, stale_parent, tensors_digest
 from stages.commit import Link
-from stages.workspace import Stamp, digest_of, is_settled, remember_in, stamp_of
+from stages.workspace import Stamp, digest_of, is_settled, read_json, remember_in, stamp_of
 
 Stamps: TypeAlias = tuple[tuple[str, Stamp], ...]
+LEFT_OUT = "left_out.json"
+"""Beside an exported model's checkpoints: the digest of the tensors of those that it does not read, by name."""
 _good: dict[Path, tuple[Stamps, str, str]] = {}
 """By folder: its files, its key, and the digest of its parents, when it was found good."""
 remember_in(_good)
@@ -36,8 +38,12 @@ class Parents:
 
     def add(self, folder: Path) -> None:
         """The next checkpoint, whose files are as its manifest says."""
-        self.tensors[folder.name] = tensors_digest(folder)
-        self.chain = digest_of([self.chain, folder.name, self.tensors[folder.name]])
+        self.note(folder.name, tensors_digest(folder))
+
+    def note(self, name: str, tensors: str) -> None:
+        """The next checkpoint, by its name and the digest of its tensors."""
+        self.tensors[name] = tensors
+        self.chain = digest_of([self.chain, name, tensors])
 
 
 def fault_in_lineage(folder: Path, link: Link, parents: Parents) -> str | None:
@@ -57,6 +63,12 @@ def fault_in_lineage(folder: Path, link: Link, parents: Parents) -> str | None:
     if fault is None and is_settled(*(stamp for _, stamp in stamps)):
         _good[folder] = found
     return fault
+
+
+def left_out(checkpoints: Path) -> dict[str, str]:
+    """The digest of the tensors of checkpoints that were not exported with a model, by name; mostly none."""
+    noted = checkpoints / LEFT_OUT
+    return read_json(noted) if noted.exists() else {}
 
 
 def _stamps(folder: Path) -> Stamps:

@@ -25,7 +25,7 @@ from stages.errors import UserError
 from stages.file_time import at_files
 from stages.fit import Fit, Progress, drift, moving, reproducible
 from stages.jobs import Checkpoint, Job
-from stages.lineage import Parents, fault_in_lineage
+from stages.lineage import Parents, fault_in_lineage, left_out
 from stages.locks import held
 from stages.memory import forget_peak_memory, peak_memory
 from stages.methods.contract import Schedule, Stateful
@@ -65,18 +65,28 @@ def train_stage(config: Config, workspace: Workspace, job: Job, progress: Progre
 
 
 def lineage_folders(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> list[Path]:
-    """The verified checkpoints of `job`'s model, stage 0 first.
+    """The verified checkpoints of `job`'s model, stage 0 first; in an exported model some of them are not there.
 
     Raises:
         UserError: one is missing or damaged.
     """
     chain = links(config, dataset, job)
     folders, parents = folders_of(config, workspace, job, chain), Parents()
+    elsewhere = left_out(workspace.checkpoints)
     for folder, link in zip(folders, chain, strict=True):
+        if folder.name in elsewhere:
+            parents.note(folder.name, elsewhere[folder.name])
+            continue
         if fault := fault_in_lineage(folder, link, parents):
             raise UserError(f"{folder}: {fault}; run the same command again to train this stage")
         parents.add(folder)
     return folders
+
+
+def folders_read(config: Config, job: Job, folders: list[Path]) -> list[Path]:
+    """Those of a lineage's checkpoints that putting `job`'s model together opens."""
+    ends = method_of(config, job.method).reads == "ends"
+    return list(dict.fromkeys([folders[0], folders[-1]])) if ends else folders
 
 
 def restore_model(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> GenerativeModel:

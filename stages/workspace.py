@@ -140,10 +140,20 @@ def is_left_over(path: Path) -> bool:
     return False
 
 
+FOREIGN = ("mlartifacts", "prefect")
+"""Folders of a workspace that MLflow and Prefect alone write to, and that grow with every run."""
+
+
 def left_overs(root: Path) -> list[Path]:
     """What killed processes left below `root`, in the order of names; nothing inside another left-over."""
-    found = sorted(path for path in root.rglob(".tmp-*") if is_left_over(path))
-    return [path for path in found if not any(parent in found for parent in path.parents)]
+    found: list[Path] = []
+    for place, folders, files in os.walk(root):
+        here = Path(place)
+        dead = [name for name in (*folders, *files) if name.startswith(".tmp-") and is_left_over(here / name)]
+        found += [here / name for name in dead]
+        passed_over = {*dead, *(FOREIGN if here == root else ())}
+        folders[:] = [name for name in folders if name not in passed_over]
+    return sorted(found)
 
 
 def sweep(root: Path) -> list[Path]:

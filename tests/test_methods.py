@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from models import adapter as lora
 from models.generative import GenerativeModel
 from regularizers.proximal import softmax_kl
-from stages.checkpoint import ADAPTER, BACKBONE, KEPT, ROWS, fault_of, read_tensors
+from stages.checkpoint import ADAPTER, BACKBONE, KEPT, ROWS, fault_of, read_tensors, tensors_digest
 from stages.commit import checkpoint_folder, lineage_jobs, method_of
 from stages.config import PROTOCOLS, Config, Protocol
 from stages.dataset import load_dataset
@@ -21,12 +22,13 @@ from stages.errors import UserError
 from stages.evaluate import evaluate_stage
 from stages.fit import MICRO_TOKENS, Fit
 from stages.jobs import Job
+from stages.lineage import LEFT_OUT
 from stages.method_config import PesoConfig
 from stages.methods import peso
 from stages.methods.contract import Schedule
 from stages.stage_examples import stage_examples
-from stages.train import bare_model, restore_model, train_stage, training_log
-from stages.workspace import Workspace
+from stages.train import bare_model, folders_read, lineage_folders, restore_model, train_stage, training_log
+from stages.workspace import Workspace, write_json
 from tests import tiny
 
 METHODS = (
@@ -52,6 +54,8 @@ METHODS = (
 )
 WHOLE = ("full_finetune", "gems", "gems_no_null_space", "gems_carry", "galore", "osf", "lora_moe")
 """Methods whose checkpoint holds tensors of the stack, not a LoRA."""
+ADDING = ("cumulative", "gems", "galore")
+"""Methods whose checkpoint may hold only what its stage added."""
 QUICK = {"training": {"first_epochs": 2, "epochs": 2}}
 
 
@@ -120,6 +124,26 @@ def test_only_what_the_method_trains_is_saved_and_the_rest_is_untouched(method: 
         if not method.startswith("cumulative"):  # their base holds the frozen predecessors as well
             for name, value in model.stack.named_parameters():
                 assert torch.equal(value, base[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_is_put_together_from_what_its_method_says_it_reads(
+    method: str, board: Workspace, tmp_path: Path
+) -> None:
+    config, own = tiny.config(**QUICK), job(method, 2)
+    train_stage(config, board, own)
+    folders = lineage_folders(config, board, load_dataset(config, board), own)
+    needed = folders_read(config, own, folders)
+    bare = Workspace(tmp_path / "bare")
+    for place in (board.stages, board.catalogue, *needed):
+        shutil.copytree(place, bare.root / place.relative_to(board.root))
+    others = {place.name: tensors_digest(place) for place in folders if place not in needed}
+    if others:
+        with pytest.raises(UserError, match="run the same command again"):
+            model_after(config, bare, own)
+    write_json(bare.checkpoints / LEFT_OUT, others)
+    assert torch.equal(probe(model_after(config, bare, own)), probe(model_after(config, board, own)))
+    assert len(needed) == (1 if method == "frozen" else 3 if method.startswith(ADDING) else 2)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "frozen"])

@@ -16,6 +16,7 @@ from flows import cli, crashed, experiment
 from flows.plain import run_plainly
 from flows.promotion import champion, registry
 from flows.promotion.history import read_history
+from flows.upkeep import gc
 from stages import contest
 from stages.dataset import load_dataset
 from stages.errors import UserError
@@ -205,6 +206,62 @@ def test_decisions_that_mlflow_missed_are_recorded_once_when_it_is_back(
     assert sorted(run.data.tags["decision"] for run in runs) == ["first", "kept", "promoted"]
     (version,) = client.search_model_versions("name = 'driftrec-missed'")
     assert (version.tags["stage"], version.tags["form"]) == ("2", "pyfunc")
+
+
+def test_a_decision_whose_recording_was_killed_halfway_is_completed_and_not_repeated(
+    shop: tuple[Path, Workspace, list[str]],
+) -> None:
+    from mlflow import MlflowClient
+
+    _, workspace, _ = shop
+    client, halfway = MlflowClient(workspace.mlflow_uri), "halfway"
+
+    class Killed(BaseException):
+        """As SIGKILL ends everything, cleaning nothing up."""
+
+    def end(*_: object, **__: object) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(MlflowClient, "log_batch", end)
+        with pytest.raises(Killed):
+            registry.record_decisions(workspace, halfway)
+    place = client.get_experiment_by_name(halfway)
+    assert place is not None
+    (begun,) = client.search_runs([place.experiment_id])
+    assert begun.info.status == "RUNNING"
+    registry.record_decisions(workspace, halfway)
+    runs = client.search_runs([place.experiment_id], order_by=["tags.decided_at ASC"])
+    assert [run.data.tags["decision"] for run in runs] == ["first", "promoted", "kept"]
+    assert runs[0].info.run_id == begun.info.run_id
+    assert all(run.info.status == "FINISHED" and run.data.metrics["probe/invalid_rate"] == 0 for run in runs)
+
+
+def test_gc_takes_models_out_of_the_registry_but_never_the_one_in_service(
+    copy: tuple[Path, Workspace], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    _, workspace = copy
+    (workspace.root / "mlflow.db").unlink()  # its files lie in the shop that this is a copy of
+    registry.record_decisions(workspace, "growing")
+    assert registry.old_versions(workspace, "growing", keep=1) == []
+    champion.roll_back(workspace)
+    registry.record_decisions(workspace, "growing")
+    (old,) = registry.old_versions(workspace, "growing", keep=1)
+    assert registry.old_versions(workspace, "growing", keep=2) == []
+    assert old.number == "1"
+    assert (old.files / "MLmodel").exists()
+    gc(workspace.root, dry_run=True, keep=1, forget_report=False)
+    assert "version 1 in MLflow, no longer in service" in capsys.readouterr().out
+    assert registry.old_versions(workspace, "growing", keep=1) == [old]
+    assert (old.files / "MLmodel").exists()
+    gc(workspace.root, dry_run=False, keep=1, forget_report=False)
+    client, name = MlflowClient(workspace.mlflow_uri), registry.model_name("growing")
+    served = client.get_model_version_by_alias(name, registry.ALIAS)
+    assert [str(version.version) for version in client.search_model_versions(f"name = '{name}'")] == ["2"]
+    assert str(served.version) == "2"
+    assert not old.files.exists()
 
 
 @pytest.fixture

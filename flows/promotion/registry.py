@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from flows import tracking
 from flows.exporting import export_model
@@ -39,14 +42,54 @@ def record_decisions(workspace: Workspace, experiment: str) -> None:
     own = tracking.store(workspace) == workspace.mlflow_uri
     place = tracking.experiment_of(client, experiment, workspace.mlflow_artifacts if own else None)
     lines = read_history(workspace)[0]
-    missing = list(takewhile(lambda line: _found(client, place, line) is None, reversed(lines)))
+    missing = list(takewhile(lambda line: not _is_whole(_found(client, place, line)), reversed(lines)))
     for line in reversed(missing):
-        _run(client, place, line)
+        _record(client, place, line)
     present = in_service(workspace)
     rise = next((line for line in reversed(lines) if present is not None and _puts(line, present)), None)
     run = None if rise is None else _found(client, place, rise)
     if present is not None and run is not None:
-        _point(client, model_name(experiment), workspace, present, run)
+        _point(client, model_name(experiment), workspace, present, run.info.run_id)
+
+
+@dataclass(frozen=True)
+class OldVersion:
+    """A registered version that is not in service.
+
+    Attributes:
+        number: MLflow's.
+        files: where its model lies; a folder that may be gone.
+    """
+
+    number: str
+    files: Path
+
+
+def old_versions(workspace: Workspace, experiment: str, keep: int) -> list[OldVersion]:
+    """Registered versions besides the one in service and the `keep` newest, oldest first; reads only.
+
+    Only of a store whose files lie in the workspace: a server that the user named keeps house itself.
+    """
+    if tracking.store(workspace) != workspace.mlflow_uri or not (workspace.root / "mlflow.db").exists():
+        return []
+    client, name = tracking.MlflowClient(workspace.mlflow_uri), model_name(experiment)
+    found = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version))
+    if not found:
+        return []
+    served = client.get_registered_model(name).aliases.get(ALIAS)
+    others = [version for version in found[: max(0, len(found) - keep)] if str(version.version) != str(served)]
+    old = [OldVersion(str(version.version), _files(client, str(version.run_id))) for version in others]
+    # In a workspace that was copied the earlier versions' files are the first one's.
+    return [version for version in old if version.files.is_relative_to(workspace.mlflow_artifacts.resolve())]
+
+
+def forget_version(workspace: Workspace, experiment: str, version: OldVersion) -> None:
+    """Take a version out of the registry, before its files go: the registry never names files that are not there."""
+    tracking.MlflowClient(workspace.mlflow_uri).delete_model_version(model_name(experiment), version.number)
+
+
+def _files(client: tracking.MlflowClient, run: str) -> Path:
+    return Path(url2pathname(urlsplit(str(client.get_run(run).info.artifact_uri)).path)) / MODEL
 
 
 def _puts(line: Entry, champion: Champion) -> bool:
@@ -58,10 +101,15 @@ def _key(line: Entry) -> str:
     return digest_of(line)[:32]
 
 
-def _found(client: tracking.MlflowClient, place: str, line: Entry) -> str | None:
+def _found(client: tracking.MlflowClient, place: str, line: Entry) -> tracking.Run | None:
     """MLflow's run of a decision, if it has one."""
     runs = client.search_runs([place], f'tags."driftrec.key" = "{_key(line)}"', max_results=1)
-    return str(runs[0].info.run_id) if runs else None
+    return runs[0] if runs else None
+
+
+def _is_whole(run: tracking.Run | None) -> bool:
+    """Whether a decision was recorded to its end: a run that a kill left open lacks numbers."""
+    return run is not None and run.info.status == "FINISHED"
 
 
 def model_name(experiment: str) -> str:
@@ -69,7 +117,7 @@ def model_name(experiment: str) -> str:
     return f"driftrec-{experiment}"
 
 
-def _run(client: tracking.MlflowClient, place: str, line: Entry) -> None:
+def _record(client: tracking.MlflowClient, place: str, line: Entry) -> None:
     tags = {
         "role": "decision",
         "decision": line["decision"],
@@ -81,8 +129,9 @@ def _run(client: tracking.MlflowClient, place: str, line: Entry) -> None:
         if line.get(side):
             tags |= {side: line[side]["key"], f"{side}.method": line[side]["job"]["method"]}
     name = f"{line['decision']} at stage {line['stage']}"
-    run = client.create_run(place, run_name=name, tags=tags)
-    client.log_batch(run.info.run_id, metrics=[_metric(line["stage"], *pair) for pair in _numbers(line).items()])
+    run = _found(client, place, line) or client.create_run(place, run_name=name, tags=tags)
+    lacking = {key: value for key, value in _numbers(line).items() if key not in run.data.metrics}
+    client.log_batch(run.info.run_id, metrics=[_metric(line["stage"], *pair) for pair in lacking.items()])
     client.set_terminated(run.info.run_id)
 
 

@@ -8,26 +8,35 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flows.promotion.history import read_history
 from stages.checkpoint import MANIFEST
 from stages.errors import UserError
-from stages.workspace import Workspace, left_overs, read_json
+from stages.workspace import Workspace, forget, left_overs, read_json
 
 KEEP = 2
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Something to take away: where, how many bytes, and why nothing needs it."""
+    """Something to take away.
+
+    Attributes:
+        path: where it is.
+        size: bytes.
+        why: nothing needs it.
+        first: called before the files go: whoever names them must not name what is not there.
+    """
 
     path: Path
     size: int
     why: str
+    first: Callable[[], None] = lambda: None
 
 
 def removable(workspace: Workspace, keep: int = KEEP, reports: bool = False) -> list[Removal]:
@@ -63,6 +72,24 @@ def removable(workspace: Workspace, keep: int = KEEP, reports: bool = False) -> 
     return sorted(found, key=lambda removal: removal.path)
 
 
+def superseded(workspace: Workspace, experiment: str, keep: int) -> list[Removal]:
+    """Models registered in the workspace's MLflow besides the one in service and the `keep` newest; reads only.
+
+    Going back to one of them registers it anew: its checkpoints stay.
+    """
+    from flows.promotion import registry
+
+    return [
+        Removal(
+            version.files,
+            _size(version.files),
+            f"version {version.number} in MLflow, no longer in service",
+            partial(registry.forget_version, workspace, experiment, version),
+        )
+        for version in registry.old_versions(workspace, experiment, keep)
+    ]
+
+
 def remove(removals: Iterable[Removal]) -> int:
     """Take them away; a checkpoint's manifest goes first, so that a kill in between leaves no half one.
 
@@ -71,9 +98,11 @@ def remove(removals: Iterable[Removal]) -> int:
     """
     freed = 0
     for removal in removals:
+        removal.first()
         if removal.path.is_dir() and not removal.path.is_symlink():
             (removal.path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(removal.path)
+            forget(removal.path)
         else:
             removal.path.unlink(missing_ok=True)
         freed += removal.size

@@ -18,6 +18,9 @@ Losses: TypeAlias = Mapping[str, Tensor]
 Step: TypeAlias = Callable[[Iterable[Losses]], dict[str, float]]
 """One optimiser step: draws the micro-batches' losses one by one, moves the weights, returns numbers to log."""
 
+Reads: TypeAlias = Literal["ends", "all"]
+"""Stage 0's and the newest checkpoint, which hold all there is, or every one, as each adds to those before it."""
+
 
 class SharedLosses(dict[str, Tensor]):
     """`Losses` that also say what each objective weighs in this micro-batch: its share of the whole batch's targets.
@@ -105,6 +108,11 @@ class Method(Protocol):
     @property
     def every_weight(self) -> bool:
         """It moves the whole backbone, so `training.full_learning_rate` applies."""
+        ...
+
+    @property
+    def reads(self) -> Reads:
+        """Which checkpoints of a lineage `restore` opens."""
         ...
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:

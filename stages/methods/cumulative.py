@@ -18,7 +18,7 @@ from models.generative import GenerativeModel
 from stages.checkpoint import read_tensors
 from stages.config import AdapterConfig
 from stages.method_config import CumulativeConfig
-from stages.methods.contract import Schedule, Step
+from stages.methods.contract import Reads, Schedule, Step
 from stages.methods.parts import adamw_step, let_train, load_adapter, load_base, trained_adapters
 
 
@@ -31,6 +31,7 @@ class Cumulative:
     evolve_rows: bool
     data: Literal["none", "stage", "all"] = "stage"
     every_weight: bool = False
+    reads: Reads = "all"
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
         """The newest adapter, plain, over the sum of those before it."""

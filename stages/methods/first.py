@@ -14,7 +14,7 @@ from typing import Literal
 from models import adapter as lora
 from models.generative import GenerativeModel
 from stages.config import AdapterConfig
-from stages.methods.contract import Schedule, Step
+from stages.methods.contract import Reads, Schedule, Step
 from stages.methods.parts import adamw_step, let_train, load_adapter, load_base
 
 
@@ -25,6 +25,7 @@ class FirstStage:
     adapter: AdapterConfig
     data: Literal["none", "stage", "all"] = "stage"
     every_weight: bool = False
+    reads: Reads = "ends"
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
         """The model as stage 0 left it."""

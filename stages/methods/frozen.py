@@ -9,7 +9,7 @@ from typing import Literal
 
 from models.generative import GenerativeModel
 from stages.config import AdapterConfig
-from stages.methods.contract import Schedule, Step
+from stages.methods.contract import Reads, Schedule, Step
 from stages.methods.first import FirstStage
 
 
@@ -20,6 +20,7 @@ class Frozen:
     adapter: AdapterConfig
     data: Literal["none", "stage", "all"] = "none"
     every_weight: bool = False
+    reads: Reads = "ends"
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
         """Stage 0's model."""

@@ -11,7 +11,7 @@ from models import adapter as lora
 from models.generative import GenerativeModel
 from stages.checkpoint import read_tensors
 from stages.config import AdapterConfig
-from stages.methods.contract import Schedule, Step
+from stages.methods.contract import Reads, Schedule, Step
 from stages.methods.first import FirstStage
 from stages.methods.parts import adamw_step, let_backbone_train, load_backbone, load_base
 
@@ -24,6 +24,7 @@ class FullFinetune:
     evolve_rows: bool
     data: Literal["none", "stage", "all"] = "stage"
     every_weight: bool = True
+    reads: Reads = "ends"
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
         """Stage 0's model with its adapter folded in, or the newest whole backbone."""

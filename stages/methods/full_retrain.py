@@ -10,7 +10,7 @@ from typing import Literal
 from models import adapter as lora
 from models.generative import GenerativeModel
 from stages.config import AdapterConfig
-from stages.methods.contract import Schedule, Step
+from stages.methods.contract import Reads, Schedule, Step
 from stages.methods.parts import adamw_step, let_train, load_base
 from stages.methods.single import Single
 
@@ -23,6 +23,7 @@ class FullRetrain:
     evolve_rows: bool
     data: Literal["none", "stage", "all"] = "all"
     every_weight: bool = False
+    reads: Reads = "ends"
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
         """As `single`: stage 0's backbone under the newest adapter and rows."""

@@ -20,7 +20,7 @@ from stages.checkpoint import KEPT, read_tensors
 from stages.config import AdapterConfig
 from stages.deltas import put
 from stages.method_config import GemsConfig
-from stages.methods.contract import Schedule, Step
+from stages.methods.contract import Reads, Schedule, Step
 from stages.methods.full_finetune import FullFinetune
 from stages.methods.gems_stack import default_rank, split_parameters
 from stages.methods.gems_step import GemsStep
@@ -37,6 +37,7 @@ class Gems:
     evolve_rows: bool
     data: Literal["none", "stage", "all"] = "stage"
     every_weight: bool = True
+    reads: Reads = "all"
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
         """Stage 0's model with its adapter folded in, then every stage's weights: whole, or what it added."""

@@ -21,7 +21,7 @@ from regularizers.balance import localized_balance
 from stages.checkpoint import read_tensors
 from stages.config import AdapterConfig
 from stages.method_config import LoraMoeConfig
-from stages.methods.contract import Losses, Schedule, SharedLosses, Step
+from stages.methods.contract import Losses, Reads, Schedule, SharedLosses, Step
 from stages.methods.full_finetune import FullFinetune
 from stages.methods.parts import adamw_step, let_rows_train, load_rows
 
@@ -38,6 +38,7 @@ class LoraMoe:
     evolve_rows: bool
     data: Literal["none", "stage", "all"] = "stage"
     every_weight: bool = False
+    reads: Reads = "ends"
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
         """Stage 0's model with its adapter folded in, under the newest mixture."""

@@ -17,7 +17,7 @@ from models import orthogonal
 from models.generative import GenerativeModel
 from stages.config import AdapterConfig
 from stages.method_config import OsfConfig
-from stages.methods.contract import Losses, Schedule, Step
+from stages.methods.contract import Losses, Reads, Schedule, Step
 from stages.methods.full_finetune import FullFinetune
 from stages.methods.parts import adamw_step, let_rows_train
 
@@ -34,6 +34,7 @@ class Osf:
     evolve_rows: bool
     data: Literal["none", "stage", "all"] = "stage"
     every_weight: bool = True
+    reads: Reads = "ends"
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
         """Stage 0's model with its adapter folded in, or the newest whole weights."""

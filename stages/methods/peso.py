@@ -15,7 +15,7 @@ from models.generative import GenerativeModel
 from regularizers.proximal import proximal_term
 from stages.config import AdapterConfig
 from stages.method_config import PesoConfig
-from stages.methods.contract import Schedule, Step
+from stages.methods.contract import Reads, Schedule, Step
 from stages.methods.parts import Penalty, adamw_step, let_train
 from stages.methods.single import Single
 
@@ -29,6 +29,7 @@ class Peso:
     evolve_rows: bool
     data: Literal["none", "stage", "all"] = "stage"
     every_weight: bool = False
+    reads: Reads = "ends"
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
         """As `single`."""

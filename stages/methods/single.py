@@ -9,7 +9,7 @@ from typing import Literal
 
 from models.generative import GenerativeModel
 from stages.config import AdapterConfig
-from stages.methods.contract import Schedule, Step
+from stages.methods.contract import Reads, Schedule, Step
 from stages.methods.parts import adamw_step, let_train, load_adapter, load_base
 
 
@@ -21,6 +21,7 @@ class Single:
     evolve_rows: bool
     data: Literal["none", "stage", "all"] = "stage"
     every_weight: bool = False
+    reads: Reads = "ends"
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
         """Stage 0's backbone under the newest adapter and rows."""

@@ -20,7 +20,7 @@ from models.generative import GenerativeModel
 from regularizers.surgery import inner, without_conflict
 from stages.config import AdapterConfig
 from stages.method_config import SurgeryConfig
-from stages.methods.contract import Losses, Schedule, Step
+from stages.methods.contract import Losses, Reads, Schedule, Step
 from stages.methods.parts import let_train, objective_backward, rate_at
 from stages.methods.single import Single
 
@@ -34,6 +34,7 @@ class Surgery:
     evolve_rows: bool
     data: Literal["none", "stage", "all"] = "stage"
     every_weight: bool = False
+    reads: Reads = "ends"
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
         """As `single`."""
