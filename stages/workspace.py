@@ -205,7 +205,9 @@ def read_json(path: Path) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON file: {error}") from None
+        raise UserError(
+            f"{path}: not a readable JSON file: {error}; remove it and run the command again that made it"
+        ) from None
     if not (isinstance(value, dict) and SEAL in value):
         return value
     content = {key: part for key, part in value.items() if key != SEAL}
