@@ -179,6 +179,7 @@ class NaiveGems:
         self.usual: Tensor | None = None
         self.before: tuple[dict[str, dict[str, Tensor]], Tensor, float] | None = None
         self.alpha = torch.zeros(2)
+        self.parts: dict[str, dict[str, Tensor]] = {}
         self.slope: list[float] | None = None
 
     def step(
@@ -210,7 +211,7 @@ class NaiveGems:
         }
         z = self._features(losses, reduced) if len(gradients) == 2 else None
         self.alpha = self._weights_of(z, gradients)
-        parts: dict[str, dict[str, Tensor]] = {}
+        parts = self.parts = {}
         for kind in sources:
             self.counts[kind] += 1
             parts[kind] = {name: self._adam(name, kind, reduced[name, kind]) for name in self.weights}

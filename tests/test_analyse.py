@@ -12,7 +12,7 @@ from flows import steps
 from flows.reporting import stored
 from flows.reporting.insights import FIGURES, Insights
 from flows.reporting.report import write_page
-from stages.workspace import Workspace, read_json
+from stages.workspace import Workspace, read_json, write_json
 from tests import conftest
 from tests.test_cli import driftrec
 
@@ -63,6 +63,10 @@ def test_a_finished_comparison_is_analysed_drawn_and_recorded(
             assert rho is not None
             assert floor is not None
             assert 0 < rho < 2
+    own = insights.rho("gems", "update_before_fusion")
+    assert own is not None
+    assert own != insights.rho("gems", "update")
+    assert {row["method"] for row in insights.rows("conflict") if row["kind"] == "update_before_fusion"} == {"gems"}
     assert insights.rho("stage 0", "update") is None
     assert insights.flow("single", "search", earlier=True) is not None
     assert insights.flow("single", "search", earlier=False) is not None
@@ -76,8 +80,25 @@ def test_a_finished_comparison_is_analysed_drawn_and_recorded(
     for heading in ("Why they differ", "pull apart?", "Right before, wrong after: search", "What was kept", "α and τ"):
         assert heading in page
     assert "url(" not in page.split("</style>")[0]
+    for words in ("ρ, updates before fusion", "ρ, updates after fusion"):
+        assert words in page
+    assert "updates before fusion" in (folder / "figures" / "conflict-light.svg").read_text(encoding="utf-8")
     assert "conflict/gradient" in out
+    assert "conflict/update_before_fusion" in out
+    assert ("conflict/update_before_fusion", own, 1) in insights.points("gems")
     check_mlflow(compared, insights)
+
+
+def test_an_analysis_of_an_earlier_version_is_still_drawn(compared: Path, tmp_path: Path) -> None:
+    folder = stored.latest_report(Workspace(compared))
+    copied = tmp_path / folder.name
+    shutil.copytree(folder, copied)
+    found = read_json(folder / "analysis.json")
+    found["conflict"] = [row for row in found["conflict"] if row["kind"] != "update_before_fusion"]
+    write_json(copied / "analysis.json", found, seal=True)
+    page = write_page(read_json(copied / "report.json"), copied).read_text(encoding="utf-8")
+    assert "ρ, updates before fusion" not in page
+    assert "ρ, updates after fusion" in page
 
 
 def check_mlflow(root: Path, insights: Insights) -> None:

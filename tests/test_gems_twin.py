@@ -12,6 +12,7 @@ from models.input_moments import linear_maps
 from regularizers.subspace import ranks_of, side_of
 from stages.method_config import GemsConfig
 from stages.methods.contract import SharedLosses
+from stages.methods.gems_paths import own_updates
 from stages.methods.gems_step import GemsStep
 from tests.reference import NaiveGems
 from tests.test_gems import SHAPES, Toy, guarded, schedule, step_of
@@ -93,6 +94,19 @@ def test_three_subspaces_move_the_weights_as_the_naive_twin_does(side: str, refr
     for _ in range(13):
         pair.take()
         pair.same()
+
+
+def test_what_a_path_proposes_before_fusion_is_the_naive_twins_own_part() -> None:
+    pair = Pair(settings())
+    for _ in range(6):
+        pair.take()
+        found = own_updates(pair.step)
+        for objective in BOTH:
+            for name, part in found[objective].items():
+                torch.testing.assert_close(part, -pair.twin.parts[objective][name].float(), atol=1e-3, rtol=0)
+    alone = step_of(pair.toy)
+    alone([{"recommendation": pair.toy.loss("recommendation")}])
+    assert own_updates(alone) == own_updates(lambda _: {}) == {}  # no subspace of an objective's own
 
 
 @pytest.mark.parametrize("null_space", ["off", "orthogonal"])

@@ -43,7 +43,7 @@ def conflict_chart(insights: Insights, theme: Theme) -> Figure | None:
         return None
     kinds = [
         (kind, floor)
-        for kind in KINDS
+        for kind in insights.kinds()
         for floor in (False, True)
         if any(insights.grid(m, kind, floor) for m in methods)
     ]

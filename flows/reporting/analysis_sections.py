@@ -36,12 +36,13 @@ def _conflict(insights: Insights, figures: dict[str, Path]) -> Markup:
     if not methods:
         return Markup("")
     head: list[Content] = ["at the weights of"]
-    for kind in KINDS.values():
-        head += [f"ρ, {kind}", "noise floor", "below zero"]
+    kinds = insights.kinds()
+    for kind in kinds:
+        head += [f"ρ, {KINDS[kind]}", "noise floor", "below zero"]
     rows = []
     for method in methods:
         cells: list[tuple[Content, str]] = []
-        for kind in KINDS:
+        for kind in kinds:
             cells += [(two(insights.rho(method, kind)), ""), (two(insights.rho(method, kind, floor=True)), "")]
             cells.append((percent(insights.below_zero(method, kind)), ""))
         rows.append(TableRow(method, cells))
@@ -50,7 +51,9 @@ def _conflict(insights: Insights, figures: dict[str, Path]) -> Markup:
         element(
             "p",
             "ρ is 0 where both objectives pull alike, 1 where they are unrelated, 2 where they are opposed. "
-            "Two batches of one objective give the noise floor: only ρ above it is conflict.",
+            "Two batches of one objective give the noise floor: only ρ above it is conflict. Before fusion: what each "
+            "objective's own subspace proposes, in GEMS with three subspaces alone; after fusion: what an objective "
+            "adds to the step that is taken.",
             "faint",
         ),
         table(head, rows),

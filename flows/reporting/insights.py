@@ -9,7 +9,9 @@ from typing import Any
 Row = dict[str, Any]
 BETWEEN = "between"
 FIGURES = ("conflict", "transitions", "preservation", "sensitivity", "memory")
-KINDS = {"gradient": "raw gradients", "update": "applied updates"}
+KINDS = {"gradient": "raw gradients"}
+KINDS |= {"update_before_fusion": "updates before fusion", "update": "updates after fusion"}
+"""What conflict is measured on."""
 AXES = {"scale": "α, scale of the update", "gate_temperature": "τ, temperature of the gate"}
 AXES |= {"k_value": "strength of the protection", "rank": "rank of the shared subspace"}
 
@@ -27,6 +29,11 @@ class Insights:
     def rows(self, part: str) -> list[Row]:
         """Rows of `conflict`, `transitions`, `titles`, `sensitivity`, `memory`, `perplexity` or `drift`."""
         return self.found[part] if part in self.found else self.found["preservation"][part]
+
+    def kinds(self) -> list[str]:
+        """Kinds of conflict that any method has rows of, in the order of `KINDS`."""
+        present = {row["kind"] for row in self.rows("conflict")}
+        return [kind for kind in KINDS if kind in present]
 
     def grid(self, method: str, kind: str, floor: bool) -> dict[tuple[int, str], float]:
         """ρ by layer and weight type: between the objectives, or the mean of both objectives' noise floors."""

@@ -124,7 +124,8 @@ def conflict_rows(scope: Scope, notes: list[str]) -> list[Row]:
             scope.say(f"updates of {method}")
             job = scope.plain(method, scope.last)
             steps = conflict.applied_updates(scope.config, scope.workspace, scope.dataset, job, pairs)
-            rows += _labelled(method, "update", conflict.coefficients(steps))
+            for kind, found in conflict.coefficients_by_kind(steps).items():
+                rows += _labelled(method, kind, found)
     return rows
 
 
