@@ -287,6 +287,23 @@ def test_a_curve_holds_what_differs_in_one_setting_alone() -> None:
     assert [row["value"] for row in sensitivity([first, older])] == [0.4, 0.7, 0.1, 0.2]  # two models, two curves
 
 
+def test_the_refresh_is_an_axis_of_its_own_at_an_equal_warm_up() -> None:
+    names = ("gems", "gems_refresh_50", "gems_refresh_1000", "gems_refresh_svd", "gems_refresh_rsvd")
+    own = report({name: 0.1 * place for place, name in enumerate((*names, "alone"))}, alone=GemsConfig(refresh_every=7))
+    found = [(row["axis"], row["x"], row["method"]) for row in sensitivity([own])]
+    assert found == [  # the one whose gate warms up for 7 steps differs in two settings
+        ("refresh", "power", "gems"),
+        ("refresh", "rsvd", "gems_refresh_rsvd"),
+        ("refresh", "svd", "gems_refresh_svd"),
+        ("refresh_every", 50, "gems_refresh_50"),
+        ("refresh_every", 200, "gems"),
+        ("refresh_every", 1000, "gems_refresh_1000"),
+    ]
+    fixed = {f"every_{t}": GemsConfig(refresh_every=t, gate="constant") for t in (7, 70)}
+    found = sensitivity([report(dict.fromkeys(fixed, 0.5), **fixed)])
+    assert [(row["axis"], row["x"]) for row in found] == [("refresh_every", 7), ("refresh_every", 70)]
+
+
 def test_layers_and_weight_types_are_read_off_a_maps_name() -> None:
     assert place_of("layers.3.self_attn.q_proj") == (3, "q_proj")
     assert place_of("h.11.attn.c_attn") == (11, "c_attn")
