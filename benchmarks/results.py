@@ -219,15 +219,22 @@ def slices(found: Findings) -> list[str]:
 
 
 def continual(found: Findings) -> list[str]:
-    """What is kept and what is learnt over the stages."""
-    known = {method: found.continual(method) for method in found.methods}
+    """What is kept and what is learnt over the stages, a table an objective."""
+    blocks = [_continual(found, objective) for objective in found.objectives]
+    return [line for place, block in enumerate(blocks) for line in ([""] if place and block else []) + block]
+
+
+def _continual(found: Findings, objective: str) -> list[str]:
+    known = {method: values for method in found.methods if (values := found.continual(method, objective))}
+    if not known and objective != found.objectives[0]:
+        return []
     names = list(dict.fromkeys(name for values in known.values() for name in values))
-    rows = ["**Over the stages** (Hit@10; R[i][j] on the seeded sample of users named above)", ""]
+    about = f"{objective}, " if len(found.objectives) > 1 else ""
+    rows = [f"**Over the stages** ({about}Hit@10; R[i][j] on the seeded sample of users named above)", ""]
     rows += ["| method | " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---|" + "---|" * len(names)]
     for method, values in known.items():
-        if values:
-            shown = ["–" if (value := values.get(name)) is None else f"{value:.4f}" for name in names]
-            rows.append(f"| {method} | " + " | ".join(shown) + " |")
+        shown = ["–" if (value := values.get(name)) is None else f"{value:.4f}" for name in names]
+        rows.append(f"| {method} | " + " | ".join(shown) + " |")
     return rows
 
 

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.entities.run_inputs import RunInputs
 
-from flows.reporting.charts import LIGHT, matrix_chart
+from flows.reporting.charts import LIGHT, matrix_chart, matrix_name
 from flows.reporting.findings import HEADLINE, Findings
 from flows.reporting.insights import FIGURES, Insights
 from stages.jobs import Checkpoint, Evaluation
@@ -195,9 +195,9 @@ def _megabytes(size: float | None) -> float | None:
 
 
 def _lasting(findings: Findings, subject: Subject, last: int) -> list[Point]:
-    """The continual metrics: one number for the whole lineage, at its last stage."""
+    """The continual metrics: one number for the whole lineage, at its last stage; further objectives by name."""
     return [
-        Point(f"forget/{row['metric']}", row["value"], last)
+        Point(f"forget/{'' if findings.is_about(row) else row['objective'] + '/'}{row['metric']}", row["value"], last)
         for row in findings.report["continual"]
         if (row["method"], row["seed"]) == (subject.method, subject.seed) and row["value"] is not None
     ]
@@ -349,14 +349,16 @@ class Book:
         ]
         if not rows:
             return
-        columns = ["protocol", "metric", "trained", "tested", "value", "users"]
+        columns = ["protocol", "objective", "metric", "trained", "tested", "value", "users"]
         # MLflow shows a JSON file of this form as a table.
-        table = {"columns": columns, "data": [[row[column] for column in columns] for row in rows]}
+        table = {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
         self.client.log_text(run, json.dumps(table), "eval_matrix.json")
-        figure = matrix_chart(self.findings, LIGHT, only=subject.method)
-        if figure is not None:
-            figure.set_facecolor("white")
-            self.client.log_figure(run, figure, "eval_matrix.png", save_kwargs={"facecolor": "white"})
+        for objective in self.findings.objectives:
+            figure = matrix_chart(self.findings, LIGHT, only=subject.method, objective=objective)
+            if figure is not None:
+                figure.set_facecolor("white")
+                name = f"eval_{matrix_name(self.findings, objective)}.png"
+                self.client.log_figure(run, figure, name, save_kwargs={"facecolor": "white"})
 
     def _analysis(self, run: str, subject: Subject) -> None:
         """What `driftrec analyse` found out about this method and seed, with all its figures."""

@@ -60,7 +60,7 @@ def summarise(
     metrics = [name for name in METRICS if config.evaluation.baskets or not name.startswith("recall")]
     report: dict[str, Any] = {"schema": 1, "name": config.name}
     report |= {part: [] for part in ("rows", "differences", "matrix", "continual", "oracle")}
-    grids: dict[tuple[Protocol, bool], Grids] = {}
+    grids: dict[str, dict[tuple[Protocol, bool], Grids]] = {}
     for protocol in config.evaluation.protocols:
         measured = [evaluation for evaluation in evaluations if evaluation.job.protocol == protocol]
         if progress is not None and measured:
@@ -71,11 +71,13 @@ def summarise(
             _add_estimates(report, headline, users, metrics, config.evaluation.bootstrap, labels)
             report["oracle"] += _oracle_rows(headline, labels)
             report["matrix"] += _matrix_rows(cells, metrics, labels)
-            for sampled in (True, False):  # continual numbers are about the first objective, recommendation
-                grids.setdefault((protocol, sampled), _grids(cells, metrics.index(LEADING), sampled))
+            own = grids.setdefault(objective, {})
+            own |= {(protocol, sampled): _grids(cells, metrics.index(LEADING), sampled) for sampled in (True, False)}
     report["differences"] = _holm_adjusted(report["differences"])
-    same, sampled_same = grids.get(("same_stage", False), {}), grids.get(("same_stage", True), {})
-    report["continual"] = _continual_rows(same, sampled_same, grids.get(("next_stage", False), {}))
+    for objective, own in grids.items():
+        same, sampled_same = own.get(("same_stage", False), {}), own.get(("same_stage", True), {})
+        rows = _continual_rows(same, sampled_same, own.get(("next_stage", False), {}))
+        report["continual"] += [{**row, "objective": objective} for row in rows]
     report["sampled"] = _sampled(config, workspace, evaluations)
     report["costs"] = _cost_rows(evaluations, checkpoints)
     report |= _context(config, workspace)
@@ -218,7 +220,7 @@ def _column_of(cell: Cell) -> tuple[str, int, int]:
 
 
 def _continual_rows(same: Grids, sampled: Grids, ahead: Grids) -> list[Row]:
-    """The numbers of `stages.continual_metrics`, method by method and seed by seed.
+    """The numbers of `stages.continual_metrics` about one objective, method by method and seed by seed.
 
     Args:
         same: headline cells of the same-stage protocol.

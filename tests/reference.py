@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 
@@ -125,3 +127,185 @@ def generated(
         output_scores=True,
     )
     return out.sequences[:, size:].reshape(len(prompts), width, levels), out.sequences_scores.reshape(-1, width)
+
+
+class NaiveGems:
+    """GEMS as section 2 of its specification counts the steps: whole matrices, one map after another, float64.
+
+    Nothing here is oriented, stacked or reduced: bases are U (m, r) or V (n, r) by `sides`, every D_s is formed whole,
+    the projector is the matrix I − K Kᵀ, and the gate's gradient is autograd's. An objective absent from a batch has no
+    gradient in `step`. A basis vector's sign is arbitrary: it is taken from `seen`, all else is found anew.
+
+    Args:
+        weights: W (m, n) by map; moved in place.
+        protected: K (n, k) by map, which may be empty.
+        ranks: by map, of the shared and of the two specific subspaces.
+        sides: "left" or "right" by map.
+        phi: weights of the gate's MLP, or None for α = ½.
+        every, warmup: T, and the steps before the gate learns.
+        refresh, on_refresh: as the settings of those names.
+        gate_rate: of Adam on φ.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        protected: Mapping[str, Tensor],
+        ranks: Mapping[str, tuple[int, int]],
+        sides: Mapping[str, str],
+        phi: Tensor | None,
+        every: int,
+        warmup: int,
+        refresh: str,
+        on_refresh: str,
+        gate_rate: float,
+    ) -> None:
+        self.weights, self.sides, self.ranks = weights, sides, ranks
+        self.free = {
+            name: torch.eye(weight.shape[1]).double() - protected[name].double() @ protected[name].double().T
+            if name in protected
+            else torch.eye(weight.shape[1]).double()
+            for name, weight in weights.items()
+        }
+        self.every, self.warmup, self.refresh, self.on_refresh = every, warmup, refresh, on_refresh
+        self.bases: dict[tuple[str, str], Tensor] = {}
+        self.first: dict[tuple[str, str], Tensor] = {}
+        self.second: dict[tuple[str, str], Tensor] = {}
+        self.counts = dict.fromkeys(("shared", "search", "recommendation"), 0)
+        self.time = 0
+        self.phi = None if phi is None else phi.double().clone().requires_grad_(True)
+        self.gate_adam = None if self.phi is None else torch.optim.Adam([self.phi], lr=gate_rate, eps=1e-8)
+        self.square, self.taught = 0.0, 0
+        self.usual: Tensor | None = None
+        self.before: tuple[dict[str, dict[str, Tensor]], Tensor, float] | None = None
+        self.alpha = torch.zeros(2)
+        self.parts: dict[str, dict[str, Tensor]] = {}
+        self.slope: list[float] | None = None
+
+    def step(
+        self,
+        gradients: Mapping[str, Mapping[str, Tensor]],
+        losses: Mapping[str, float],
+        rate: float,
+        seen: Mapping[tuple[str, str], Tensor],
+    ) -> None:
+        """One step.
+
+        Args:
+            gradients: ∂L_j/∂W of each objective's token mean, by objective and map.
+            losses: the token means.
+            rate: η.
+            seen: bases after this step's refresh, by map and subspace, whose columns' signs are copied.
+        """
+        joint = {name: sum(own[name] for own in gradients.values()) for name in self.weights}
+        sources: dict[str, Mapping[str, Any]] = {"shared": joint, **gradients}
+        self._teach(joint, gradients)
+        if self.time % self.every == 0:
+            for kind, own in sources.items():
+                for name in self.weights:
+                    self._turn(name, kind, own[name], seen[name, kind])
+        reduced = {
+            (name, kind): self._into(self.bases[name, kind], own[name], name)
+            for kind, own in sources.items()
+            for name in self.weights
+        }
+        z = self._features(losses, reduced) if len(gradients) == 2 else None
+        self.alpha = self._weights_of(z, gradients)
+        parts = self.parts = {}
+        for kind in sources:
+            self.counts[kind] += 1
+            parts[kind] = {name: self._adam(name, kind, reduced[name, kind]) for name in self.weights}
+        scale = {"shared": 1.0, "search": float(self.alpha[0]), "recommendation": float(self.alpha[1])}
+        for name, weight in self.weights.items():
+            fused = sum(scale[kind] * parts[kind][name] for kind in parts)
+            weight -= rate * fused @ self.free[name]
+        own_parts = {kind: {n: d @ self.free[n] for n, d in parts[kind].items()} for kind in gradients}
+        self.before = None if z is None else (own_parts, z, rate)
+        self.time += 1
+
+    def _turn(self, name: str, kind: str, gradient: Tensor, seen: Tensor) -> None:
+        own, rank = gradient @ self.free[name], self.ranks[name][kind != "shared"]
+        left, old = self.sides[name] == "left", self.bases.get((name, kind))
+        if self.refresh == "power" and old is not None:
+            new = torch.linalg.qr(own @ (own.T @ old) if left else own.T @ (own @ old)).Q
+        else:
+            u, _, vt = torch.linalg.svd(own, full_matrices=False)
+            new = u[:, :rank] if left else vt[:rank].T
+        new = new * torch.where((new * seen.double()).sum(dim=0) < 0, -1.0, 1.0)
+        self.bases[name, kind] = new
+        rows = gradient.shape[1] if left else gradient.shape[0]
+        blank = torch.zeros((rank, rows) if left else (rows, rank), dtype=torch.float64)
+        if old is None or self.on_refresh == "reset":
+            self.first[name, kind], self.second[name, kind] = blank, blank.clone()
+        elif self.on_refresh == "rotate":
+            self._rotate(name, kind, new.T @ old)
+
+    def _rotate(self, name: str, kind: str, c: Tensor) -> None:
+        """M ← C M; var = max(V/bc₂ − μ², 0), V ← bc₂ |(C∘C) var + (C μ)²|; from the right with Cᵀ on the right side."""
+        count = self.counts[kind]
+        one, two = 1 - 0.9**count, 1 - 0.999**count
+        first, second = self.first[name, kind], self.second[name, kind]
+        mean = first / one
+        spread = (second / two - mean**2).clamp(min=0)
+        if self.sides[name] == "left":
+            self.first[name, kind] = c @ first
+            self.second[name, kind] = two * ((c * c) @ spread + (c @ mean) ** 2).abs()
+        else:
+            self.first[name, kind] = first @ c.T
+            self.second[name, kind] = two * (spread @ (c * c).T + (mean @ c.T) ** 2).abs()
+
+    def _into(self, basis: Tensor, gradient: Tensor, name: str) -> Tensor:
+        return basis.T @ gradient if self.sides[name] == "left" else gradient @ basis
+
+    def _adam(self, name: str, kind: str, reduced: Tensor) -> Tensor:
+        """D_s, whole."""
+        place, count = (name, kind), self.counts[kind]
+        self.first[place] = 0.9 * self.first[place] + 0.1 * reduced
+        self.second[place] = 0.999 * self.second[place] + 0.001 * reduced**2
+        move = self.first[place] / (1 - 0.9**count) / ((self.second[place] / (1 - 0.999**count)).sqrt() + 1e-8)
+        return self.bases[place] @ move if self.sides[name] == "left" else move @ self.bases[place].T
+
+    def _features(self, losses: Mapping[str, float], reduced: Mapping[tuple[str, str], Tensor]) -> Tensor:
+        """Search's share of the losses (over their warm-up mean), of the norms and of the targets."""
+        order = ("search", "recommendation")
+        now = torch.tensor([losses[kind] for kind in order], dtype=torch.float64)
+        if self.usual is None:
+            self.usual = now
+        elif self.time <= self.warmup:
+            self.usual = 0.9 * self.usual + 0.1 * now
+        norms = [sum(float(reduced[name, kind].norm()) ** 2 for name in self.weights) ** 0.5 for kind in order]
+        loud = now / self.usual
+        return torch.stack([loud[0] / loud.sum(), torch.tensor(norms[0] / sum(norms)), torch.tensor(0.5)]).double()
+
+    def _gate(self, z: Tensor) -> Tensor:
+        assert self.phi is not None
+        hidden = (len(self.phi) - 2) // 6
+        inner, bias, outer, last = self.phi.split([3 * hidden, hidden, 2 * hidden, 2])
+        return F.softmax(F.relu(z @ inner.view(hidden, 3).T + bias) @ outer.view(2, hidden).T + last, dim=0)
+
+    def _weights_of(self, z: Tensor | None, present: Mapping[str, object]) -> Tensor:
+        if z is None:  # one objective alone: its own part counts a half, the absent one nothing
+            return torch.tensor([0.5 * (kind in present) for kind in ("search", "recommendation")])
+        if self.phi is None or self.time < self.warmup:
+            return torch.tensor([0.5, 0.5])
+        return self._gate(z).detach()
+
+    def _teach(self, joint: Mapping[str, Any], present: Mapping[str, object]) -> None:
+        """φ against h_j = −η Σ ⟨G_shared(t+1), D_j(t) (I − K Kᵀ)⟩, scaled by its running RMS, clipped to norm 1."""
+        self.slope = None
+        if self.before is None or self.phi is None or len(present) < 2 or self.time <= self.warmup:
+            return
+        parts, z, rate = self.before
+        self.slope = [
+            -rate * sum(float((joint[name] * parts[kind][name]).sum()) for name in self.weights)
+            for kind in ("search", "recommendation")
+        ]
+        h = torch.tensor(self.slope, dtype=torch.float64)
+        self.taught += 1
+        self.square = 0.99 * self.square + 0.01 * float((h**2).mean())
+        scaled = h / (self.square / (1 - 0.99**self.taught)) ** 0.5
+        assert self.gate_adam is not None
+        self.gate_adam.zero_grad()
+        (self._gate(z) @ scaled).backward()
+        nn.utils.clip_grad_norm_([self.phi], 1.0)
+        self.gate_adam.step()

@@ -12,7 +12,7 @@ from flows import steps
 from flows.reporting import stored
 from flows.reporting.insights import FIGURES, Insights
 from flows.reporting.report import write_page
-from stages.workspace import Workspace, read_json
+from stages.workspace import Workspace, read_json, write_json
 from tests import conftest
 from tests.test_cli import driftrec
 
@@ -22,6 +22,13 @@ pairs = 1
 [methods.loud]
 method = "gems"
 scale = 2.0
+[methods.often]
+method = "gems"
+refresh_every = 3
+gate_warmup = 200
+[methods.exact]
+method = "gems"
+refresh = "svd"
 """
 
 
@@ -33,7 +40,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = config.read_text(encoding="utf-8").replace("where = \"event = 'recommendation'\"\n", "")
     text = text.replace("[evaluation]\n", '[evaluation]\nprotocols = ["same_stage"]\n')
     config.write_text(text + VARIANTS, encoding="utf-8")
-    plan = steps.make_plan(config, folder / "workspace", ["single", "gems", "loud"], [0])
+    plan = steps.make_plan(config, folder / "workspace", ["single", "gems", "loud", "often", "exact"], [0])
     steps.read(plan)
     plan = steps.split(plan)
     steps.identify(plan)
@@ -63,28 +70,65 @@ def test_a_finished_comparison_is_analysed_drawn_and_recorded(
             assert rho is not None
             assert floor is not None
             assert 0 < rho < 2
+    own = insights.rho("gems", "update_before_fusion")
+    assert own is not None
+    assert own != insights.rho("gems", "update")
+    assert {row["method"] for row in insights.rows("conflict") if row["kind"] == "update_before_fusion"} == {"gems"}
     assert insights.rho("stage 0", "update") is None
     assert insights.flow("single", "search", earlier=True) is not None
     assert insights.flow("single", "search", earlier=False) is not None
     assert set(insights.drift("single", 0).values()) == {0.0}
     assert min(insights.drift("single", 1).values()) > 0
-    assert {row["axis"] for row in insights.rows("sensitivity")} == {"scale"}
+    assert {row["axis"] for row in insights.rows("sensitivity")} == {"scale", "refresh_every", "refresh"}
+    assert {row["x"] for row in insights.rows("sensitivity") if row["axis"] == "refresh"} == {"power", "svd"}
+    shares = insights.drift_by_protection("gems", 1)
+    assert len(shares) == 7  # maps of the one layer
+    assert all(0 < share < 1 and drift > 0 for share, drift in shares)
+    assert insights.drift_by_protection("single", 1) == insights.drift_by_protection("gems", 0) == []
+    drawing = (folder / "figures" / "sensitivity-light.svg").read_text(encoding="utf-8")
+    assert "kind of refresh" in drawing
+    assert "k / n" in (folder / "figures" / "preservation-light.svg").read_text(encoding="utf-8")
     assert all(row["counted"] == row["predicted"] for row in insights.rows("memory"))
     drawn = {path.name for path in (folder / "figures").iterdir()}
     assert {f"{name}-{theme}.svg" for name in FIGURES for theme in ("light", "dark")} <= drawn
     page = (folder / "report.html").read_text(encoding="utf-8")
-    for heading in ("Why they differ", "pull apart?", "Right before, wrong after: search", "What was kept", "α and τ"):
+    for heading in (
+        "Why they differ",
+        "pull apart?",
+        "Right before, wrong after: search",
+        "What was kept",
+        "α, τ, T and others",
+    ):
         assert heading in page
     assert "url(" not in page.split("</style>")[0]
+    for words in ("ρ, updates before fusion", "ρ, updates after fusion"):
+        assert words in page
+    assert "updates before fusion" in (folder / "figures" / "conflict-light.svg").read_text(encoding="utf-8")
     assert "conflict/gradient" in out
+    assert "conflict/update_before_fusion" in out
+    assert ("conflict/update_before_fusion", own, 1) in insights.points("gems")
     check_mlflow(compared, insights)
+
+
+def test_an_analysis_of_an_earlier_version_is_still_drawn(compared: Path, tmp_path: Path) -> None:
+    folder = stored.latest_report(Workspace(compared))
+    copied = tmp_path / folder.name
+    shutil.copytree(folder, copied)
+    found = read_json(folder / "analysis.json")
+    found["conflict"] = [row for row in found["conflict"] if row["kind"] != "update_before_fusion"]
+    write_json(copied / "analysis.json", found, seal=True)
+    page = write_page(read_json(copied / "report.json"), copied).read_text(encoding="utf-8")
+    assert "ρ, updates before fusion" not in page
+    assert "ρ, updates after fusion" in page
 
 
 def check_mlflow(root: Path, insights: Insights) -> None:
     client = MlflowClient(Workspace(root).mlflow_uri)
     (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
     runs = client.search_runs([experiment.experiment_id], 'tags.role = "method"')
-    assert {run.info.run_name for run in runs} == {"single seed 0", "gems seed 0", "loud seed 0"}
+    assert {run.info.run_name for run in runs} == {
+        f"{name} seed 0" for name in ("single", "gems", "loud", "often", "exact")
+    }
     (single,) = (run for run in runs if run.info.run_name == "single seed 0")
     wanted = {(f"analysis/{name}", stage): value for name, value, stage in insights.points("single")}
     assert wanted

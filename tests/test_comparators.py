@@ -170,7 +170,7 @@ def test_what_each_objective_adds_to_a_comparators_step_is_measured(method: str,
     dataset = load_dataset(config, workspace)
     examples = stage_examples(config, dataset, job, False, query_vocabulary(config, dataset))
     pairs = batch_pairs(examples, 1, 4, seed=0)
-    found = next(applied_updates(config, workspace, dataset, job, pairs))
+    (found,) = next(applied_updates(config, workspace, dataset, job, pairs)).values()  # no path of each objective's own
     assert set(found) == {"recommendation", "search"}
     assert any(bool(move.any()) for move in found["search"][0].values())
 

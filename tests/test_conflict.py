@@ -17,7 +17,18 @@ from torch import Tensor
 from models.effective import effective_weights
 from models.input_moments import InputMoment, linear_maps
 from regularizers.conflict import conflict
-from stages.analysis.conflict import BETWEEN, Halves, applied_updates, batch_pairs, coefficients, raw_gradients
+from stages.analysis.conflict import (
+    AFTER_FUSION,
+    BEFORE_FUSION,
+    BETWEEN,
+    Halves,
+    Pair,
+    applied_updates,
+    batch_pairs,
+    coefficients,
+    coefficients_by_kind,
+    raw_gradients,
+)
 from stages.analysis.measured import place_of
 from stages.analysis.preservation import drifts, moments_of, relative_drift
 from stages.analysis.sensitivity import sensitivity
@@ -91,6 +102,10 @@ def test_pairs_are_between_the_objectives_and_the_floor_within_each() -> None:
     silent = {one.pair: one for one in coefficients(halves([0.0, 0.0], [0.0, 1.0]))}
     assert silent[BETWEEN].values == pytest.approx((0.0,))  # a zero gradient has no direction
     assert silent["recommendation"].mean is None
+    kinds = coefficients_by_kind({"a": halves_, "b": halves_} for halves_ in halves([-1.0, 0.0], [0.0, 2.0]))
+    assert (
+        [one.values for one in kinds["a"]] == [one.values for one in kinds["b"]] == [o.values for o in found.values()]
+    )
     with pytest.raises(ValueError, match="two objectives, got search"):
         coefficients(iter([{"search": ({}, {})}]))
 
@@ -139,18 +154,24 @@ def test_a_raw_gradient_is_that_of_the_loss_by_finite_differences(ring: Workspac
 def test_an_applied_update_goes_downhill_and_is_the_same_every_time(method: str, ring: Workspace) -> None:
     config, dataset, job = tiny.config(**QUICK), load_dataset(tiny.config(), ring), replace(JOB, method=method)
     (pair,) = batch_pairs(examples_of(ring), 1, 8, seed=0)
-    found = [next(applied_updates(config, ring, dataset, job, [pair])) for _ in range(2)]
-    for objective in pair:
-        for name, move in found[0][objective][0].items():
-            assert torch.equal(move, found[1][objective][0][name])
-    start = begin_stage(config, ring, dataset, job).fit
+    both = [next(applied_updates(config, ring, dataset, job, [pair])) for _ in range(2)]
+    assert list(both[0]) == [BEFORE_FUSION, AFTER_FUSION] if method == "gems" else [AFTER_FUSION]
+    for kind in both[0]:
+        found = [one[kind] for one in both]
+        for objective in pair:
+            for name, move in found[0][objective][0].items():
+                assert torch.equal(move, found[1][objective][0][name])
+        goes_downhill(begin_stage(config, ring, dataset, job).fit, pair, found[0])
+
+
+def goes_downhill(start: Fit, pair: Pair, found: Halves) -> None:
     for objective, (chosen, _) in pair.items():
         slope = 0.0
         start.model.zero_grad(set_to_none=True)
         for losses in start.losses({objective: chosen}):
             losses[objective].backward()
         for name, gradient in gradients_of_weights(start).items():
-            slope += float((gradient * found[0][objective][0][name]).sum())
+            slope += float((gradient * found[objective][0][name]).sum())
         assert slope < 0, objective
 
 
@@ -264,6 +285,23 @@ def test_a_curve_holds_what_differs_in_one_setting_alone() -> None:
     ]
     older["config"]["backbone"] = {"hidden": 7}
     assert [row["value"] for row in sensitivity([first, older])] == [0.4, 0.7, 0.1, 0.2]  # two models, two curves
+
+
+def test_the_refresh_is_an_axis_of_its_own_at_an_equal_warm_up() -> None:
+    names = ("gems", "gems_refresh_50", "gems_refresh_1000", "gems_refresh_svd", "gems_refresh_rsvd")
+    own = report({name: 0.1 * place for place, name in enumerate((*names, "alone"))}, alone=GemsConfig(refresh_every=7))
+    found = [(row["axis"], row["x"], row["method"]) for row in sensitivity([own])]
+    assert found == [  # the one whose gate warms up for 7 steps differs in two settings
+        ("refresh", "power", "gems"),
+        ("refresh", "rsvd", "gems_refresh_rsvd"),
+        ("refresh", "svd", "gems_refresh_svd"),
+        ("refresh_every", 50, "gems_refresh_50"),
+        ("refresh_every", 200, "gems"),
+        ("refresh_every", 1000, "gems_refresh_1000"),
+    ]
+    fixed = {f"every_{t}": GemsConfig(refresh_every=t, gate="constant") for t in (7, 70)}
+    found = sensitivity([report(dict.fromkeys(fixed, 0.5), **fixed)])
+    assert [(row["axis"], row["x"]) for row in found] == [("refresh_every", 7), ("refresh_every", 70)]
 
 
 def test_layers_and_weight_types_are_read_off_a_maps_name() -> None:

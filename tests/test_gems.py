@@ -298,11 +298,12 @@ def test_half_a_square_falls_as_far_as_adam_takes_it() -> None:
     assert abs(float(toy.weight.detach())) < 0.2
 
 
-def test_a_loud_objective_does_not_own_the_normalised_subspace() -> None:
+@pytest.mark.parametrize("subspaces", ["one", "three"])
+def test_a_loud_objective_does_not_own_the_normalised_subspace(subspaces: Any) -> None:
     fallen = {}
     for kind in ("sum", "normalised"):
         toy = Toy({"tall": (20, 12)})
-        settings = PLAIN.model_copy(update={"shared_grad": kind, "subspaces": "one", "rank": 2})
+        settings = PLAIN.model_copy(update={"shared_grad": kind, "subspaces": subspaces, "rank": 2})
         step = step_of(toy, settings)
         before = float(toy.loss("recommendation").detach())
         for _ in range(60):

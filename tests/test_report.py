@@ -123,6 +123,35 @@ def test_the_matrix_says_that_its_cells_are_a_sample_s_without_intervals(invente
     assert "at most 300 test users" in chart.get_suptitle()
 
 
+def with_searches(report: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers halved, for searches; rows of the first objective do not say which one they are about."""
+    doubled = dict(report)
+    for part in ("rows", "matrix", "continual"):
+        halves = [
+            {**row, "objective": "search", "value": None if row["value"] is None else row["value"] / 2}
+            for row in report[part]
+        ]
+        doubled[part] = [*report[part], *halves]
+    return doubled
+
+
+def test_each_objective_has_its_own_numbers_over_stages_and_matrix(
+    invented_report: dict[str, Any], tmp_path: Path
+) -> None:
+    alone, found = Findings(invented_report), Findings(with_searches(invented_report))
+    for name in ("single", "peso"):
+        assert found.continual(name) == alone.continual(name)
+        assert found.grid(name) == alone.grid(name)
+        for place, value in alone.grid(name).items():
+            assert found.grid(name, objective="search")[place] == value / 2
+        assert found.continual(name, "search")["bwt"] == (alone.continual(name)["bwt"] or 0) / 2
+    page = write_report(with_searches(invented_report), tmp_path).read_text()
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"matrix-light.svg", "matrix_search-light.svg"} <= drawn
+    assert page.count("Heat maps of R[i][j]") == 2
+    assert "<h3>Search</h3>" not in render(invented_report, {})
+
+
 def test_what_is_undefined_is_a_dash_and_never_zero(invented_report: dict[str, Any]) -> None:
     rows = [row for row in invented_report["rows"] if row["slice"] == "new_user" and row["stage"] == 3]
     assert rows

@@ -55,7 +55,11 @@ def test_the_report_shows_the_objectives_apart(compared: tuple[Workspace, Path])
     assert "Next stage, search" in page
     assert page.count("<dt>Best, ") == 4
     assert "Best, same stage, search" in page
-    assert "About recommendation; R[i][j] of search is in report.json." in page
+    kept = page[page.index("Keeping the old, learning the new") : page.index("Who is served how well")]
+    assert kept.index("<h3>Recommendation</h3>") < kept.index("<h3>Search</h3>")
+    assert kept.count("<table") == 2
+    assert set(found.continual("single", "search")) == set(found.continual("single"))
+    assert found.continual("single", "search") != found.continual("single")
     chart = stage_chart(found, LIGHT)
     assert chart is not None
     assert chart.get_figwidth() == pytest.approx(2 * 5.4)  # two panels a row stay readable on a page

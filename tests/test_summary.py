@@ -42,8 +42,16 @@ def space(workspace: Workspace) -> Workspace:
     return workspace
 
 
-def measured(space: Workspace, job: Job, tested: int, queries: Sequence[Query], matrix: bool = False) -> Evaluation:
-    users, ranks, new_items, new_users = zip(*queries, strict=True)
+def measured(
+    space: Workspace,
+    job: Job,
+    tested: int,
+    queries: Sequence[Query],
+    matrix: bool = False,
+    searches: Sequence[Query] = (),
+) -> Evaluation:
+    users, ranks, new_items, new_users = zip(*queries, *searches, strict=True)
+    queries = [*queries, *searches]
     alone = np.ones(len(queries), dtype=np.int64)
     frame = pl.DataFrame(
         {
@@ -51,7 +59,7 @@ def measured(space: Workspace, job: Job, tested: int, queries: Sequence[Query], 
             "new_item": new_items,
             "new_user": new_users,
             "reachable": [rank > 0 for rank in ranks],
-            "objective": ["recommendation"] * len(queries),
+            "objective": ["recommendation"] * (len(queries) - len(searches)) + ["search"] * len(searches),
             **query_metrics(np.arange(len(queries)), np.array(ranks), alone, alone),
         }
     )
@@ -213,6 +221,26 @@ def test_the_matrix_fills_its_gaps_with_headline_cells_on_the_same_users(space: 
     assert values["next_perf"] == pytest.approx(0.25)
     assert values["fwt"] is None  # recent popularity was not measured
     assert pick(report["rows"], seed=0, stage=0, slice="all", metric="mrr")["value"] == pytest.approx(0.75)
+
+
+def test_what_is_kept_is_counted_for_each_objective_apart(space: Workspace) -> None:
+    turned = R.T
+    cells = [
+        measured(space, Job("single", 0, "same_stage", i), j, crowd(R[i, j]), i != j, searches=crowd(turned[i, j]))
+        for i in range(3)
+        for j in range(3)
+    ]
+    report = summarise(settings(), space, cells, [])
+    assert list(dict.fromkeys(row["objective"] for row in report["continual"])) == ["recommendation", "search"]
+    for objective, cells_of in (("recommendation", R), ("search", turned)):
+        values = {row["metric"]: row["value"] for row in report["continual"] if row["objective"] == objective}
+        assert values["bwt"] == pytest.approx(continual.backward_transfer(cells_of))
+        assert values["forgetting"] == pytest.approx(continual.forgetting(cells_of))
+        assert values["next_perf"] == pytest.approx(continual.next_performance(cells_of))
+        found = [row for row in report["matrix"] if (row["objective"], row["metric"]) == (objective, "hit_at_10")]
+        assert {(row["trained"], row["tested"]): row["value"] for row in found} == pytest.approx(
+            dict(np.ndenumerate(cells_of))
+        )
 
 
 def test_forward_transfer_is_measured_against_recent_popularity(space: Workspace) -> None:

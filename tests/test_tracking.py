@@ -15,6 +15,7 @@ from flows import steps, tracking
 from flows.reporting import stored
 from stages.jobs import Checkpoint, Evaluation, Job
 from stages.workspace import Workspace, write_json
+from tests.test_report import with_searches
 
 METHODS = ("frozen", "single", "popularity")
 PROXIMAL = {"proximal_nats": 2e-5, "proximal_loss": 1e-3, "grad_ratio": 0.3, "grad_ratio_max": 0.9}
@@ -179,6 +180,18 @@ def test_training_curves_data_sets_files_and_matrix_stand_where_they_belong(
     assert base.data.tags["checkpoint.test"] == f"runs/checkpoints/first sha256:{b'first'.hex()}"
     parent = runs(workspace, "method")["single seed 0"]
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"eval_matrix.json", "eval_matrix.png"}
+
+
+def test_numbers_over_stages_and_matrix_of_searches_stand_beside_those_of_recommendation(
+    small_report: dict[str, Any], workspace: Workspace, files: tuple[list[Checkpoint], list[Evaluation]]
+) -> None:
+    tracking.record(with_searches(small_report), workspace, *files)
+    parent = runs(workspace, "method")["single seed 0"]
+    (bwt,) = [row for row in small_report["continual"] if (row["method"], row["metric"]) == ("single", "bwt")]
+    assert [value for _, value in history(workspace, parent, "forget/bwt")] == [bwt["value"]]
+    assert [value for _, value in history(workspace, parent, "forget/search/bwt")] == [bwt["value"] / 2]
+    files_of = {file.path for file in MlflowClient(workspace.mlflow_uri).list_artifacts(parent.info.run_id)}
+    assert files_of >= {"eval_matrix.png", "eval_matrix_search.png"}
 
 
 def test_how_far_each_stage_moved_stands_by_stage_and_a_frozen_model_did_not_move(

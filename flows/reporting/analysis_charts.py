@@ -43,7 +43,7 @@ def conflict_chart(insights: Insights, theme: Theme) -> Figure | None:
         return None
     kinds = [
         (kind, floor)
-        for kind in KINDS
+        for kind in insights.kinds()
         for floor in (False, True)
         if any(insights.grid(m, kind, floor) for m in methods)
     ]
@@ -106,12 +106,18 @@ def transition_chart(insights: Insights, theme: Theme) -> Figure | None:
 
 
 def preservation_chart(insights: Insights, theme: Theme) -> Figure | None:
-    """Perplexity by stage, and the relative output drift of each layer after the last stage; a line for each method."""
+    """Perplexity by stage, and relative output drift after the last stage by layer; a line for each method.
+
+    Where inputs were protected, the drift of each map stands a third time by its share k / n of protected directions.
+    """
     methods = insights.methods("drift")
     if not methods:
         return None
+    kept = {m: points for m in methods if (points := insights.drift_by_protection(m, insights.last))}
     with style(theme):
-        figure, (left, right) = panels_of(2, width=4.6, height=3.2)
+        figure, (left, right, *third) = panels_of(3 if kept else 2, width=4.6, height=3.2)
+        for axes in third:
+            _protection_panel(axes, insights, methods, kept)
         for place, method in enumerate(methods):
             pen: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
             rows = [row for row in insights.rows("perplexity") if row["method"] == method]
@@ -132,6 +138,22 @@ def preservation_chart(insights: Insights, theme: Theme) -> Figure | None:
     return figure
 
 
+def _protection_panel(
+    axes: Axes, insights: Insights, methods: list[str], kept: dict[str, list[tuple[float, float]]]
+) -> None:
+    """A point a map, in the colours of the lines beside it."""
+    for method, points in kept.items():
+        place = methods.index(method)
+        shares, drifts = zip(*points, strict=True)
+        axes.scatter(
+            shares, drifts, s=14, alpha=0.7, color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)]
+        )
+    axes.set_title(f"the same, map by map, after stage {insights.last}", loc="left")
+    axes.set_xlabel("share of input directions protected, k / n")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
+
+
 def sensitivity_chart(insights: Insights, theme: Theme) -> Figure | None:
     """Hit@10 along each setting that some methods differ in alone: a panel a setting and objective."""
     rows = [row for row in insights.rows("sensitivity") if row["metric"] == "hit_at_10" and row["value"] is not None]
@@ -146,6 +168,12 @@ def sensitivity_chart(insights: Insights, theme: Theme) -> Figure | None:
                 _curve(axes, [row for row in own if row["curve"] == curve], place)
             axes.set_title(f"{table[1].replace('_', ' ')}, {table[2]}", loc="left")
             axes.set_xlabel(AXES[table[0]])
+            if table[0] == "refresh_every":
+                axes.set_xscale("log")
+                axes.set_xticks(
+                    sorted({row["x"] for row in own}), [f"{x:,}" for x in sorted({row["x"] for row in own})]
+                )
+                axes.minorticks_off()
             axes.set_ylim(bottom=0)
             axes.set_ylabel(metric_title("hit_at_10"))
     return figure

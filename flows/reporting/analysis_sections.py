@@ -36,12 +36,13 @@ def _conflict(insights: Insights, figures: dict[str, Path]) -> Markup:
     if not methods:
         return Markup("")
     head: list[Content] = ["at the weights of"]
-    for kind in KINDS.values():
-        head += [f"ρ, {kind}", "noise floor", "below zero"]
+    kinds = insights.kinds()
+    for kind in kinds:
+        head += [f"ρ, {KINDS[kind]}", "noise floor", "below zero"]
     rows = []
     for method in methods:
         cells: list[tuple[Content, str]] = []
-        for kind in KINDS:
+        for kind in kinds:
             cells += [(two(insights.rho(method, kind)), ""), (two(insights.rho(method, kind, floor=True)), "")]
             cells.append((percent(insights.below_zero(method, kind)), ""))
         rows.append(TableRow(method, cells))
@@ -50,7 +51,9 @@ def _conflict(insights: Insights, figures: dict[str, Path]) -> Markup:
         element(
             "p",
             "ρ is 0 where both objectives pull alike, 1 where they are unrelated, 2 where they are opposed. "
-            "Two batches of one objective give the noise floor: only ρ above it is conflict.",
+            "Two batches of one objective give the noise floor: only ρ above it is conflict. Before fusion: what each "
+            "objective's own subspace proposes, in GEMS with three subspaces alone; after fusion: what an objective "
+            "adds to the step that is taken.",
             "faint",
         ),
         table(head, rows),
@@ -102,16 +105,24 @@ def _preservation(insights: Insights, figures: dict[str, Path]) -> Markup:
         row = insights.perplexity(method, insights.last)
         cells = [None, None] if row is None else [two(row["before"]), two(row["value"])]
         drift = mean(insights.drift(method, insights.last).values())
-        rows.append(TableRow(method, [(cell, "") for cell in [*cells, None if drift is None else f"{drift:.3f}"]]))
+        share = percent(mean(k for k, _ in insights.drift_by_protection(method, insights.last)))
+        cells += [None if drift is None else f"{drift:.3f}", share]
+        rows.append(TableRow(method, [(cell, "") for cell in cells]))
     if not rows:
         return Markup("")
     text = insights.found["preservation"]["text"]
-    head = ["method", "perplexity at stage 0" if text else "perplexity before", "after", "output drift"]
+    head = [
+        "method",
+        "perplexity at stage 0" if text else "perplexity before",
+        "after",
+        "output drift",
+        "directions protected, k / n",
+    ]
     return join(
         element("h3", "What was kept"),
         element("p", f"On {insights.found['preservation']['corpus']}, after stage {insights.last}.", "faint"),
         table(head, rows),
-        pictures(figures, "preservation", "", "Lines of perplexity by stage and drift by layer", ""),
+        pictures(figures, "preservation", "", "Lines of perplexity by stage, drift by layer and by k / n", ""),
     )
 
 
@@ -119,7 +130,7 @@ def _sensitivity(insights: Insights, figures: dict[str, Path]) -> Markup:
     if not insights.rows("sensitivity"):
         return Markup("")
     caption = "Methods of this workspace that differ in one setting alone; mean over stages, 95 % intervals over users."
-    heading = element("h3", "How it hangs on α and τ")
+    heading = element("h3", "How it hangs on one setting: α, τ, T and others")
     return join(heading, pictures(figures, "sensitivity", "", "Lines of Hit@10 along one setting", caption))
 
 

@@ -50,7 +50,7 @@ def draw_charts(report: dict[str, Any], folder: Path) -> dict[str, Path]:
     findings = Findings(report)
     figures: dict[str, Callable[[Findings, Theme], Figure | None]] = {
         "stages": stage_chart,
-        "matrix": matrix_chart,
+        **{matrix_name(findings, one): partial(matrix_chart, objective=one) for one in findings.objectives},
         "costs": cost_chart,
     }
     return draw({name: partial(chart, findings) for name, chart in figures.items()}, folder)
@@ -139,10 +139,19 @@ def _or(value: float | None, other: float) -> float:
     return other if value is None else value
 
 
-def matrix_chart(findings: Findings, theme: Theme, only: str | None = None) -> Figure | None:
+def matrix_name(findings: Findings, objective: str) -> str:
+    """Name of the figure of R[i][j]: `matrix` for the report's first objective, `matrix_search` for searches."""
+    return "matrix" if objective == findings.objectives[0] else f"matrix_{objective}"
+
+
+def matrix_chart(
+    findings: Findings, theme: Theme, only: str | None = None, objective: str | None = None
+) -> Figure | None:
     """R[i][j] of each method as heat maps on one scale; `only` draws a single method's."""
     grids = {
-        name: grid for name in findings.methods if (only is None or name == only) and (grid := findings.grid(name))
+        name: grid
+        for name in findings.methods
+        if (only is None or name == only) and (grid := findings.grid(name, objective=objective))
     }
     if not grids:
         return None

@@ -185,21 +185,31 @@ class Findings:
             for method in dict.fromkeys(row["method"] for row in later)
         }
 
-    def continual(self, method: str) -> dict[str, float | None]:
-        """BWT and its kin, averaged over the seeds that have them."""
+    def continual(self, method: str, objective: str | None = None) -> dict[str, float | None]:
+        """BWT and its kin, averaged over the seeds that have them.
+
+        Args:
+            method: name.
+            objective: absent: the report's first, which rows of earlier versions are about without saying so.
+        """
         found: dict[str, list[float | None]] = {}
         for row in self.report["continual"]:
-            if row["method"] == method:
+            if row["method"] == method and self.is_about(row, objective):
                 found.setdefault(row["metric"], []).append(row["value"])
         return {name: _mean(values) for name, values in found.items()}
 
-    def grid(self, method: str, seed: int | None = None) -> dict[tuple[int, int], float]:
-        """R[trained][tested] of a method, of its lowest seed unless one is named."""
+    def is_about(self, row: Row, objective: str | None = None) -> bool:
+        """Whether a row is about an objective, the report's first unless one is named."""
+        return row.get("objective", self.objectives[0]) == (objective or self.objectives[0])
+
+    def grid(self, method: str, seed: int | None = None, objective: str | None = None) -> dict[tuple[int, int], float]:
+        """R[trained][tested] of a method, of its lowest seed and the report's first objective unless one is named."""
         rows = [row for row in self.report["matrix"] if row["method"] == method and row["value"] is not None]
+        rows = [row for row in rows if self.is_about(row, objective)]
         if not rows:
             return {}
         seed = min(row["seed"] for row in rows) if seed is None else seed
-        names = ("protocol", "objective", "metric")
+        names = ("protocol", "metric")
         kind = [rows[0].get(name) for name in names]
         return {
             (row["trained"], row["tested"]): row["value"]

@@ -9,9 +9,12 @@ from typing import Any
 Row = dict[str, Any]
 BETWEEN = "between"
 FIGURES = ("conflict", "transitions", "preservation", "sensitivity", "memory")
-KINDS = {"gradient": "raw gradients", "update": "applied updates"}
+KINDS = {"gradient": "raw gradients"}
+KINDS |= {"update_before_fusion": "updates before fusion", "update": "updates after fusion"}
+"""What conflict is measured on."""
 AXES = {"scale": "α, scale of the update", "gate_temperature": "τ, temperature of the gate"}
 AXES |= {"k_value": "strength of the protection", "rank": "rank of the shared subspace"}
+AXES |= {"refresh_every": "T, steps between two refreshes", "refresh": "kind of refresh"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class Insights:
     def rows(self, part: str) -> list[Row]:
         """Rows of `conflict`, `transitions`, `titles`, `sensitivity`, `memory`, `perplexity` or `drift`."""
         return self.found[part] if part in self.found else self.found["preservation"][part]
+
+    def kinds(self) -> list[str]:
+        """Kinds of conflict that any method has rows of, in the order of `KINDS`."""
+        present = {row["kind"] for row in self.rows("conflict")}
+        return [kind for kind in KINDS if kind in present]
 
     def grid(self, method: str, kind: str, floor: bool) -> dict[tuple[int, str], float]:
         """ρ by layer and weight type: between the objectives, or the mean of both objectives' noise floors."""
@@ -99,6 +107,14 @@ class Insights:
                 cells.setdefault(row["layer"], []).append(row["value"])
         return {layer: sum(values) / len(values) for layer, values in sorted(cells.items())}
 
+    def drift_by_protection(self, method: str, stage: int) -> list[tuple[float, float]]:
+        """(k / n, drift) of each linear map whose inputs were protected, by rising share; empty for other methods."""
+        return sorted(
+            (row["k_over_n"], row["value"])
+            for row in self.rows("drift")
+            if (row["method"], row["stage"]) == (method, stage) and "k_over_n" in row and row["value"] is not None
+        )
+
     @property
     def last(self) -> int:
         """The last stage looked at."""
@@ -120,6 +136,7 @@ class Insights:
                     found += [(f"{n}/{objective}_{place}", flow.get(f"{n}_share"), stage) for n in ("lost", "gained")]
         for stage in range(self.last + 1):
             found.append(("drift", mean(self.drift(method, stage).values()), stage))
+            found.append(("protected_share", mean(k for k, _ in self.drift_by_protection(method, stage)), stage))
             row = self.perplexity(method, stage)
             found.append(("perplexity", None if row is None else row["value"], stage))
         for row in self.rows("titles"):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flows.reporting.charts import matrix_name
 from flows.reporting.findings import (
     HEADLINE,
     PROTOCOL_TITLES,
@@ -56,10 +57,26 @@ def pictures(figures: dict[str, Path], name: str, title: str, description: str, 
 
 
 def forgetting(findings: Findings, figures: dict[str, Path]) -> Markup:
-    """BWT and its kin in a table, R[i][j] as heat maps."""
-    found = {name: values for name in findings.methods if (values := findings.continual(name))}
-    if not found and "matrix-light" not in figures:
+    """BWT and its kin in a table, R[i][j] as heat maps; one of each an objective."""
+    blocks = [block for objective in findings.objectives for block in _over_stages(findings, figures, objective)]
+    if not blocks:
         return Markup("")
+    sample = findings.report.get("config", {}).get("evaluation", {}).get("matrix_users")
+    intro = "Low forgetting alone is no virtue: tastes move on. Read BWT beside NextPerf."
+    if sample:
+        intro += (
+            f" The cells of R[i][j] carry no interval: they rest on one seed, the first, and on a seeded sample of at "
+            f"most {sample} users a stage, and so do the columns but NextPerf and FWT. Small gaps there mean nothing."
+        )
+    return join(element("h2", "Keeping the old, learning the new"), element("p", intro, "faint"), *blocks)
+
+
+def _over_stages(findings: Findings, figures: dict[str, Path], objective: str) -> list[Content]:
+    """Heading, table and heat maps of one objective; nothing where nothing is known."""
+    found = {name: values for name in findings.methods if (values := findings.continual(name, objective))}
+    drawn = matrix_name(findings, objective)
+    if not found and f"{drawn}-light" not in figures:
+        return []
     rows = [
         TableRow(
             name,
@@ -68,25 +85,11 @@ def forgetting(findings: Findings, figures: dict[str, Path]) -> Markup:
         )
         for name, values in found.items()
     ]
-    sample = findings.report.get("config", {}).get("evaluation", {}).get("matrix_users")
-    if len(findings.objectives) > 1:
-        about = (
-            f"About {findings.objectives[0]}; R[i][j] of {' and '.join(findings.objectives[1:])} is in report.json. "
-        )
-    else:
-        about = ""
-    intro = f"{about}Low forgetting alone is no virtue: tastes move on. Read BWT beside NextPerf."
-    if sample:
-        intro += (
-            f" The cells of R[i][j] carry no interval: they rest on one seed, the first, and on a seeded sample of at "
-            f"most {sample} users a stage, and so do the columns but NextPerf and FWT. Small gaps there mean nothing."
-        )
-    return join(
-        element("h2", "Keeping the old, learning the new"),
-        element("p", intro, "faint"),
+    return [
+        element("h3", objective.capitalize()) if len(findings.objectives) > 1 else "",
         table(["method", *CONTINUAL.values()], rows) if rows else "",
-        pictures(figures, "matrix", "", "Heat maps of R[i][j], one for each method", MATRIX_CAPTION),
-    )
+        pictures(figures, drawn, "", f"Heat maps of R[i][j], {objective}, one for each method", MATRIX_CAPTION),
+    ]
 
 
 def slices(findings: Findings) -> Markup:

@@ -1,4 +1,4 @@
-"""Conflict between two objectives at a stage: their raw gradients, and what each adds to the method's own update.
+"""Conflict between two objectives at a stage: their raw gradients, and the method's updates before and after fusion.
 
 Both are matrices of the shape of a linear map's weight, whatever the method trains: a LoRA enters with the weight it
 adapts, so that methods compare. Beside every ρ stands its noise floor, ρ between two batches of one objective.
@@ -7,7 +7,7 @@ adapts, so that methods compare. Beside every ρ stands its noise floor, ρ betw
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import TypeAlias
@@ -24,6 +24,7 @@ from stages.fit import Fit, reproducible
 from stages.interactions import IntArray
 from stages.jobs import Job
 from stages.methods.contract import SharedLosses
+from stages.methods.gems_paths import own_updates
 from stages.stage_examples import Examples
 from stages.train import begin_stage
 from stages.workspace import Workspace
@@ -36,6 +37,9 @@ Halves: TypeAlias = Mapping[str, tuple[Matrices, Matrices]]
 
 Pair: TypeAlias = Mapping[str, tuple[IntArray, IntArray]]
 """Objective -> the window numbers of two disjoint batches."""
+
+BEFORE_FUSION, AFTER_FUSION = "update_before_fusion", "update"
+"""What an objective's own path proposes, where a method has such paths; what the objective adds to the step taken."""
 
 BETWEEN = "between"
 """Names the pairs of two objectives; a pair within one objective bears its name."""
@@ -69,7 +73,7 @@ class Coefficients:
         return sum(value > 1 for value in self.values) / len(self.values) if self.values else None
 
 
-def coefficients(found: Iterator[Halves]) -> list[Coefficients]:
+def coefficients(found: Iterable[Halves]) -> list[Coefficients]:
     """ρ between the objectives and within each, map by map.
 
     Args:
@@ -78,18 +82,40 @@ def coefficients(found: Iterator[Halves]) -> list[Coefficients]:
     Raises:
         ValueError: an entry without exactly two objectives.
     """
-    values: dict[tuple[str, str], list[float]] = {}
-    for halves in found:
-        if len(halves) != 2:
-            raise ValueError(f"conflict is between two objectives, got {', '.join(halves) or 'none'}")
-        first, second = halves.values()
-        sides = [(BETWEEN, first[half], second[half]) for half in (0, 1)]
-        sides += [(objective, *own) for objective, own in halves.items()]
-        for pair, a, b in sides:
-            for name in a:
-                value = float(conflict(a[name], b[name]))
-                values.setdefault((pair, name), []).extend([] if math.isnan(value) else [value])
-    return [Coefficients(pair, name, tuple(own)) for (pair, name), own in values.items()]
+    return coefficients_by_kind({"": halves} for halves in found).get("", [])
+
+
+def coefficients_by_kind(found: Iterable[Mapping[str, Halves]]) -> dict[str, list[Coefficients]]:
+    """`coefficients` of several kinds of matrices that are measured at once.
+
+    Args:
+        found: kind -> what a pair of batches gave, one entry a pair.
+
+    Raises:
+        ValueError: an entry without exactly two objectives.
+    """
+    values: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for kinds in found:
+        for kind, halves in kinds.items():
+            own = values.setdefault(kind, {})
+            for place, value in _rhos(halves):
+                own.setdefault(place, []).extend([] if math.isnan(value) else [value])
+    return {
+        kind: [Coefficients(pair, name, tuple(rhos)) for (pair, name), rhos in own.items()]
+        for kind, own in values.items()
+    }
+
+
+def _rhos(halves: Halves) -> Iterator[tuple[tuple[str, str], float]]:
+    """(pair, map) and ρ, for one pair of batches."""
+    if len(halves) != 2:
+        raise ValueError(f"conflict is between two objectives, got {', '.join(halves) or 'none'}")
+    first, second = halves.values()
+    sides = [(BETWEEN, first[half], second[half]) for half in (0, 1)]
+    sides += [(objective, *own) for objective, own in halves.items()]
+    for pair, a, b in sides:
+        for name in a:
+            yield (pair, name), float(conflict(a[name], b[name]))
 
 
 def batch_pairs(examples: Examples, pairs: int, size: int, seed: int) -> list[Pair]:
@@ -148,14 +174,14 @@ def applied_updates(
     dataset: Dataset,
     job: Job,
     pairs: Sequence[Pair],
-) -> Iterator[Halves]:
-    """What each objective adds to the method's own step, for `coefficients`.
+) -> Iterator[dict[str, Halves]]:
+    """What each objective adds to the method's own step, for `coefficients_by_kind`.
 
     The stage is begun again and its first `WARM` steps are repeated, which gives the same weights, moments and bases
     every time. From there one step is taken on a batch of one objective, and another, from the same state, on that
-    batch with its loss times −1. Half the difference of the two weights is the part of the step that is odd in the
-    objective's gradient: what it alone contributes, preconditioned and projected as the method does it, without the
-    momentum, decay and second moments that both steps share.
+    batch with its loss times −1. Half the difference of the two is the part that is odd in the objective's gradient:
+    what it alone contributes, preconditioned and projected as the method does it, without the momentum, decay and
+    second moments that both steps share.
 
     Args:
         config: the experiment.
@@ -163,14 +189,27 @@ def applied_updates(
         dataset: the prepared log.
         job: of a method that trains; its stage is 1 or later.
         pairs: as `batch_pairs` draws them.
+
+    Yields:
+        `AFTER_FUSION`: of the weights; `BEFORE_FUSION`: of the objective's own path alone, where there is one.
     """
 
-    def contribution(objective: str, chosen: IntArray) -> Matrices:
+    def contributions(objective: str, chosen: IntArray) -> dict[str, Matrices]:
         ahead, back = (_after(config, workspace, dataset, job, objective, chosen, sign) for sign in (1.0, -1.0))
-        return {name: (ahead[name] - back[name]) / 2 for name in ahead}
+        return {
+            kind: {name: (own[name] - back[kind][name]) / 2 for name in own}
+            for kind, own in ahead.items()
+            if kind in back
+        }
 
     for pair in pairs:
-        yield {name: (contribution(name, a), contribution(name, b)) for name, (a, b) in pair.items()}
+        found = {name: [contributions(name, half) for half in halves] for name, halves in pair.items()}
+        kinds = set[str].intersection(*(set(half) for halves in found.values() for half in halves))
+        yield {
+            kind: {name: (a[kind], b[kind]) for name, (a, b) in found.items()}
+            for kind in (BEFORE_FUSION, AFTER_FUSION)
+            if kind in kinds
+        }
 
 
 def _after(
@@ -181,8 +220,11 @@ def _after(
     objective: str,
     chosen: IntArray,
     factor: float,
-) -> Matrices:
-    """Every linear map's weight, adapter included, after the repeated steps and one more with its loss × `factor`."""
+) -> dict[str, Matrices]:
+    """Every linear map's weight, adapter included, after the repeated steps and one more with its loss × `factor`.
+
+    Beside it what the objective's own path proposed in that last step, where the method has such paths.
+    """
     fit = begin_stage(config, workspace, dataset, job, steps=WARM + 2).fit
     batches = (batch for epoch in count(1) for batch in fit.batches(epoch))
     with reproducible(fit.seed):
@@ -190,7 +232,9 @@ def _after(
         for batch in islice(batches, WARM):
             fit.step(fit.losses(batch))
         fit.step(_scaled(fit, {objective: chosen}, factor))
-    return effective_weights(fit.model.stack)
+    found = {AFTER_FUSION: effective_weights(fit.model.stack)}
+    paths = own_updates(fit.step)
+    return found | ({BEFORE_FUSION: paths[objective]} if objective in paths else {})
 
 
 def _scaled(fit: Fit, chosen: Mapping[str, IntArray], factor: float) -> Iterator[SharedLosses]:

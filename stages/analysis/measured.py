@@ -24,7 +24,7 @@ from stages.jobs import Evaluation, Job
 from stages.method_config import GemsConfig
 from stages.search_examples import query_vocabulary
 from stages.stage_examples import Examples, stage_examples
-from stages.train import bare_model, restore_model
+from stages.train import bare_model, restore_model, training_log
 from stages.workspace import Workspace
 
 START = "stage 0"
@@ -124,7 +124,8 @@ def conflict_rows(scope: Scope, notes: list[str]) -> list[Row]:
             scope.say(f"updates of {method}")
             job = scope.plain(method, scope.last)
             steps = conflict.applied_updates(scope.config, scope.workspace, scope.dataset, job, pairs)
-            rows += _labelled(method, "update", conflict.coefficients(steps))
+            for kind, found in conflict.coefficients_by_kind(steps).items():
+                rows += _labelled(method, kind, found)
     return rows
 
 
@@ -225,11 +226,21 @@ def preservation_rows(scope: Scope, notes: list[str]) -> Row:
                 found["perplexity"].append(row)
             if own.text is None or stage == 0:
                 earlier = earlier_next
+            kept = protected(scope, method, stage)
             for name, value in preservation.drifts(start, model, moments).items():
                 layer, kind = place_of(name)
-                place = {"method": method, "stage": stage, "layer": layer, "map": kind}
+                place = {"method": method, "stage": stage, "layer": layer, "map": kind, **kept.get(name, {})}
                 found["drift"].append({**place, "value": None if math.isnan(value) else value})
     return found
+
+
+def protected(scope: Scope, method: str, stage: int) -> dict[str, Row]:
+    """`k` and `k_over_n` of every linear map whose inputs GEMS protected at a stage; empty elsewhere."""
+    if not stage or not isinstance(scope.config.method(method), GemsConfig):
+        return {}
+    log = training_log(scope.config, scope.workspace, scope.dataset, scope.plain(method, stage))
+    found = log.get("gems", {}).get("protected", {})
+    return {name: {key: one[key] for key in ("k", "k_over_n")} for name, one in found.items()}
 
 
 def _on_text(

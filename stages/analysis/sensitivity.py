@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from regularizers.gate import LEARNED
 from stages.method_config import BUILT_IN, GemsConfig
 from stages.workspace import digest_of
 
-AXES = ("scale", "gate_temperature", "k_value", "rank")
-"""α (or a), τ, the strength of the protection and r: what a curve may run along."""
+AXES = ("scale", "gate_temperature", "k_value", "rank", "refresh_every", "refresh")
+"""α (or a), τ, the strength of the protection, r, T and the kind of refresh: what a curve may run along."""
 METRICS = ("hit_at_10", "ndcg_at_10")
 Row = dict[str, Any]
 
@@ -57,10 +58,13 @@ def _means(report: Mapping[str, Any]) -> list[Row]:
 
 
 def _gems_settings(config: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The settings `method` had in a recorded config; empty for any other kind of method."""
+    """The settings `method` had in a recorded config, its gate's warm-up in steps; empty if it is no GEMS."""
     own = config.get("methods", {}).get(method)
     if own is None and isinstance(known := BUILT_IN.get(method), GemsConfig):
         own = known.model_dump(mode="json")
     if own is None or own.get("method") != "gems":
         return {}
-    return GemsConfig.model_validate(own).model_dump(mode="json")
+    values = GemsConfig.model_validate(own).model_dump(mode="json")
+    warmup = values["refresh_every"] if values["gate_warmup"] is None else values["gate_warmup"]
+    # Where it follows T it is a second setting that differs; a gate that learns nothing has none.
+    return {**values, "gate_warmup": warmup if values["gate"] in LEARNED else None}
