@@ -83,6 +83,7 @@ def task(model: GenerativeModel, users: int, width: int) -> Task:
     offsets = torch.from_numpy(OFFSETS)
 
     def search() -> tuple[Tensor, Tensor]:
+        """Ours, without gradients."""
         with torch.inference_mode():
             return beam.beam_search(model, trie, offsets, prompts, lengths, width)
 
@@ -107,11 +108,15 @@ def compared(name: str, one: Task, mark: float, repetitions: int = 5, note: str 
 
 
 def masking_share(name: str, one: Task, repetitions: int = 7) -> Row:
-    """Looking up children, masking and top-k as a share of the whole search."""
-    parts, wholes = [], []
+    """Looking up children, masking and top-k as a share of the whole search.
+
+    The limit is that of memory: the code and the logit of every child of every beam read once, the best written once.
+    """
+    parts, wholes, moved = [], [], must_move(one)
     choose = beam._chosen
 
     def watched(*arguments: object) -> object:
+        """The choice, its time added up."""
         start = time.process_time()
         try:
             return choose(*arguments)
@@ -123,7 +128,26 @@ def masking_share(name: str, one: Task, repetitions: int = 7) -> Row:
             parts.append(0.0)
             wholes.append(timed(one.ours))
     pair = Pair(tuple(parts[1:]), tuple(wholes[1:]), "cpu", 1)
-    return dearer(f"masking and top-k, {name.removeprefix('decoding, ')}", "the search", pair, mark=0.05)
+    name = f"masking and top-k, {name.removeprefix('decoding, ')}"
+    note = "the limit is reading each child's code and logit once and writing the best"
+    return dearer(name, "the search", pair, mark=0.05, work=Work(bytes=moved), note=note)
+
+
+def must_move(one: Task) -> int:
+    """Bytes that choosing reads and writes at least, over one search."""
+    choose, moved = beam._chosen, []
+
+    def counted(trie: Trie, beams: beam._Beams, logits: Tensor, *others: object) -> object:
+        """The choice, its bytes added up."""
+        best = choose(trie, beams, logits, *others)
+        codes, _, exists = trie.children(beams.nodes)
+        read = int(exists.sum()) * (codes.element_size() + logits.element_size())
+        moved.append(read + best.scores.nbytes + best.nodes.nbytes + best.tokens.nbytes)
+        return best
+
+    with patch.object(beam, "_chosen", counted):
+        one.ours()
+    return sum(moved)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.decoding import SIZES, compared, spread_out, task
-from benchmarks.measure import alternate, faster, pretrained_folder, report
+from benchmarks.measure import Work, alternate, faster, flops, pretrained_folder, report
 from models.backbone import pretrained_backbone
 from models.generative import GenerativeModel
 
@@ -28,8 +28,10 @@ def main() -> None:
     name = f"decoding, pretrained, {USERS} users × {WIDTH} beams"
     row = compared(name, both, mark=4)
     restricted = task(spread_out(codes), USERS, WIDTH)
-    pair = alternate(restricted.ours, both.ours, repetitions=5)
-    head = faster(f"{name}, codes only", "our search over the whole vocabulary", pair, mark=None, unit="users/s")
+    pair, work = alternate(restricted.ours, both.ours, repetitions=5), Work(flops=flops(restricted.ours))
+    head = faster(
+        f"{name}, codes only", "our search over the whole vocabulary", pair, mark=None, unit="users/s", work=work
+    )
     report(SCRIPT, [row, replace(head, ours=USERS * (head.ours or 0), theirs=USERS * (head.theirs or 0))])
 
 

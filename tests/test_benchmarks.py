@@ -103,9 +103,14 @@ def test_every_benchmark_that_is_run_has_its_file_and_says_what_it_measures() ->
 def test_the_share_of_the_limit_is_one_for_the_arithmetic_that_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import measure
 
-    monkeypatch.setattr(measure, "limits", lambda threads, clock: (1e9, 1e8))
+    rates = {"float32": 1e9, "bfloat16": 4e9}
+    monkeypatch.setattr(measure, "matmul", lambda threads, clock, number: rates[number])
+    monkeypatch.setattr(measure, "stream", lambda threads, clock: 1e8)
     assert measure.share_of_limit(Work(flops=1e9), 1.0, 1) == 1.0
+    assert measure.share_of_limit(Work(flops=1e9, number="bfloat16"), 1.0, 1) == 0.25
     assert measure.share_of_limit(Work(flops=1e9, bytes=4e8), 8.0, 1) == 0.5
+    row = measure.limited(Row("a", "x"), Work(flops=2e9, number="bfloat16"), 1.0)
+    assert (row.limit, row.limits) == (0.5, "bfloat16 matmul 4 GFLOP/s")
 
 
 def test_a_slope_is_growth_by_100_stages_and_one_odd_stage_does_not_move_it() -> None:
