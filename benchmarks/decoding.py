@@ -1,7 +1,7 @@
 """The shared-prefix beam beside `generate()` under `prefix_allowed_tokens_fn`, the same weights and the same items.
 
     python -m benchmarks.decoding              # `small`, 32 users × 10 beams and 8 × 50
-    python -m benchmarks.decoding_pretrained   # the decoder LM in DRIFTREC_BACKBONE, 2 users × 10 beams
+    python -m benchmarks.decoding_pretrained   # the decoder LM in DRIFTREC_BACKBONE, 2 users × 10 beams, or --users 32
 
 Histories of 20 items (81 tokens), 25,000 items of 4 codes. Both sides score over the same output tokens in float32;
 that they return the same sets of items, and no other item than the catalogue's, is asserted before anything is timed.
@@ -92,7 +92,8 @@ def task(model: GenerativeModel, users: int, width: int) -> Task:
 
 def compared(name: str, one: Task, mark: float, repetitions: int = 5, note: str = "") -> Row:
     """Assert equal answers, then time both."""
-    (leaves, scores), (tokens, theirs) = one.ours(), one.theirs()
+    with using_threads(1):
+        (leaves, scores), (tokens, theirs) = one.ours(), one.theirs()
     items = {tuple(path): leaf for leaf, path in enumerate(one.paths.tolist())}
     generated = [{items.get(tuple(path), -1) for path in row} for row in tokens.tolist()]
     invalid = int((leaves < 0).sum()) + sum(-1 in row for row in generated)
@@ -101,7 +102,7 @@ def compared(name: str, one: Task, mark: float, repetitions: int = 5, note: str 
     print(f"{name}: identical item sets for {same} of {one.users} users, scores within {gap:.1g}, {invalid} invalid")
     if same != one.users or invalid:
         raise SystemExit(f"{name}: the two searches return different items; a time would mean nothing")
-    pair = alternate(one.ours, one.theirs, repetitions=repetitions)
+    pair = alternate(one.ours, one.theirs, repetitions=repetitions, warm=True)
     note = f"identical item sets for all users, largest gap of scores {gap:.1g}, no invalid item{note}"
     work = Work(flops=flops(one.ours))
     return faster(name, "generate()", pair, mark=mark, unit="users/s", amount=one.users, work=work, note=note)

@@ -117,7 +117,13 @@ class Row:
 
 
 def alternate(
-    ours: Call, rival: Call, *, repetitions: int = REPETITIONS, clock: Clock = "cpu", threads: int = 1
+    ours: Call,
+    rival: Call,
+    *,
+    repetitions: int = REPETITIONS,
+    clock: Clock = "cpu",
+    threads: int = 1,
+    warm: bool = False,
 ) -> Pair:
     """Time both in turn, each going first every other time, after one call of each that does not count.
 
@@ -127,10 +133,11 @@ def alternate(
         repetitions: pairs, at least 5.
         clock: `cpu` unless a rival works in another process or the claim is about using several cores.
         threads: torch's while measuring.
+        warm: both have been called already; the calls that do not count are left out.
     """
     sides: list[tuple[Call, list[float]]] = [(ours, []), (rival, [])]
     with using_threads(threads):
-        for call, _ in sides:
+        for call, _ in () if warm else sides:
             call()
         for number in range(max(5, repetitions)):
             for call, seconds in sides if number % 2 else reversed(sides):

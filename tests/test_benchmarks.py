@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import bench, general_text, results
+from benchmarks import bench, general_text, results, whole_job
 from benchmarks.measure import Pair, Row, Work, alternate, dearer, faster, flops, report, skip, stored
 
 TWICE_AS_FAST = Pair(ours=(1.0, 1.0, 2.0), rival=(2.0, 3.0, 4.0), clock="cpu", threads=1)
@@ -38,6 +40,9 @@ def test_both_sides_are_called_equally_often_and_each_goes_first_in_turn() -> No
     pair = alternate(lambda: calls.append("o"), lambda: calls.append("r"), repetitions=3)
     assert "".join(calls) == "or" + "ro" + "or" + "ro" + "or" + "ro"  # once each uncounted, then five pairs
     assert len(pair.ours) == len(pair.rival) == 5
+    calls.clear()
+    alternate(lambda: calls.append("o"), lambda: calls.append("r"), repetitions=5, warm=True)
+    assert "".join(calls) == "ro" + "or" + "ro" + "or" + "ro"
 
 
 def test_the_wall_clock_sees_a_sleep_and_the_processor_clock_does_not() -> None:
@@ -111,6 +116,16 @@ def test_the_share_of_the_limit_is_one_for_the_arithmetic_that_sets_it(monkeypat
     assert measure.share_of_limit(Work(flops=1e9, bytes=4e8), 8.0, 1) == 0.5
     row = measure.limited(Row("a", "x"), Work(flops=2e9, number="bfloat16"), 1.0)
     assert (row.limit, row.limits) == (0.5, "bfloat16 matmul 4 GFLOP/s")
+
+
+def test_a_whole_command_is_timed_with_its_children_s_processor_time_and_a_failed_one_leaves_no_row() -> None:
+    busy = "import time; end = time.process_time() + 0.1\nwhile time.process_time() < end: pass"
+    spent = whole_job.run([sys.executable, "-c", busy])
+    assert spent.processor >= 0.1
+    row = whole_job.row(whole_job.JOBS["demo"], replace(spent, wall=120.0))
+    assert (row.ratio, row.met, row.ours, row.theirs, row.limit) == (0.5, True, 120, 240, None)
+    with pytest.raises(SystemExit, match="exit code 3"):
+        whole_job.run([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_a_slope_is_growth_by_100_stages_and_one_odd_stage_does_not_move_it() -> None:
