@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import bench, general_text, results, whole_job
+from benchmarks import bench, general_text, results, whole_job, wrk
 from benchmarks.measure import Pair, Row, Work, alternate, dearer, faster, flops, report, skip, stored
 
 TWICE_AS_FAST = Pair(ours=(1.0, 1.0, 2.0), rival=(2.0, 3.0, 4.0), clock="cpu", threads=1)
@@ -126,6 +126,15 @@ def test_a_whole_command_is_timed_with_its_children_s_processor_time_and_a_faile
     assert (row.ratio, row.met, row.ours, row.theirs, row.limit) == (0.5, True, 120, 240, None)
     with pytest.raises(SystemExit, match="exit code 3"):
         whole_job.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_what_wrk_reports_is_read_in_seconds_and_its_script_posts_every_body() -> None:
+    driven = wrk.read("measured: 120 3 6000000 20000 40000 90000")
+    assert (driven.rate, driven.failed, driven.span) == (20.0, 3, 6.0)
+    assert [driven.quantile(share) for share in wrk.SHARES] == [0.02, 0.04, 0.09]
+    script = wrk.lua(['{"user": "a"}', '{"user": "b"}'])
+    assert r'local bodies = {"{\"user\": \"a\"}", "{\"user\": \"b\"}"}' in script
+    assert "ipairs({0.5, 0.95, 0.99})" in script
 
 
 def test_a_slope_is_growth_by_100_stages_and_one_odd_stage_does_not_move_it() -> None:
