@@ -39,6 +39,7 @@ def row(folder: str) -> Row:
     batch = generated_batch(windows=16, context=6, targets=10)  # AMX pays from about 64 rows
 
     def halved() -> Iterator[Losses]:
+        """The batch's loss under autocast."""
         with torch.autocast("cpu", torch.bfloat16):
             losses = next(iter(mean_loss(model, batch)))
         yield losses
@@ -52,8 +53,8 @@ def row(folder: str) -> Row:
         mark=2.0 if amx else None,
         unit="tokens/s",
         amount=batch.tokens.numel(),
-        work=Work(flops=flops(lambda: step(mean_loss(model, batch)))),
-        note=f"{'AMX' if amx else 'AVX-512 BF16, no claim without AMX'}; the limit is float32's",
+        work=Work(flops=flops(lambda: step(mean_loss(model, batch))), number="bfloat16"),
+        note="AMX" if amx else "AVX-512 BF16, no claim without AMX",
     )
 
 

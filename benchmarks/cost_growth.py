@@ -4,7 +4,8 @@ A generated log of equal stages, so that nothing but the number of past stages c
 seconds of training one more stage, and of putting its model together again from the lineage's files, each fitted by a
 line over the stages; `ratio` is that line at the last stage over the line at the first later one, spread over seeds.
 `full_retrain` trains on all data so far and so grows; cumulative LoRA folds its past in, so its steps stay as they are,
-while the files it must read and keep grow with every stage.
+while the files it must read and keep grow with every stage. The limit of training is that of the last stage's matrix
+products, the limit of reading a model that of the bytes of its files.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+from torch import Tensor
 
-from benchmarks.measure import Row, median, report, timed, using_threads
+from benchmarks.measure import Row, Work, flops, limited, median, report, timed, using_threads
 from flows import steps
 from flows.plan import Plan
+from stages import checkpoint
 from stages.commit import method_of
 from stages.dataset import Dataset, load_dataset
 from stages.jobs import Job
@@ -25,7 +29,7 @@ from stages.train import bare_model, lineage_folders, train_stage
 
 NAME = "cost_growth"
 STAGES, USERS, EVENTS, ITEMS = 8, 96, 9, 64
-SEEDS = range(5)
+SEEDS, COUNTED = range(5), 98
 METHODS = {"peso": 1.15, "gems": 1.15, "cumulative_sum": None, "full_retrain": None}
 """Each with its mark: flat, but for timing noise, or none."""
 CONFIG = """
@@ -60,11 +64,13 @@ def main() -> None:
         dataset = load_dataset(plan.config, plan.workspace)
         train(plan, Job("peso", seed=99, protocol="next_stage", stage=1))  # warms up what only the first call pays
         measured = {method: [lineage(plan, dataset, method, seed) for seed in SEEDS] for method in METHODS}
+        works = {method: counted(plan, dataset, method) for method in METHODS}
     rows = []
     for method, mark in METHODS.items():
         trained, restored = (np.array([pair[side] for pair in measured[method]]) for side in (0, 1))
-        rows.append(growth(f"cost growth, training a stage of {method}", trained, mark))
-        rows.append(growth(f"cost growth, reading a model of {method}", restored, None))
+        arithmetic, files = works[method]
+        rows.append(growth(f"cost growth, training a stage of {method}", trained, mark, arithmetic))
+        rows.append(growth(f"cost growth, reading a model of {method}", restored, None, files))
     report(NAME, rows)
 
 
@@ -102,6 +108,25 @@ def lineage(plan: Plan, dataset: Dataset, method: str, seed: int) -> tuple[list[
     return trained, restored
 
 
+def counted(plan: Plan, dataset: Dataset, method: str) -> tuple[Work, Work]:
+    """What the last stage of one more lineage takes: the arithmetic of training it, the bytes of reading its model."""
+    jobs = [Job(method, COUNTED, "next_stage", stage) for stage in range(STAGES)]
+    for job in jobs[:-1]:
+        train(plan, job)
+    arithmetic, sizes = flops(lambda: train(plan, jobs[-1])), list[int]()
+    load = checkpoint.load_file
+
+    def watched(path: Path) -> dict[str, Tensor]:
+        """A file of tensors, its size noted."""
+        sizes.append(path.stat().st_size)
+        return load(path)
+
+    folders = lineage_folders(plan.config, plan.workspace, dataset, jobs[-1])
+    with patch.object(checkpoint, "load_file", watched):
+        restore(plan, method, bare_model(plan.config, dataset, COUNTED), folders)
+    return Work(flops=arithmetic), Work(bytes=sum(sizes))
+
+
 def train(plan: Plan, job: Job) -> None:
     """Train the job's last stage; the earlier ones are committed."""
     train_stage(plan.config, plan.workspace, job)
@@ -112,14 +137,14 @@ def restore(plan: Plan, method: str, model: object, folders: Sequence[Path]) -> 
     method_of(plan.config, method).restore(model, folders)  # pyright: ignore[reportArgumentType]
 
 
-def growth(name: str, seconds: np.ndarray, mark: float | None) -> Row:
-    """A row from (seeds, stages) seconds."""
+def growth(name: str, seconds: np.ndarray, mark: float | None, work: Work) -> Row:
+    """A row from (seeds, stages) seconds and what the last stage takes at least."""
     past = np.arange(1, seconds.shape[1] + 1)
     lines = [np.polyfit(past, series, 1) for series in seconds]  # slope, intercept
     ratios = [float(np.polyval(line, past[-1]) / np.polyval(line, past[0])) for line in lines]
     slopes = [1e3 * float(line[0]) for line in lines]
     spread = f"[{min(slopes):+.2f}, {max(slopes):+.2f}]"
-    return Row(
+    row = Row(
         name=name,
         rival=f"stage 1, at stage {past[-1]}",
         ratio=median(ratios),
@@ -134,6 +159,7 @@ def growth(name: str, seconds: np.ndarray, mark: float | None) -> Row:
         f"generated log of {STAGES} equal stages, {USERS} users x {EVENTS} events",
         how=f"{len(seconds)} seeds, cpu time, 1 thread",
     )
+    return limited(row, work, float(np.median(seconds[:, -1])))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The shared-prefix beam beside `generate()` under `prefix_allowed_tokens_fn`, the same weights and the same items.
 
     python -m benchmarks.decoding              # `small`, 32 users × 10 beams and 8 × 50
-    python -m benchmarks.decoding_pretrained   # the decoder LM in DRIFTREC_BACKBONE, 2 users × 10 beams
+    python -m benchmarks.decoding_pretrained   # the decoder LM in DRIFTREC_BACKBONE, 2 users × 10 beams, or --users 32
 
 Histories of 20 items (81 tokens), 25,000 items of 4 codes. Both sides score over the same output tokens in float32;
 that they return the same sets of items, and no other item than the catalogue's, is asserted before anything is timed.
@@ -83,6 +83,7 @@ def task(model: GenerativeModel, users: int, width: int) -> Task:
     offsets = torch.from_numpy(OFFSETS)
 
     def search() -> tuple[Tensor, Tensor]:
+        """Ours, without gradients."""
         with torch.inference_mode():
             return beam.beam_search(model, trie, offsets, prompts, lengths, width)
 
@@ -91,7 +92,8 @@ def task(model: GenerativeModel, users: int, width: int) -> Task:
 
 def compared(name: str, one: Task, mark: float, repetitions: int = 5, note: str = "") -> Row:
     """Assert equal answers, then time both."""
-    (leaves, scores), (tokens, theirs) = one.ours(), one.theirs()
+    with using_threads(1):
+        (leaves, scores), (tokens, theirs) = one.ours(), one.theirs()
     items = {tuple(path): leaf for leaf, path in enumerate(one.paths.tolist())}
     generated = [{items.get(tuple(path), -1) for path in row} for row in tokens.tolist()]
     invalid = int((leaves < 0).sum()) + sum(-1 in row for row in generated)
@@ -100,18 +102,22 @@ def compared(name: str, one: Task, mark: float, repetitions: int = 5, note: str 
     print(f"{name}: identical item sets for {same} of {one.users} users, scores within {gap:.1g}, {invalid} invalid")
     if same != one.users or invalid:
         raise SystemExit(f"{name}: the two searches return different items; a time would mean nothing")
-    pair = alternate(one.ours, one.theirs, repetitions=repetitions)
+    pair = alternate(one.ours, one.theirs, repetitions=repetitions, warm=True)
     note = f"identical item sets for all users, largest gap of scores {gap:.1g}, no invalid item{note}"
     work = Work(flops=flops(one.ours))
     return faster(name, "generate()", pair, mark=mark, unit="users/s", amount=one.users, work=work, note=note)
 
 
 def masking_share(name: str, one: Task, repetitions: int = 7) -> Row:
-    """Looking up children, masking and top-k as a share of the whole search."""
-    parts, wholes = [], []
+    """Looking up children, masking and top-k as a share of the whole search.
+
+    The limit is that of memory: the code and the logit of every child of every beam read once, the best written once.
+    """
+    parts, wholes, moved = [], [], must_move(one)
     choose = beam._chosen
 
     def watched(*arguments: object) -> object:
+        """The choice, its time added up."""
         start = time.process_time()
         try:
             return choose(*arguments)
@@ -123,7 +129,26 @@ def masking_share(name: str, one: Task, repetitions: int = 7) -> Row:
             parts.append(0.0)
             wholes.append(timed(one.ours))
     pair = Pair(tuple(parts[1:]), tuple(wholes[1:]), "cpu", 1)
-    return dearer(f"masking and top-k, {name.removeprefix('decoding, ')}", "the search", pair, mark=0.05)
+    name = f"masking and top-k, {name.removeprefix('decoding, ')}"
+    note = "the limit is reading each child's code and logit once and writing the best"
+    return dearer(name, "the search", pair, mark=0.05, work=Work(bytes=moved), note=note)
+
+
+def must_move(one: Task) -> int:
+    """Bytes that choosing reads and writes at least, over one search."""
+    choose, moved = beam._chosen, []
+
+    def counted(trie: Trie, beams: beam._Beams, logits: Tensor, *others: object) -> object:
+        """The choice, its bytes added up."""
+        best = choose(trie, beams, logits, *others)
+        codes, _, exists = trie.children(beams.nodes)
+        read = int(exists.sum()) * (codes.element_size() + logits.element_size())
+        moved.append(read + best.scores.nbytes + best.nodes.nbytes + best.tokens.nbytes)
+        return best
+
+    with patch.object(beam, "_chosen", counted):
+        one.ours()
+    return sum(moved)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,18 @@
     python -m benchmarks.examples
 
 Events of 20,000 users, from the rows of the log to padded token batches with their targets; that every window holds the
-same tokens and targets on both sides is asserted first.
+same tokens and targets on both sides is asserted first. The limit is that of memory: events, marks and codes read once,
+the batches' tokens, places and labels written once.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
-from benchmarks.measure import alternate, faster, report
+from benchmarks.measure import Work, alternate, faster, report
+from models.generative import TokenBatch
 from stages.config import TrainingConfig
 from stages.examples import Encoder, batches, make_windows
 from stages.interactions import Catalogue, IntArray, Interactions
@@ -42,13 +45,21 @@ def main() -> None:
         lambda: tensors(events, catalogue, targets, training), lambda: rival(frame, codes, training), repetitions=7
     )
     note = f"{len(made):,} examples with {int(targets.sum()):,} targets, equal on both sides"
-    amount = float(targets.sum())
-    report(
-        "examples", [faster("examples", "pandas group-by", pair, mark=20, unit="targets/s", amount=amount, note=note)]
-    )
+    written = [part for batch in tensors(events, catalogue, targets, training) for part in batch_tensors(batch)]
+    read = [events.items, events.users, targets, codes]
+    work, amount = Work(bytes=sum(part.nbytes for part in [*read, *written])), float(targets.sum())
+    row = faster("examples", "pandas group-by", pair, mark=20, unit="targets/s", amount=amount, work=work, note=note)
+    report("examples", [row])
 
 
-def tensors(events: Interactions, catalogue: Catalogue, targets: np.ndarray, training: TrainingConfig) -> list:
+def batch_tensors(batch: TokenBatch) -> list[Tensor]:
+    """What a batch holds."""
+    return [batch.tokens, batch.positions, batch.labels]
+
+
+def tensors(
+    events: Interactions, catalogue: Catalogue, targets: np.ndarray, training: TrainingConfig
+) -> list[TokenBatch]:
     """Every batch of one pass, as training reads them."""
     windows, encoder = make_windows(events, targets, training), Encoder(events, catalogue)
     chosen = batches(windows.lengths, training.batch_size, np.random.default_rng(0))

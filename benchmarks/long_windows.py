@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from benchmarks.measure import alternate, faster, report
+from benchmarks.measure import Work, alternate, faster, flops, report
 from benchmarks.subjects import lastfm
 from models import adapter as lora
 from stages.config import Config
@@ -45,6 +45,7 @@ def main() -> None:
         mark=None,
         unit="tokens/s",
         amount=tokens,
+        work=Work(flops=flops(lambda: learn(pieces, batches)), number="bfloat16" if pieces.bfloat16 else "float32"),
         note=note,
     )
     report(NAME, [row])

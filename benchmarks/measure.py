@@ -29,6 +29,7 @@ from stages.workspace import read_json, write_json
 RESULTS = Path(__file__).resolve().parent / "results.json"
 REPETITIONS = 7
 Clock = Literal["cpu", "wall"]
+Number = Literal["float32", "bfloat16"]
 Call = Callable[[], object]
 
 
@@ -51,10 +52,17 @@ class Pair:
 
 @dataclass(frozen=True)
 class Work:
-    """What one call of ours cannot avoid: arithmetic and memory traffic."""
+    """What one call of ours cannot avoid.
+
+    Attributes:
+        flops: arithmetic, of the matmuls and attentions.
+        bytes: memory traffic: everything read once and everything written once.
+        number: what the matmuls multiply.
+    """
 
     flops: float = 0.0
     bytes: float = 0.0
+    number: Number = "float32"
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,8 @@ class Row:
         unit: of `ours` and `theirs`.
         ours: our absolute figure, median.
         theirs: the rival's.
-        limit: share of what this machine's matmul and memory stream allow, in [0, 1].
+        limit: share of what this machine's matmul and memory stream allow, in [0, 1]; None where that would mean
+            nothing, as for a size, a count or a whole command.
         limits: those, in words.
         how: repetitions, clock, threads.
         note: anything a reader must know.
@@ -108,7 +117,13 @@ class Row:
 
 
 def alternate(
-    ours: Call, rival: Call, *, repetitions: int = REPETITIONS, clock: Clock = "cpu", threads: int = 1
+    ours: Call,
+    rival: Call,
+    *,
+    repetitions: int = REPETITIONS,
+    clock: Clock = "cpu",
+    threads: int = 1,
+    warm: bool = False,
 ) -> Pair:
     """Time both in turn, each going first every other time, after one call of each that does not count.
 
@@ -118,10 +133,11 @@ def alternate(
         repetitions: pairs, at least 5.
         clock: `cpu` unless a rival works in another process or the claim is about using several cores.
         threads: torch's while measuring.
+        warm: both have been called already; the calls that do not count are left out.
     """
     sides: list[tuple[Call, list[float]]] = [(ours, []), (rival, [])]
     with using_threads(threads):
-        for call, _ in sides:
+        for call, _ in () if warm else sides:
             call()
         for number in range(max(5, repetitions)):
             for call, seconds in sides if number % 2 else reversed(sides):
@@ -210,7 +226,7 @@ def _row(name: str, rival: str, ratios: Sequence[float], mark: float | None, pai
         high=max(ratios),
         mark=mark,
         limit=None if work is None else share_of_limit(work, median(pair.ours), pair.threads, pair.clock),
-        limits="" if work is None else limits_in_words(pair.threads, pair.clock),
+        limits="" if work is None else limits_in_words(work, pair.threads, pair.clock),
         how=f"{len(ratios)} alternating pairs, {pair.clock} time, {threads}",
     )
 
@@ -228,18 +244,24 @@ def flops(call: Call) -> float:
 
 
 @cache
-def limits(threads: int, clock: Clock = "cpu") -> tuple[float, float]:
-    """This machine's float32 matmul in FLOP/s and memory stream in bytes/s: the best of about a second each.
+def matmul(threads: int, clock: Clock = "cpu", number: Number = "float32") -> float:
+    """This machine's FLOP/s in a product of two square matrices, 2 or 4 MiB each: the best of about a second.
 
-    Processor time of several threads adds up, so with `cpu` both are per core in use.
+    Processor time of several threads adds up, so with `cpu` it is per core in use; so is `stream`.
     """
-    size, entries = 1024, 2**25  # 4 MiB matrices; 128 MiB arrays, far beyond any cache
-    left, right, product = (torch.rand(size, size) for _ in range(3))
+    size, kind = 1024, {"float32": torch.float32, "bfloat16": torch.bfloat16}[number]
+    left, right, product = (torch.rand(size, size).to(kind) for _ in range(3))
+    with using_threads(threads):
+        return 2 * size**3 / _best(lambda: torch.mm(left, right, out=product), clock)
+
+
+@cache
+def stream(threads: int, clock: Clock = "cpu") -> float:
+    """This machine's bytes/s, read and written, in a copy far beyond any cache: the best of about a second."""
+    entries = 2**25  # 128 MiB
     source, target = torch.rand(entries), torch.zeros(entries)
     with using_threads(threads):
-        multiply = _best(lambda: torch.mm(left, right, out=product), clock)
-        copy = _best(lambda: target.copy_(source), clock)
-    return 2 * size**3 / multiply, 2 * 4 * entries / copy
+        return 2 * 4 * entries / _best(lambda: target.copy_(source), clock)
 
 
 def _best(call: Call, clock: Clock) -> float:
@@ -253,14 +275,25 @@ def _best(call: Call, clock: Clock) -> float:
 
 def share_of_limit(work: Work, seconds: float, threads: int, clock: Clock = "cpu") -> float:
     """The least time `work` can take here, by arithmetic or by memory traffic, over the time it took."""
-    rate, stream = limits(threads, clock)
-    return max(work.flops / rate, work.bytes / stream) / seconds
+    arithmetic = work.flops / matmul(threads, clock, work.number) if work.flops else 0.0
+    traffic = work.bytes / stream(threads, clock) if work.bytes else 0.0
+    return max(arithmetic, traffic) / seconds
 
 
-def limits_in_words(threads: int, clock: Clock = "cpu") -> str:
-    """Both limits, for print."""
-    rate, stream = limits(threads, clock)
-    return f"float32 matmul {rate / 1e9:.0f} GFLOP/s, memory stream {stream / 1e9:.1f} GB/s"
+def limits_in_words(work: Work, threads: int, clock: Clock = "cpu") -> str:
+    """The limits that `work` is held to, for print."""
+    words = []
+    if work.flops:
+        words.append(f"{work.number} matmul {matmul(threads, clock, work.number) / 1e9:.0f} GFLOP/s")
+    if work.bytes:
+        words.append(f"memory stream {stream(threads, clock) / 1e9:.1f} GB/s")
+    return ", ".join(words)
+
+
+def limited(row: Row, work: Work, seconds: float, threads: int = 1, clock: Clock = "cpu") -> Row:
+    """The row with the share of the limit that `work` in `seconds` comes to."""
+    share = share_of_limit(work, seconds, threads, clock)
+    return replace(row, limit=share, limits=limits_in_words(work, threads, clock))
 
 
 def machine() -> str:
@@ -298,8 +331,13 @@ def in_words(row: Row) -> str:
     if row.ours is not None and row.theirs is not None:
         lines.append(f"ours {row.ours:,.4g} {row.unit}, beside it {row.theirs:,.4g} {row.unit}")
     if row.limit is not None:
-        lines.append(f"{row.limit:.0%} of this machine's limit ({row.limits})")
+        lines.append(f"{percent(row.limit)} of this machine's limit ({row.limits})")
     return "\n    ".join([*lines, *(part for part in (row.note, row.how, row.machine) if part)])
+
+
+def percent(share: float) -> str:
+    """A share in words, with two digits where it is small."""
+    return f"{share:.0%}" if share >= 0.095 else f"{100 * share:.2g}%"
 
 
 def skip(script: str, reason: str) -> NoReturn:

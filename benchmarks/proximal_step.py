@@ -2,10 +2,13 @@
 
 The same LoRA step with and without the term, on `small`; and, since a difference of a percent drowns in the spread of
 whole steps, the term by itself as a share of the step: the published setting (each adapter matrix's own softmax) and
-the widest one, which holds the code tokens' rows as well.
+the widest one, which holds the code tokens' rows as well. The limit of the term alone is that of memory: weight, anchor
+and gradient of every number read once, the gradient written once.
 """
 
 from __future__ import annotations
+
+from torch.nn import Parameter
 
 from benchmarks.lora_step import folded
 from benchmarks.measure import Work, alternate, dearer, flops, report
@@ -34,7 +37,8 @@ def main() -> None:
     for anchor, term in (("adapter", penalty), ("adapter+tokens", wide)):
         pair = alternate(lambda term=term: repeat(term, STEPS), lambda: take(plain_step, plain, batch, STEPS))
         name = f"PESO's term alone, anchor = {anchor}"
-        rows.append(dearer(name, "a step without it", pair, mark=0.03, calls=STEPS, note=NOTE))
+        work = Work(bytes=STEPS * 4 * 4 * sum(value.numel() for value in matrices(model, anchor).values()))
+        rows.append(dearer(name, "a step without it", pair, mark=0.03, work=work, calls=STEPS, note=NOTE))
     report(NAME, rows)
 
 
@@ -42,9 +46,13 @@ def held(anchor: str, model: GenerativeModel | None = None) -> tuple[GenerativeM
     """The folded adapter under PESO's step, as `stages.methods.peso` builds it."""
     model = folded()[0] if model is None else model
     settings = PesoConfig.model_validate({"anchor": anchor})
-    matrices = dict(lora.matrices(model.stack)) | (model.rows() if anchor == "adapter+tokens" else {})
-    penalty = proximal_penalty(matrices, settings, modules=len(lora.adapter_of(model.stack)))
+    penalty = proximal_penalty(matrices(model, anchor), settings, modules=len(lora.adapter_of(model.stack)))
     return model, adamw_step(let_train(model, rows=True), SCHEDULE, penalty), penalty
+
+
+def matrices(model: GenerativeModel, anchor: str) -> dict[str, Parameter]:
+    """What the term holds."""
+    return dict(lora.matrices(model.stack)) | (model.rows() if anchor == "adapter+tokens" else {})
 
 
 def repeat(penalty: Penalty, times: int) -> None:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import percent
 from flows.reporting.findings import Cell, Difference, Findings
 from stages.workspace import read_json, replacing
 
@@ -34,7 +35,9 @@ SPEED = """# Speed
 
 Each line is a script in `benchmarks/` that runs both sides in turn in one process and takes the median of the pairs'
 ratios; in brackets the smallest and the largest of them. Above a mark with ≥ is good, below one with ≤. "Limit" is the
-share of what this machine's own matmul and memory stream allow, measured in the same run. Written by `make bench`.
+share of what this machine's own matmul (of the row's number type) and memory stream allow, measured in the same run:
+the arithmetic of the matrix products, or everything read and written once, over the time taken. Sizes, counts and whole
+commands have none. Written by `make bench`.
 """
 BROKEN = """# Faults
 
@@ -126,7 +129,7 @@ def benchmark_line(row: dict[str, Any]) -> str:
     mark = "–" if row["mark"] is None else f"{'≥' if row['better'] == 'higher' else '≤'} {row['mark']:g}"
     missed = " **missed**" * (row["met"] is False)
     figures = ["–" if row[key] is None else f"{row[key]:,.4g} {row['unit']}" for key in ("ours", "theirs")]
-    limit = "–" if row["limit"] is None else f"{row['limit']:.0%}"
+    limit = "–" if row["limit"] is None else percent(row["limit"])
     cells = [row["name"], row["rival"], f"{row['ratio']:.3g}{spread}", mark + missed, *figures, limit]
     return "| " + " | ".join(cells) + " |"
 

@@ -1,11 +1,13 @@
 """Load on the service: latency and throughput at 1, 8 and 32 clients, and 20 champion swaps under load.
 
-    python benchmarks/service_load.py [--workspace W]
+    python -m benchmarks.service_load [--workspace W] [--seconds S]
 
 A workspace of its own (a generated log, two methods of the default size, trained for one epoch: what a pass through the
-model costs does not depend on how well it was trained) is served by a process of its own over real sockets. The clients
-share one event loop here and write HTTP by hand, so that they cost the two cores little. Every answer is compared with
-the plain function: the same items in the same order, scores within rounding.
+model costs does not depend on how well it was trained) is served by a process of its own over real sockets. Where
+`wrk` is installed its clients give the times and rates; clients of our own, which share one event loop and write HTTP
+by hand, ask beside them and while champions change, and stand in where there is no `wrk`. Every answer to those is
+compared with the plain function: the same items in the same order, scores within rounding. The limit is that of the
+matrix products of one person's search: on one thread for a latency, on all cores for a throughput.
 """
 
 from __future__ import annotations
@@ -18,73 +20,54 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks import wrk
+from benchmarks.load_workspace import METHODS, crown, prepare
+from benchmarks.measure import Row, Work, flops, limited, median, percent, report, share_of_limit
+from benchmarks.wrk import SHARES, Driven
+from flows.machine import cores
+from flows.serving.served import Served, load_served
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from measure import Row, median, report  # noqa: E402
-
-from flows.experiment import remember_trained, trained_jobs  # noqa: E402
-from flows.machine import cores  # noqa: E402
-from flows.serving.served import Served, load_served  # noqa: E402
-from stages.jobs import Job  # noqa: E402
-from stages.workspace import Workspace, write_json  # noqa: E402
-
 SCRIPT = "service_load"
 CLIENTS = (1, 8, 32)
 SECONDS = 6.0
+COMPARED = 2.0
+"""Seconds of our own clients at each load where `wrk` gives the figures."""
 ROUNDS = 5
 """Repetitions of each load, alternating, so that what else the machine does falls on all alike."""
 SWAPS = 20
 K = 10
 TOLERANCE = 1e-4
 """Nats between a score from a batch and from a pass of its own."""
-SHARES = (0.5, 0.95, 0.99)
-METHODS = ("single", "frozen")
 THREADS = "1"
-HOW = f"{ROUNDS} alternating rounds of {SECONDS:.0f} s, wall time, {THREADS} thread a pass, clients on the same cores"
-CONFIG = """
-name = "load"
-workspace = "unused"
-seeds = [0]
-[[log.sources]]
-path = "events.csv"
-time_unit = "s"
-where = "event = 'recommendation'"
-[[catalogue.sources]]
-path = "catalogue.csv"
-[stages]
-instants = ["BOUNDARY"]
-[items]
-levels = 4
-codes_per_level = 64
-[training]
-first_epochs = 1
-epochs = 1
-[evaluation]
-matrix_users = 0
-bootstrap = 100
-"""
 
 
 @dataclass(frozen=True)
 class Asked:
     """A request and what each method has to answer to it."""
 
-    wire: bytes
+    body: str
     answers: dict[str, tuple[list[str], list[float]]]
+
+    @property
+    def wire(self) -> bytes:
+        """The request as it is sent."""
+        lines = ("POST /recommend HTTP/1.1", "host: 127.0.0.1", "content-type: application/json")
+        head = "\r\n".join((*lines, f"content-length: {len(self.body)}", "", ""))
+        return (head + self.body).encode()
 
 
 @dataclass(frozen=True)
 class Load:
-    """What some clients saw."""
+    """What some clients of our own saw."""
 
     seconds: list[float]
     span: float
@@ -94,39 +77,18 @@ class Load:
     """Seconds of the service's process."""
 
     @property
+    def answers(self) -> int:
+        """How many came."""
+        return len(self.seconds)
+
+    @property
     def rate(self) -> float:
         """Answers a second."""
-        return len(self.seconds) / self.span
+        return self.answers / self.span
 
     def quantile(self, share: float) -> float:
         """Seconds within which `share` of the answers came."""
         return float(np.quantile(self.seconds, share))
-
-
-def prepare(folder: Path) -> Path:
-    """Train two small models on a generated log; returns the workspace."""
-    from flows import steps
-    from stages.synthetic import boundaries, write_demo_log
-    from stages.train import train_stage
-
-    source, root = folder / "source", folder / "workspace"
-    write_demo_log(source, seed=0, users=600, items=2000, stages=2)
-    config = source / "load.toml"
-    config.write_text(CONFIG.replace("BOUNDARY", boundaries(2)[0].isoformat()), encoding="utf-8")
-    plan = steps.claimed(steps.draft_plan(config, root, list(METHODS), [0], users=None))
-    for step in (steps.read, steps.split, steps.identify):
-        step(plan)
-    for method in METHODS:
-        for stage in range(2):
-            job = Job(method, 0, "same_stage", stage)
-            remember_trained(plan.workspace, train_stage(plan.config, plan.workspace, job))
-    return root
-
-
-def crown(root: Path, method: str) -> None:
-    """Make a method's newest model the champion."""
-    job = max((job for job in trained_jobs(Workspace(root)) if job.method == method), key=lambda job: job.stage)
-    write_json(root / "champion.json", {"schema": 1, "job": asdict(job), "key": "", "digest": "", "since": ""})
 
 
 def questions(served: dict[str, Served], count: int) -> list[Asked]:
@@ -141,10 +103,7 @@ def questions(served: dict[str, Served], count: int) -> list[Asked]:
             (ranking,) = model.rank([past], K)
             names = [model.dataset.catalogue.item_ids[item] for item, _ in ranking]
             answers[method] = (names, [score for _, score in ranking])
-        body = json.dumps({"user": users[row], "k": K}).encode()
-        lines = ("POST /recommend HTTP/1.1", "host: 127.0.0.1", "content-type: application/json")
-        head = "\r\n".join((*lines, f"content-length: {len(body)}", "", ""))
-        found.append(Asked(head.encode() + body, answers))
+        found.append(Asked(json.dumps({"user": users[row], "k": K}), answers))
     return found
 
 
@@ -183,6 +142,20 @@ def processor(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def arithmetic(served: Served, count: int = 20) -> float:
+    """Operations of one person's search, the mean over some people."""
+    users = served.dataset.interactions.user_ids
+    people = [served.past(users[row], None) for row in np.linspace(0, len(users) - 1, count).astype(int)]
+    return flops(lambda: [served.rank([past], K) for past in people]) / count
+
+
+def drive(port: int, process: int, asked: list[Asked], clients: int, seconds: float) -> Driven:
+    """The load by `wrk`, with the processor time that the service took for it."""
+    before = processor(process)
+    found = wrk.drive(f"http://127.0.0.1:{port}/recommend", [one.body for one in asked], clients, seconds)
+    return replace(found, processor=processor(process) - before)
+
+
 def put(port: int, process: int, asked: list[Asked], clients: int, seconds: float) -> Load:
     """`load` for so many seconds, with the processor time that the service took for it."""
     before = processor(process)
@@ -196,6 +169,7 @@ async def load(port: int, asked: list[Asked], clients: int, over: Callable[[], b
     faults = {"wrong": 0, "failed": 0}
 
     async def client(turn: int) -> None:
+        """One of them, over one connection."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         while not over():
             question = asked[turn % len(asked)]
@@ -261,24 +235,30 @@ async def counted(port: int) -> int:
     return int(float(line.split()[1]))
 
 
-def measured(root: Path) -> list[Row]:
+def measured(root: Path, span: float) -> list[Row]:
     """Serve the workspace and put every load on it."""
     crown(root, METHODS[0])
     served = {method: load_served(root, method) for method in METHODS}
     asked = questions(served, 200)
     own: list[float] = []
-    loads: dict[int, list[Load]] = {clients: [] for clients in CLIENTS}
+    loads: dict[int, list[Load | Driven]] = {clients: [] for clients in CLIENTS}
+    ask = drive if wrk.found() else put
     with service(root) as (port, process):
         put(port, process, asked, 8, 1.0)  # the first passes through a model are slow
         for _ in range(ROUNDS):
             own.append(median(own_time(served[METHODS[0]])))
             for clients in CLIENTS:
-                loads[clients].append(put(port, process, asked, clients, SECONDS))
+                loads[clients].append(ask(port, process, asked, clients, span))
         for clients, found in loads.items():
             print(in_words(clients, found))
+        beside = [put(port, process, asked, clients, COMPARED) for clients in CLIENTS] if wrk.found() else []
         under, swaps = asyncio.run(swapped(port, root, asked))
     print(f"{swaps} swaps: {in_words(8, [under])}")
-    return [latency_row(own, loads), throughput_row(loads), swap_row(loads, under, swaps)]
+    work = Work(flops=arithmetic(served[METHODS[0]]))
+    how = f"{ROUNDS} alternating rounds of {span:.0f} s, wall time, {THREADS} thread a pass, "
+    how += f"{'wrk' if wrk.found() else 'our own clients'} on the same cores"
+    rows = [replace(row, how=how) for row in (latency_row(own, loads, work), throughput_row(loads, work))]
+    return [*rows, swap_row([*beside, *(one for found in loads.values() for one in found)], under, swaps)]
 
 
 def until(seconds: float) -> Callable[[], bool]:
@@ -287,14 +267,15 @@ def until(seconds: float) -> Callable[[], bool]:
     return lambda: time.perf_counter() >= end
 
 
-def in_words(clients: int, loads: list[Load]) -> str:
+def in_words(clients: int, loads: Sequence[Load | Driven]) -> str:
     """Rate and quantiles, the median of the rounds."""
     rate = median([one.rate for one in loads])
     quantiles = (
         f"p{share:.0%}"[:-1] + f" {1e3 * median([one.quantile(share) for one in loads]):.1f} ms" for share in SHARES
     )
-    faults = f"{sum(one.wrong for one in loads)} wrong, {sum(one.failed for one in loads)} failed"
-    answers = sum(len(one.seconds) for one in loads)
+    compared = [one.wrong for one in loads if one.wrong is not None]
+    faults = f"{sum(compared)} wrong, " * bool(compared) + f"{sum(one.failed for one in loads)} failed"
+    answers = sum(one.answers for one in loads)
     each = 1e3 * sum(one.processor for one in loads) / answers
     cost = f", {each:.1f} ms of processor each" if each else ""
     return f"{clients} clients: {rate:.1f} answers/s, {', '.join(quantiles)}; {answers} answers, {faults}{cost}"
@@ -305,11 +286,12 @@ def busy() -> str:
     return f"load average {os.getloadavg()[0]:.1f} on {cores()} cores, the measurement's own part included"
 
 
-def latency_row(own: list[float], loads: dict[int, list[Load]]) -> Row:
+def latency_row(own: list[float], loads: dict[int, list[Load | Driven]], work: Work) -> Row:
     """The slowest twentieth of one client's answers beside the model's own time for one user."""
     tails = [one.quantile(0.95) for one in loads[1]]
-    ratios = [tail / alone for tail, alone in zip(tails, own, strict=True)]
-    return Row(
+    alone = share_of_limit(work, median(own), 1, "wall")
+    ratios = [tail / bare for tail, bare in zip(tails, own, strict=True)]
+    row = Row(
         name="service, 95th percentile of one client",
         rival="the model's own median time for one user",
         ratio=median(ratios),
@@ -320,16 +302,17 @@ def latency_row(own: list[float], loads: dict[int, list[Load]]) -> Row:
         unit="ms",
         ours=1e3 * median(tails),
         theirs=1e3 * median(own),
-        how=HOW,
-        note=in_words(1, loads[1]),
+        note=f"{in_words(1, loads[1])}; the model's own time is at {percent(alone)} of the limit",
     )
+    return limited(row, work, median(tails), clock="wall")
 
 
-def throughput_row(loads: dict[int, list[Load]]) -> Row:
+def throughput_row(loads: dict[int, list[Load | Driven]], work: Work) -> Row:
     """Answers a second of 32 clients beside those of one."""
     pairs = [(many.rate, one.rate) for many, one in zip(loads[32], loads[1], strict=True)]
     ratios = [many / one for many, one in pairs]
-    return Row(
+    rate = median([many for many, _ in pairs])
+    row = Row(
         name="service, throughput of 32 clients",
         rival="throughput of one client",
         ratio=median(ratios),
@@ -337,17 +320,18 @@ def throughput_row(loads: dict[int, list[Load]]) -> Row:
         high=max(ratios),
         mark=3,
         unit="answers/s",
-        ours=median([many for many, _ in pairs]),
+        ours=rate,
         theirs=median([one for _, one in pairs]),
-        how=HOW,
         note=f"{in_words(8, loads[8])}; {in_words(32, loads[32])}; {busy()}",
     )
+    return limited(row, work, 1 / rate, cores(), "wall")
 
 
-def swap_row(loads: dict[int, list[Load]], under: Load, swaps: int) -> Row:
+def swap_row(loads: Sequence[Load | Driven], under: Load, swaps: int) -> Row:
     """Wrong, failed and missing answers, of all loads and of the one under which champions changed."""
-    every = [under, *(one for found in loads.values() for one in found)]
-    faults = sum(one.wrong + one.failed for one in every) + (SWAPS - swaps)
+    every = [under, *loads]
+    faults = sum((one.wrong or 0) + one.failed for one in every) + (SWAPS - swaps)
+    compared = sum(one.answers for one in every if one.wrong is not None)
     return Row(
         name=f"service, wrong or failed answers over {SWAPS} champion swaps",
         rival="the plain function's answers",
@@ -357,8 +341,8 @@ def swap_row(loads: dict[int, list[Load]], under: Load, swaps: int) -> Row:
         unit="answers",
         ours=float(faults),
         theirs=0.0,
-        how=f"8 clients, {swaps} swaps, every answer compared",
-        note=in_words(8, [under]),
+        how=f"8 clients of our own, {swaps} swaps, every answer compared",
+        note=f"{in_words(8, [under])}; {compared} answers compared at all loads together; a count: no limit",
     )
 
 
@@ -368,11 +352,12 @@ def main() -> None:
     parser.add_argument(
         "--workspace", type=Path, help="a workspace trained with this script earlier; absent: a new one"
     )
-    given = parser.parse_args().workspace
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each load, whole ones")
+    wish = parser.parse_args()
     torch.set_num_threads(int(THREADS))
     with tempfile.TemporaryDirectory() as folder:
-        root = given or prepare(Path(folder))
-        report(SCRIPT, measured(root))
+        root = wish.workspace or prepare(Path(folder))
+        report(SCRIPT, measured(root, wish.seconds))
 
 
 if __name__ == "__main__":

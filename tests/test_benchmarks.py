@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import bench, general_text, results
+from benchmarks import bench, general_text, results, whole_job, wrk
 from benchmarks.measure import Pair, Row, Work, alternate, dearer, faster, flops, report, skip, stored
 
 TWICE_AS_FAST = Pair(ours=(1.0, 1.0, 2.0), rival=(2.0, 3.0, 4.0), clock="cpu", threads=1)
@@ -38,6 +40,9 @@ def test_both_sides_are_called_equally_often_and_each_goes_first_in_turn() -> No
     pair = alternate(lambda: calls.append("o"), lambda: calls.append("r"), repetitions=3)
     assert "".join(calls) == "or" + "ro" + "or" + "ro" + "or" + "ro"  # once each uncounted, then five pairs
     assert len(pair.ours) == len(pair.rival) == 5
+    calls.clear()
+    alternate(lambda: calls.append("o"), lambda: calls.append("r"), repetitions=5, warm=True)
+    assert "".join(calls) == "ro" + "or" + "ro" + "or" + "ro"
 
 
 def test_the_wall_clock_sees_a_sleep_and_the_processor_clock_does_not() -> None:
@@ -103,9 +108,33 @@ def test_every_benchmark_that_is_run_has_its_file_and_says_what_it_measures() ->
 def test_the_share_of_the_limit_is_one_for_the_arithmetic_that_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import measure
 
-    monkeypatch.setattr(measure, "limits", lambda threads, clock: (1e9, 1e8))
+    rates = {"float32": 1e9, "bfloat16": 4e9}
+    monkeypatch.setattr(measure, "matmul", lambda threads, clock, number: rates[number])
+    monkeypatch.setattr(measure, "stream", lambda threads, clock: 1e8)
     assert measure.share_of_limit(Work(flops=1e9), 1.0, 1) == 1.0
+    assert measure.share_of_limit(Work(flops=1e9, number="bfloat16"), 1.0, 1) == 0.25
     assert measure.share_of_limit(Work(flops=1e9, bytes=4e8), 8.0, 1) == 0.5
+    row = measure.limited(Row("a", "x"), Work(flops=2e9, number="bfloat16"), 1.0)
+    assert (row.limit, row.limits) == (0.5, "bfloat16 matmul 4 GFLOP/s")
+
+
+def test_a_whole_command_is_timed_with_its_children_s_processor_time_and_a_failed_one_leaves_no_row() -> None:
+    busy = "import time; end = time.process_time() + 0.1\nwhile time.process_time() < end: pass"
+    spent = whole_job.run([sys.executable, "-c", busy])
+    assert spent.processor >= 0.1
+    row = whole_job.row(whole_job.JOBS["demo"], replace(spent, wall=120.0))
+    assert (row.ratio, row.met, row.ours, row.theirs, row.limit) == (0.5, True, 120, 240, None)
+    with pytest.raises(SystemExit, match="exit code 3"):
+        whole_job.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_what_wrk_reports_is_read_in_seconds_and_its_script_posts_every_body() -> None:
+    driven = wrk.read("measured: 120 3 6000000 20000 40000 90000")
+    assert (driven.rate, driven.failed, driven.span) == (20.0, 3, 6.0)
+    assert [driven.quantile(share) for share in wrk.SHARES] == [0.02, 0.04, 0.09]
+    script = wrk.lua(['{"user": "a"}', '{"user": "b"}'])
+    assert r'local bodies = {"{\"user\": \"a\"}", "{\"user\": \"b\"}"}' in script
+    assert "ipairs({0.5, 0.95, 0.99})" in script
 
 
 def test_a_slope_is_growth_by_100_stages_and_one_odd_stage_does_not_move_it() -> None:
