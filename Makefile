@@ -61,15 +61,7 @@ faults: install ## inject every fault of docs/reliability.md, about half an hour
 	$(BIN)/python -m benchmarks.faults
 
 ui: install ## Prefect on port 4200 and MLflow on port 5000, this machine only, for WORKSPACE
-	@echo "Prefect http://127.0.0.1:4200    MLflow http://127.0.0.1:5000    Ctrl-C stops both"
-	@export DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false MLFLOW_DISABLE_TELEMETRY=true; \
-	export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false PREFECT_HOME="$(abspath $(WORKSPACE))/prefect"; \
-	mkdir -p "$(WORKSPACE)"; \
-	trap 'kill $$(jobs -p) 2>/dev/null || true' EXIT INT TERM; \
-	$(BIN)/prefect server start --host 127.0.0.1 & \
-	$(BIN)/mlflow server --host 127.0.0.1 --port 5000 --workers 1 \
-	  --backend-store-uri "sqlite:///$(abspath $(WORKSPACE))/mlflow.db" & \
-	wait
+	@$(BIN)/driftrec ui --workspace "$(WORKSPACE)"
 
 clean: ## remove the environment, caches and builds; workspaces and data stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -17,13 +17,15 @@ from prefect.runtime import flow_run
 
 from flows import experiment, retraining
 from flows.plan import Plan
-from flows.promotion.history import Entry
+from flows.promotion import copies
+from flows.promotion.history import Entry, read_history
 from flows.reporting import stored
 from flows.reporting.findings import HEADLINE, PROTOCOL_TITLES, Findings, Line, metric_title, sample_note
 from flows.terminal import watcher
 
 if TYPE_CHECKING:
     from stages.append import Intake
+    from stages.workspace import Workspace
 
 STEP = 2.0
 """Percent of progress below which Prefect is not told: a message costs tens of milliseconds."""
@@ -69,9 +71,29 @@ def publish(folder: Path, chart: str | None) -> None:
         create_link_artifact(chart, "quality by stage in MLflow (start it with `make ui`)", key="mlflow-chart")
 
 
-def publish_decisions(intake: Intake, lines: list[Entry]) -> None:
-    """What a retraining took and decided."""
-    create_markdown_artifact(retraining.summary(intake, lines), key="decision", description="New rows and decisions")
+def publish_decisions(workspace: Workspace, intake: Intake, lines: list[Entry]) -> None:
+    """What a retraining took and decided, and before it what a killed one decided and could not show."""
+    shown = copies.lacking(workspace, "prefect", known=len(read_history(workspace)[0]) - len(lines))
+    create_markdown_artifact(retraining.summary(intake, shown), key="decision", description="New rows and decisions")
+    _contests(shown)
+    copies.note(workspace, "prefect")
+
+
+def publish_rollback(workspace: Workspace) -> str:
+    """The last decision by itself, a roll back, and before it what could not be shown.
+
+    Returns:
+        The same in Markdown.
+    """
+    shown = copies.lacking(workspace, "prefect", known=len(read_history(workspace)[0]) - 1)
+    said = "\n".join(retraining.told(shown))
+    create_markdown_artifact(said, key="decision", description="The champion before the present one is back")
+    _contests(shown)
+    copies.note(workspace, "prefect")
+    return said
+
+
+def _contests(lines: list[Entry]) -> None:
     for line in lines:
         if table := contest_rows(line):
             create_table_artifact(table, key="contest", description=f"On the tests of stage {line['stage']}")

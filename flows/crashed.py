@@ -12,7 +12,7 @@ from stages.config import load_config
 from stages.errors import UserError
 from stages.workspace import Workspace
 
-FLOW_NAMES = ("compare", "continual", "retrain")
+FLOW_NAMES = ("compare", "continual", "retrain", "rollback")
 MOST = 200
 """Runs Prefect hands over in one answer."""
 log = logging.getLogger("flows.crashed")

@@ -107,8 +107,9 @@ def patience() -> float:
 
 
 def _answers(workspace: Workspace) -> bool:
-    from flows import tracking
+    from flows import stores, tracking
 
+    stores.make(workspace)
     return tracking.answers(workspace)
 
 
@@ -123,9 +124,11 @@ def _recording(workspace: Workspace) -> Iterator[None]:
 
 
 def _decided(workspace: Workspace, experiment: str) -> None:
+    from flows import stores
     from flows.promotion import registry
 
     with _recording(workspace):
+        stores.discard_halves(workspace, experiment)
         registry.record_decisions(workspace, experiment)
 
 

@@ -1,4 +1,4 @@
-"""Commands that offer a trained model to others: over HTTP, or as an MLflow model."""
+"""Commands that offer what a run made to others: its model over HTTP or in MLflow's form, and its pages."""
 
 from __future__ import annotations
 
@@ -50,3 +50,26 @@ def export_model(
 
     folder = exporting.export_model(workspace, to, method, seed)
     terminal.stdout().print(f"model: {folder}", soft_wrap=True)
+
+
+@app.command()
+def ui(
+    workspace: ThisFolder = Path("workspace/demo"),
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Of Prefect's page.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Of MLflow's page.")] = 5000,
+) -> None:
+    """Show Prefect and MLflow of a workspace, on this machine only, until Ctrl-C."""
+    started_in(workspace)
+    from flows import terminal
+    from flows.ui import show, windows
+    from stages.workspace import Workspace
+
+    place = Workspace(workspace)
+    both = windows(place, prefect_port, mlflow_port)
+    place.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not (place.root / "mlflow.db").exists():
+        from flows import stores  # Ctrl-C while MLflow's own server made it would leave one that cannot be opened
+
+        stores.make(place)
+    console = terminal.stderr()
+    show(both, lambda line: console.print(line, soft_wrap=True))

@@ -7,10 +7,11 @@ from typing import Any
 
 from flows import experiment, retraining, steps
 from flows.continual import follow_all
+from flows.promotion.history import read_history
 from flows.retrain import work
 from flows.steps import make_plan
 
-KNOWN = ("compare", "continual", "retrain")
+KNOWN = ("compare", "continual", "retrain", "rollback")
 
 
 def run_plainly(name: str, arguments: dict[str, Any]) -> str:
@@ -25,6 +26,8 @@ def run_plainly(name: str, arguments: dict[str, Any]) -> str:
     """
     if name == "retrain":
         return _retrain_plainly(**arguments)
+    if name == "rollback":
+        return _roll_back_plainly(**arguments)
     wanted = {**arguments}
     method = wanted.pop("method", None)
     methods = [method] if method is not None else wanted.pop("methods", None)
@@ -47,3 +50,10 @@ def _retrain_plainly(config: str, new: str | None, close_now: bool, workspace: s
     arguments = {"config": config, "new": new, "close_now": close_now}
     experiment.remember_command(plan.workspace, "retrain", arguments, None)
     return retraining.summary(*work(plan, new, close_now, retraining))
+
+
+def _roll_back_plainly(workspace: str) -> str:
+    config, place = experiment.remembered_config(Path(workspace))
+    last = read_history(place)[0][-1]
+    retraining.mirrored(place, config.name, last)
+    return "\n".join(retraining.told([last]))

@@ -40,7 +40,7 @@ def retrain(config: str, new: str | None = None, close_now: bool = False, worksp
         plan = claimed(plan)
         artifacts.remember(plan, "retrain")
         intake, lines = work(plan, new, close_now, tasks)
-        artifacts.publish_decisions(intake, lines)
+        artifacts.publish_decisions(plan.workspace, intake, lines)
         return retraining.summary(intake, lines)
 
 
@@ -55,6 +55,8 @@ def work(plan: Plan, new: str | None, close_now: bool, doing: Any) -> tuple[Inta
     """
     intake = doing.take(plan, new, close_now)
     doing.grow(plan)
+    if (missed := retraining.unrecorded(plan)) is not None:
+        doing.mirror(plan, missed)
     return intake, [*rebuilt(plan, doing), *decisions(plan, doing)]
 
 

@@ -12,7 +12,7 @@ from flows import mirror as mirror_store
 from flows import steps
 from flows.experiment import trained_jobs
 from flows.plan import Lineage, Plan
-from flows.promotion import champion
+from flows.promotion import champion, copies
 from flows.promotion.gate import verdict
 from flows.promotion.history import Entry, read_history
 from flows.recommending import favourite
@@ -116,6 +116,13 @@ def rebuild(plan: Plan, checkpoint: Checkpoint) -> Entry:
     line = {"stage": job.stage, "challenger": None, "why": why}
     champion.promote(plan.workspace, checkpoint, "rebuilt", line)
     return _last(plan)
+
+
+def unrecorded(plan: Plan) -> Entry | None:
+    """The last decision, where MLflow lacks one: a kill or a store that was away kept it from being recorded."""
+    champion.settle(plan.workspace)
+    missed = copies.lacking(plan.workspace, "mlflow")
+    return missed[-1] if missed else None
 
 
 def next_match(plan: Plan) -> Match | None:
@@ -236,6 +243,7 @@ def mirrored(workspace: Workspace, experiment: str, line: Entry) -> None:
     """Copy a decision into MLflow, and earlier ones it missed; a store that fails only costs a warning."""
     try:
         mirror_store.record_decisions(workspace, experiment)
+        copies.note(workspace, "mlflow")
     except Exception as error:
         words = " ".join(str(error).split())[:300] or type(error).__name__
         log.warning("MLflow does not have the decision on stage %s (%s); the next run records it", line["stage"], words)
@@ -243,8 +251,12 @@ def mirrored(workspace: Workspace, experiment: str, line: Entry) -> None:
 
 def summary(intake: Intake, lines: Sequence[Entry]) -> str:
     """The whole run in Markdown."""
-    told = [f"- **{line['decision']}**: {line['why']}" for line in lines] or ["- nothing to decide"]
-    return "\n".join([intake.sentence(), "", *told])
+    return "\n".join([intake.sentence(), "", *(told(lines) or ["- nothing to decide"])])
+
+
+def told(lines: Sequence[Entry]) -> list[str]:
+    """Decisions as a list in Markdown."""
+    return [f"- **{line['decision']}**: {line['why']}" for line in lines]
 
 
 def rows(lines: Sequence[Entry]) -> list[dict[str, Any]]:

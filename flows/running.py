@@ -15,8 +15,9 @@ from flows.continual import continual
 from flows.crashed import mark_crashed
 from flows.plain import KNOWN, run_plainly
 from flows.retrain import retrain
+from flows.rollback import rollback
 
-FLOWS = {"compare": compare, "continual": continual, "retrain": retrain}
+FLOWS = {"compare": compare, "continual": continual, "retrain": retrain, "rollback": rollback}
 PATIENCE = 5.0
 """Seconds a Prefect server that the user named has to answer."""
 GONE = ("Failed to reach API", "Timed out while attempting to connect", "ephemeral Prefect API server")
@@ -36,7 +37,7 @@ def run(name: str, arguments: dict[str, Any], interrupted: str | None = None) ->
         interrupted: Prefect's id of the run that this one continues.
 
     Returns:
-        What the flow returns: a report's folder, or `retrain`'s summary.
+        What the flow returns: a report's folder, or a summary of what was decided.
     """
     if os.environ.get("DRIFTREC_PREFECT") == "off" and name in KNOWN:
         return run_plainly(name, arguments)

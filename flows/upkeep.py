@@ -74,15 +74,18 @@ def rollback(workspace: ThisFolder) -> None:
     from flows import retraining, terminal
     from flows.experiment import exclusive, remembered_config
     from flows.promotion import champion
-    from flows.promotion.history import read_history
 
-    config, place = remembered_config(workspace)
+    _, place = remembered_config(workspace)
     with exclusive(place):
         gone, back = champion.roll_back(place)
-        retraining.mirrored(place, config.name, read_history(place)[0][-1])
-    terminal.stdout().print(
-        f"{retraining.name(back.job)} is in service again, {retraining.name(gone.job)} is not", soft_wrap=True
-    )
+        said = f"{retraining.name(back.job)} is in service again, {retraining.name(gone.job)} is not"
+        terminal.stdout().print(said, soft_wrap=True)
+        # It is done and said; what follows only shows it, and may take Prefect some seconds.
+        with terminal.watching() as watcher:
+            watcher.label = "recording"
+            from flows.running import run
+
+            run("rollback", {"workspace": str(place.root.resolve())})
 
 
 @app.command()

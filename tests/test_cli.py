@@ -52,7 +52,7 @@ def test_help_answers_within_a_second_and_imports_nothing_heavy() -> None:
     # Processor time: what the command costs, whatever else the machine is doing.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
     commands = ("demo", "ingest", "split", "train", "compare", "recommend", "report", "analyse", "resume", "doctor")
-    for command in (*commands, "retrain", "rollback", "history", "serve-flows", "serve", "search"):
+    for command in (*commands, "retrain", "rollback", "history", "serve-flows", "serve", "search", "ui"):
         assert re.search(rf"\b{command}\b", done.stdout)
 
 

@@ -307,6 +307,7 @@ def test_one_command_goes_back_and_the_history_tells(
     assert champion.champion(workspace) == Job("single", 0, "same_stage", 1)
     version = MlflowClient(workspace.mlflow_uri).get_model_version_by_alias("driftrec-growing", "champion")
     assert version.tags["stage"] == "1"
+    shown_as_rolled_back(workspace)
     code, out, _ = driftrec(monkeypatch, capsys, "history", "-w", workspace.root)
     assert code == 0
     for word in ("first", "promoted", "kept", "rolled_back", "in service: single after stage 1"):
@@ -314,6 +315,19 @@ def test_one_command_goes_back_and_the_history_tells(
     code, _, err = driftrec(monkeypatch, capsys, "rollback", "-w", workspace.root)
     assert code == 2
     assert "no earlier champion" in err
+
+
+def shown_as_rolled_back(workspace: Workspace) -> None:
+    from mlflow import MlflowClient
+    from prefect.client.orchestration import get_client
+
+    (run,) = MlflowClient(workspace.mlflow_uri).search_runs(["1", "2", "3"], "tags.decision = 'rolled_back'")
+    assert run.data.tags["champion"] == read_json(workspace.root / "champion.json")["key"]
+    with get_client(sync_client=True) as prefect:
+        shown = [found for found in prefect.read_artifacts() if "**rolled_back**" in str(found.data)]
+    assert [(found.key, str(found.flow_run_id)) for found in shown] == [
+        ("decision", run.data.tags["prefect.flow_run_id"])
+    ]
 
 
 def test_a_run_killed_before_its_decision_goes_on_and_decides_the_same(

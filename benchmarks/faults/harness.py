@@ -149,15 +149,17 @@ class Bench:
 
     Args:
         folder: empty.
-        commands: whole commands will be run, which need Prefect and MLflow; without them the start is quicker.
+        commands: many whole commands will be run, which need Prefect and MLflow; without them the start is quicker.
+        warm: import both beforehand; absent: as `commands`.
     """
 
-    def __init__(self, folder: Path, commands: bool = True) -> None:
+    def __init__(self, folder: Path, commands: bool = True, warm: bool | None = None) -> None:
         self.folder = folder
         self.number = 0
         self.context = multiprocessing.get_context("forkserver")
         self.commands = commands
-        self.context.set_forkserver_preload(["benchmarks.faults.child", *(["benchmarks.faults.warm"] * commands)])
+        warm = commands if warm is None else warm
+        self.context.set_forkserver_preload(["benchmarks.faults.child", *(["benchmarks.faults.warm"] * warm)])
         self.source = folder / "source"
         self.first_inputs = ""
         self._known: dict[str, Undisturbed] = {}
@@ -237,12 +239,23 @@ class Bench:
         return self._undisturbed("train", self.train)
 
     def _undisturbed(self, name: str, work: Callable[[Path], Child]) -> Undisturbed:
+        return self.known(name, work, self.fresh, fingerprint)
+
+    def known(
+        self,
+        name: str,
+        work: Callable[[Path], Child],
+        start: Callable[[], Path],
+        seen: Callable[[Path], dict[str, Any]],
+    ) -> Undisturbed:
+        """What `work` leaves undisturbed, as `seen` sees it; done once, in the workspace that `start` makes."""
         if name not in self._known:
-            root = self.fresh()
+            root = start()
             child = work(root)
             if code := child.end():
                 raise RuntimeError(f"the undisturbed run failed: exit {code}: {child.said[-2000:]}")
-            self._known[name] = Undisturbed(fingerprint(root), time.monotonic() - child.began, root)
+            seconds = time.monotonic() - child.began
+            self._known[name] = Undisturbed(seen(root), seconds, root)
         return self._known[name]
 
     def resumed(self, root: Path, report: bool = False) -> str:

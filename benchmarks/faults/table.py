@@ -7,12 +7,13 @@ import traceback
 from random import Random
 from typing import Any
 
-from benchmarks.faults import hostile, intake, kills, servers, storage, together, training
+from benchmarks.faults import hostile, intake, kills, retrains, servers, storage, together, training
 from benchmarks.faults.harness import Bench, Row
 
+PARTS = (kills, storage, intake, hostile, servers, together, training, retrains)
 TABLE: tuple[Row, ...] = tuple(
     sorted(
-        (*kills.TABLE, *storage.TABLE, *intake.TABLE, *hostile.TABLE, *servers.TABLE, *together.TABLE, *training.TABLE),
+        (row for part in PARTS for row in part.TABLE),
         key=lambda row: row.number,
     )
 )

@@ -1,0 +1,204 @@
+"""Row 43: `driftrec retrain` killed again and again, from the new rows to the promotion and its copy in MLflow."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from benchmarks.faults.harness import KILL, Bench, Child, Row, Undisturbed, fingerprint, sound, tree
+from flows.promotion.history import read_history
+from stages.workspace import Workspace, digest_of, read_json, sha256_file
+
+SHOP = """
+name = "shop"
+workspace = "unused"
+seeds = [0]
+[[log.sources]]
+path = "events/*.csv"
+time_unit = "s"
+[[catalogue.sources]]
+path = "items.csv"
+[stages]
+instants = ["2025-01-13T00:00:00Z"]
+[items]
+dimensions = 4
+codes_per_level = 16
+[backbone]
+hidden = 16
+layers = 1
+heads = 2
+feed_forward = 32
+precision = "float32"
+[training]
+batch_size = 16
+first_epochs = 2
+epochs = 2
+[evaluation]
+matrix_users = 0
+bootstrap = 100
+[retrain]
+method = "peso"
+[retrain.gate]
+minimum = -1
+worst_slice = 1
+users = 1
+latency_ms = 60000
+"""
+"""Weekly stages, and a gate that every challenger passes: a promotion does most."""
+MONDAY = 1_736_121_600
+"""2025-01-06 00:00 UTC, in seconds."""
+DAY = 86_400
+ITEMS = 24
+MOST = 60
+"""Kills after which a trial is given up."""
+
+
+def visits(week: int, users: int = 40) -> list[str]:
+    """Every user takes four items in turn on the first days of a week; later weeks bring an item each."""
+    return [
+        f"u{user:02d},i{(user + visit) % (12 + week):02d},{MONDAY + (7 * week + visit) * DAY + user}"
+        for user in range(users)
+        for visit in range(4)
+    ]
+
+
+def add(shop: Path, name: str, rows: list[str]) -> None:
+    """Another file of the log."""
+    (shop / "events").mkdir(parents=True, exist_ok=True)
+    (shop / "events" / name).write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n", encoding="utf-8")
+
+
+def opened(bench: Bench) -> Path:
+    """A shop of two weeks, and beside it its workspace after the first retraining; returns the shop's folder."""
+    shop = bench.folder / "shop"
+    if not shop.exists():
+        add(shop, "base.csv", visits(0) + visits(1))
+        items = [f"i{item:02d},chair number {item}" for item in range(ITEMS)]
+        (shop / "items.csv").write_text("\n".join(["item_id,title", *items]) + "\n", encoding="utf-8")
+        (shop / "shop.toml").write_text(SHOP, encoding="utf-8")
+        child = retrain(bench, shop / "before")
+        if code := child.end():
+            raise RuntimeError(f"the first retraining failed: exit {code}: {child.said[-2000:]}")
+        # Two stages close; one row is late; the last row only says that the second stage is over.
+        late = [f"u00,i05,{MONDAY + 8 * DAY}"]
+        add(shop, "more.csv", [*visits(2), *late, *visits(3), f"u01,i01,{MONDAY + 28 * DAY}"])
+    return shop
+
+
+def retrain(bench: Bench, root: Path, **task: Any) -> Child:
+    """Start `driftrec retrain` on the shop."""
+    config = bench.folder / "shop" / "shop.toml"
+    return bench.launch(command=["retrain", "--config", str(config), "--workspace", str(root)], **task)
+
+
+def prepared(shop: Path, root: Path, empty: bool) -> Path:
+    """A workspace for a trial: none at all, or one whose champion is about to meet the new rows."""
+    if not empty:
+        shutil.copytree(shop / "before", root)
+    return root
+
+
+def twin(bench: Bench, empty: bool) -> Undisturbed:
+    """What a retraining leaves that nobody kills."""
+    shop = opened(bench)
+    start = partial(prepared, shop, bench.place(), empty)
+    return bench.known(f"retrain {empty}", partial(retrain, bench), start, left)
+
+
+def left(root: Path) -> dict[str, Any]:
+    """All that a retraining decides and keeps, without wall times: rows, stages, codes, tensors, measurements,
+    history, champion, and how MLflow shows the decisions."""
+    lines = history(root)
+    found = {**fingerprint(root), "history": digest_of(lines), "mlflow": digest_of(mirrored(root))}
+    found["champion"] = digest_of(timeless(read_json(root / "champion.json")))
+    for folder in ("stages", "open", "held", "catalogue"):
+        files = sorted(path for path in (root / folder).rglob("*") if path.is_file() and path.suffix != ".png")
+        found |= {str(path.relative_to(root)): sha256_file(path) for path in files}
+    return found
+
+
+def history(root: Path) -> list[Any]:
+    """The decisions, without when they were taken and how long answers took."""
+    return [timeless(line) for line in read_history(Workspace(root))[0]]
+
+
+def timeless(found: Any) -> Any:
+    """A JSON value without instants, milliseconds, and digests of files that hold seconds of training."""
+    if isinstance(found, dict):
+        return {key: timeless(value) for key, value in found.items() if key not in ("at", "since", "digest", *PROBE)}
+    return found
+
+
+PROBE = ("p50_ms", "p95_ms")
+
+
+def mirrored(root: Path) -> list[Any]:
+    """MLflow's decisions: how each run stands and how many numbers it has; and which version the alias names."""
+    with closing(sqlite3.connect(root / "mlflow.db")) as store:
+        runs = store.execute(
+            "SELECT name, status, (SELECT COUNT(*) FROM metrics WHERE metrics.run_uuid = runs.run_uuid) FROM runs "
+            "WHERE run_uuid IN (SELECT run_uuid FROM tags WHERE key = 'role' AND value = 'decision') "
+            "AND lifecycle_stage = 'active' ORDER BY name"
+        ).fetchall()
+        alias = store.execute(
+            "SELECT t.value FROM registered_model_aliases a JOIN model_version_tags t "
+            "ON t.name = a.name AND t.version = a.version WHERE a.alias = 'champion' AND t.key = 'checkpoint'"
+        ).fetchall()
+    return [runs, alias]
+
+
+def killed(bench: Bench, count: int, rng: Random) -> Iterator[str]:
+    """SIGKILL at a uniform moment, again and again, until a run ends before its kill; then one more, a no-op."""
+    shop = opened(bench)
+    before = tree(shop / "events")
+    for number in range(count):
+        empty = number % 3 == 2
+        want, root = twin(bench, empty), prepared(shop, bench.place(), empty)
+        problem = killed_until_it_ends(bench, root, want, rng)
+        problem = problem or compared(want.print, left(root))
+        problem = problem or ("" if not retrain(bench, root).end() else "the next run failed")
+        yield problem or compared(want.print, left(root)) or sound(root)
+        shutil.rmtree(root, ignore_errors=True)
+    if tree(shop / "events") != before:
+        yield "the raw input was changed"
+
+
+def killed_until_it_ends(bench: Bench, root: Path, want: Undisturbed, rng: Random) -> str:
+    """Kill retrainings at moments drawn from one and a quarter of the twin's seconds until one ends."""
+    for _ in range(MOST):
+        child = retrain(bench, root)
+        child.process.join(rng.uniform(0, 1.25 * want.seconds))
+        child.signal(KILL)
+        code = child.end()
+        if code == 0:
+            return ""
+        if code != -KILL:
+            return f"exit {code}: {child.said[-300:]}"
+        if problem := sound(root):
+            return problem
+    return f"killed {MOST} times and never at its end"
+
+
+def compared(want: dict[str, Any], have: dict[str, Any]) -> str:
+    """A sentence about what differs."""
+    wrong = sorted(key for key in want.keys() | have.keys() if want.get(key) != have.get(key))
+    return f"differs in {', '.join(wrong)[:300]}" if wrong else ""
+
+
+TABLE = (
+    Row(
+        43,
+        "SIGKILL at random moments of `retrain`, until it ends",
+        "R; nothing decided twice",
+        killed,
+        1,
+        30,
+        "without Prefect, under which tests/test_schedule.py kills one",
+    ),
+)

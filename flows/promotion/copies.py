@@ -1,0 +1,45 @@
+"""How many decisions MLflow and Prefect were given: `runs/copies.json`.
+
+The history is the truth; this notes what is still to be handed over, after a kill or while a mirror was away.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from flows.promotion.history import Entry, read_history
+from stages.workspace import Workspace, read_json, write_json
+
+FILE = "copies.json"
+
+
+def lacking(workspace: Workspace, mirror: str, known: int = 0) -> list[Entry]:
+    """Decisions that a mirror was not given yet, oldest first.
+
+    Args:
+        workspace: whose history.
+        mirror: `mlflow` or `prefect`.
+        known: how many it has where nothing was noted.
+    """
+    lines, _ = read_history(workspace)
+    given = _noted(workspace).get(_name(mirror), known)
+    return lines[given:] if given <= len(lines) else lines
+
+
+def note(workspace: Workspace, mirror: str) -> None:
+    """The mirror has every decision of the history."""
+    found = {**_noted(workspace), _name(mirror): len(read_history(workspace)[0])}
+    if found != _noted(workspace):
+        write_json(workspace.root / "runs" / FILE, {"schema": 1, "given": found})
+
+
+def _noted(workspace: Workspace) -> dict[str, Any]:
+    path = workspace.root / "runs" / FILE
+    return read_json(path)["given"] if path.is_file() else {}
+
+
+def _name(mirror: str) -> str:
+    """Another tracking store has been given nothing."""
+    place = os.environ.get("MLFLOW_TRACKING_URI") if mirror == "mlflow" else None
+    return f"{mirror} {place}" if place else mirror

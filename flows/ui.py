@@ -1,0 +1,163 @@
+"""`driftrec ui`: Prefect's and MLflow's user interfaces side by side, on this machine only, until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.errors import UserError
+from stages.workspace import Workspace
+
+HOST = "127.0.0.1"
+PATIENCE = 240.0
+"""Seconds a server may take to answer for the first time; new databases on a slow machine take most of it."""
+GRACE = 3.0
+"""Seconds each server has to end by itself; both together within what `flows.logs` leaves a command."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """One user interface.
+
+    Attributes:
+        name: in words.
+        port: where it listens.
+        command: words after `python -m`.
+        health: path that answers once it is up.
+        option: of the command line, that names the port.
+        output: file for what the server says.
+    """
+
+    name: str
+    port: int
+    command: tuple[str, ...]
+    health: str
+    option: str
+    output: Path
+
+    @property
+    def address(self) -> str:
+        """Where a browser finds it."""
+        return f"http://{HOST}:{self.port}"
+
+
+def windows(workspace: Workspace, prefect: int, mlflow: int) -> tuple[Window, Window]:
+    """Both interfaces of a workspace, on these ports."""
+    root = workspace.root.resolve()
+    place = ("--host", HOST, "--port")
+    store, files = f"sqlite:///{root / 'mlflow.db'}", str(workspace.mlflow_artifacts.resolve())
+    kept = ("--workers", "1", "--backend-store-uri", store, "--artifacts-destination", files)
+    return (
+        Window(
+            "Prefect",
+            prefect,
+            ("prefect", "server", "start", *place, str(prefect)),
+            "/api/health",
+            "--prefect-port",
+            root / "prefect" / "server.log",
+        ),
+        Window(
+            "MLflow",
+            mlflow,
+            ("mlflow", "server", *place, str(mlflow), *kept),
+            "/health",
+            "--mlflow-port",
+            root / "mlflow-server.log",
+        ),
+    )
+
+
+def show(both: tuple[Window, ...], say: Callable[[str], None]) -> None:
+    """Start the servers, say where they are once they answer, and stop them when this process is told to end.
+
+    Raises:
+        UserError: a port is taken, or a server does not come up or ends by itself; none is left running.
+    """
+    for window in both:
+        _see_free(window)
+    with ExitStack() as stack, suppress(KeyboardInterrupt):
+        try:
+            running = [(window, stack.enter_context(_started(window, both[0].address))) for window in both]
+            _wait_for(running)
+            say("    ".join([*(f"{window.name} {window.address}" for window in both), "Ctrl-C stops both"]))
+            while True:
+                _see_alive(running)
+                time.sleep(0.5)
+        except SystemExit as end:  # Ctrl-C or SIGTERM: the way this command is meant to end
+            if end.code not in (130, 143):
+                raise
+
+
+def _see_free(window: Window) -> None:
+    try:
+        socket.create_server((HOST, window.port)).close()
+    except OSError as error:
+        raise UserError(
+            f"port {window.port} for {window.name}: {error.strerror}; stop what listens there"
+            f"{' (it may be the same page already)' if _answers(window) else ''}, or give another {window.option}"
+        ) from None
+
+
+@contextmanager
+def _started(window: Window, prefect: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The server in a process group of its own, all of which is gone when the block ends."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # MLflow looks for uvicorn there
+    environment = {**os.environ, "PATH": path, "PREFECT_API_URL": f"{prefect}/api"}
+    window.output.parent.mkdir(parents=True, exist_ok=True)
+    with window.output.open("ab") as output:
+        process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", *window.command],
+            env=environment,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _wait_for(running: list[tuple[Window, subprocess.Popen[bytes]]]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not all(_answers(window) for window, _ in running):
+        _see_alive(running)
+        if time.monotonic() > until:
+            silent = next(window for window, _ in running if not _answers(window))
+            raise UserError(f"{silent.name} did not come up at {silent.address}; {silent.output} says why")
+        time.sleep(0.3)
+
+
+def _see_alive(running: list[tuple[Window, subprocess.Popen[bytes]]]) -> None:
+    for window, process in running:
+        if process.poll() is not None:
+            raise UserError(f"{window.name} at {window.address} has ended by itself; {window.output} says why")
+
+
+def _answers(window: Window) -> bool:
+    try:
+        with urllib.request.urlopen(f"{window.address}{window.health}", timeout=2) as reply:  # noqa: S310
+            return reply.status == 200
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
