@@ -124,11 +124,9 @@ def _recording(workspace: Workspace) -> Iterator[None]:
 
 
 def _decided(workspace: Workspace, experiment: str) -> None:
-    from flows import stores
     from flows.promotion import registry
 
     with _recording(workspace):
-        stores.discard_halves(workspace, experiment)
         registry.record_decisions(workspace, experiment)
 
 

@@ -1,4 +1,4 @@
-"""What a kill may leave half made in MLflow, so that it never stays so: the database, and the run of a decision."""
+"""Making MLflow's database in one step."""
 
 from __future__ import annotations
 
@@ -26,15 +26,3 @@ def make(workspace: Workspace) -> None:
             os.link(place / final.name, final)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-def discard_halves(workspace: Workspace, experiment: str) -> None:
-    """Delete runs of decisions that were begun and never ended; the recorder then finds them missing.
-
-    The caller holds the recorder's lock, so nobody is writing them.
-    """
-    client = tracking.MlflowClient(tracking.store(workspace))
-    own = tracking.store(workspace) == workspace.mlflow_uri
-    place = tracking.experiment_of(client, experiment, workspace.mlflow_artifacts if own else None)
-    for run in client.search_runs([place], "tags.role = 'decision' and attributes.status = 'RUNNING'"):
-        client.delete_run(run.info.run_id)

@@ -60,7 +60,7 @@ def test_a_decision_whose_recording_a_kill_prevented_is_recorded_by_the_next_run
     assert given == [1]
 
 
-def test_a_decision_recorded_by_half_is_recorded_anew_and_once(
+def test_a_decision_recorded_by_half_is_completed_and_not_repeated(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = {"stage": 1, "why": "it is no better", "challenger": None, "probe": {"p95_ms": 2.5}}
@@ -80,6 +80,7 @@ def test_a_decision_recorded_by_half_is_recorded_anew_and_once(
     for _ in range(2):
         retraining.mirrored(workspace, "invented", line)
     (whole,) = decisions(client)
+    assert whole.info.run_id == half.info.run_id
     assert (whole.info.status, dict(whole.data.metrics)) == ("FINISHED", {"probe/p95_ms": 2.5})
     assert not copies.lacking(workspace, "mlflow")
 

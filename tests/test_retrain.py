@@ -208,35 +208,6 @@ def test_decisions_that_mlflow_missed_are_recorded_once_when_it_is_back(
     assert (version.tags["stage"], version.tags["form"]) == ("2", "pyfunc")
 
 
-def test_a_decision_whose_recording_was_killed_halfway_is_completed_and_not_repeated(
-    shop: tuple[Path, Workspace, list[str]],
-) -> None:
-    from mlflow import MlflowClient
-
-    _, workspace, _ = shop
-    client, halfway = MlflowClient(workspace.mlflow_uri), "halfway"
-
-    class Killed(BaseException):
-        """As SIGKILL ends everything, cleaning nothing up."""
-
-    def end(*_: object, **__: object) -> None:
-        raise Killed
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(MlflowClient, "log_batch", end)
-        with pytest.raises(Killed):
-            registry.record_decisions(workspace, halfway)
-    place = client.get_experiment_by_name(halfway)
-    assert place is not None
-    (begun,) = client.search_runs([place.experiment_id])
-    assert begun.info.status == "RUNNING"
-    registry.record_decisions(workspace, halfway)
-    runs = client.search_runs([place.experiment_id], order_by=["tags.decided_at ASC"])
-    assert [run.data.tags["decision"] for run in runs] == ["first", "promoted", "kept"]
-    assert runs[0].info.run_id == begun.info.run_id
-    assert all(run.info.status == "FINISHED" and run.data.metrics["probe/invalid_rate"] == 0 for run in runs)
-
-
 def test_gc_takes_models_out_of_the_registry_but_never_the_one_in_service(
     copy: tuple[Path, Workspace], capsys: pytest.CaptureFixture[str]
 ) -> None:
