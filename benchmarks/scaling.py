@@ -1,10 +1,14 @@
 """How time and memory grow with items, history, beams, vocabulary, users and rows; writes docs/scaling.md.
 
-python -m benchmarks.scaling
+    python -m benchmarks.scaling
+
+Each cause is varied alone, what it costs stands in a table beside the formula it follows. Logs are read and cut in
+processes of their own; what a search adds to this process's memory is its highest mark, put back before the search.
 """
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -34,7 +38,8 @@ HISTORIES, WIDTHS, VOCABULARIES, BATCHES = (
     (64, 256, 1024, 4096),
     (1, 4, 16, 64),
 )
-ROWS = (100_000, 300_000, 1_000_000, 3_000_000)
+ROWS, USERS = (500_000, 1_000_000, 2_000_000, 4_000_000), (5_000, 50_000, 200_000, 500_000)
+MEMORY = Path("/proc/self")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Curve:
         unit: of the values.
         sizes: (n,) of the cause.
         values: (n,) measured.
+        formula: what it follows, in the letters of the page.
     """
 
     title: str
@@ -54,13 +60,14 @@ class Curve:
     unit: str
     sizes: Sequence[int]
     values: Sequence[float]
+    formula: str = ""
 
 
 def main() -> None:
     """Measure every curve, draw them, and write the page."""
     with using_threads(1):
         curves = [*by_items(), *by_model()]
-    curves += by_rows()
+    curves += [*by_log("rows", ROWS), *by_log("users", USERS)]
     draw(curves)
     PAGE.write_text(page(curves), encoding="utf-8")
     for curve in curves:
@@ -81,10 +88,12 @@ def by_items() -> list[Curve]:
         memory.append(trie.bytes() / count)
         choose.append(1e3 * choosing(trie))
     return [
-        Curve("trie build", "items", "s", ITEM_COUNTS, build),
-        Curve("trie memory", "items", "bytes an item", ITEM_COUNTS, memory),
-        Curve("peak memory of the build", "items", "bytes an item", ITEM_COUNTS, peak),
-        Curve("mask and top-k, 32 × 20 beams", "items", "ms a step", ITEM_COUNTS, choose),
+        Curve("trie build", "items", "s", ITEM_COUNTS, build, "L · I log I"),
+        Curve("trie memory", "items", "bytes an item", ITEM_COUNTS, memory, "8 · (2n + 2 leaves + I) / I"),
+        Curve("peak memory of the build", "items", "bytes an item", ITEM_COUNTS, peak, "the trie and one level's sort"),
+        Curve(
+            "mask and top-k, 32 × 20 beams", "items", "ms a step", ITEM_COUNTS, choose, "B · K · most children, no I"
+        ),
     ]
 
 
@@ -107,17 +116,25 @@ def choosing(trie: Trie, users: int = 32, width: int = 20) -> float:
 
 
 def by_model() -> list[Curve]:
-    """Seconds a user of the whole search on `small`."""
-    return [
-        Curve("search", "history items", "ms a user", HISTORIES, [searching(history=size) for size in HISTORIES]),
-        Curve("search", "beams", "ms a user", WIDTHS, [searching(width=size) for size in WIDTHS]),
-        Curve("search", "codes a level", "ms a user", VOCABULARIES, [searching(codes=size) for size in VOCABULARIES]),
-        Curve("search", "users a batch", "ms a user", BATCHES, [searching(users=size) for size in BATCHES]),
-    ]
+    """Seconds a user of the whole search on `small`, and the memory it needs beside the model's."""
+    time = "2 · N · (P + K · (L − 1))"
+    state = "B · (P + K · (L − 1)) · kv + 4 · B · K · C, and the prefill's widest layer"
+    causes = (
+        ("history items", "history", HISTORIES, f"{time}, P = 1 + history · L"),
+        ("beams", "width", WIDTHS, time),
+        ("codes a level", "codes", VOCABULARIES, f"{time} + 2 · d · C · K · L"),
+        ("users a batch", "users", BATCHES, f"{time}; what each call costs is shared"),
+    )
+    curves = []
+    for cause, name, sizes, formula in causes:
+        seconds, peaks = zip(*(searching(**{name: size}) for size in sizes), strict=True)
+        curves.append(Curve("search", cause, "ms a user", sizes, seconds, formula))
+        curves.append(Curve("peak memory of the search", cause, "MiB a batch", sizes, peaks, state))
+    return curves
 
 
-def searching(users: int = 16, width: int = 20, history: int = 20, codes: int = 256) -> float:
-    """Seconds to search for one batch of users."""
+def searching(users: int = 16, width: int = 20, history: int = 20, codes: int = 256) -> tuple[float, float]:
+    """Milliseconds a user to search for one batch of users, and the MiB that the search adds at most."""
     backbone = small_backbone(HIDDEN, LAYERS, 4, FEED_FORWARD, seed=0)
     model = GenerativeModel(backbone, codes * LEVELS, seed=0, full_vocabulary=False, dropout=0.0).eval()
     rows = catalogue(20_000, codes)
@@ -126,22 +143,47 @@ def searching(users: int = 16, width: int = 20, history: int = 20, codes: int = 
     prompts = torch.cat([torch.full((users, 1), model.bos), items.flatten(1)], dim=1)
     lengths, trie = torch.full((users,), prompts.shape[1]), Trie.build(rows)
     with torch.inference_mode():
-        seconds = repeated(lambda: beam.beam_search(model, trie, offsets, prompts, lengths, width))
-    return 1e3 * seconds / users
+
+        def search() -> None:
+            """The batch, once."""
+            beam.beam_search(model, trie, offsets, prompts, lengths, width)
+
+        seconds = repeated(search)
+        return 1e3 * seconds / users, added(search) / 2**20
 
 
-def by_rows() -> list[Curve]:
-    """Reading and cutting a log, in processes of their own: 20 events a user, a hundredth as many items as rows."""
+def added(call: Callable[[], object]) -> float:
+    """Bytes that a call adds to this process at most; what earlier calls freed is given back to the system first."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
+    (MEMORY / "clear_refs").write_text("5", encoding="ascii")  # VmHWM falls to VmRSS
+    before = held("VmRSS")
+    call()
+    return held("VmHWM") - before
+
+
+def held(field: str) -> float:
+    """One of this process's sizes in bytes."""
+    lines = (MEMORY / "status").read_text(encoding="ascii", errors="replace").splitlines()
+    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def by_log(cause: str, sizes: Sequence[int]) -> list[Curve]:
+    """Reading and cutting a log of so many rows of 20 events a user, or of a million rows by so many users."""
     seconds, peaks = [], []
-    for rows in ROWS:
+    for size in sizes:
+        rows, users = (size, size // 20) if cause == "rows" else (1_000_000, size)
         with tempfile.TemporaryDirectory() as folder:
-            write_log(Path(folder) / "log", rows)
+            write_log(Path(folder) / "log", rows, users)
             run = child("ours", Path(folder) / "log", Path(folder))
         seconds.append(run["cpu"])
         peaks.append(run["peak"] / 2**20)
+    time = "rows · log rows of a part, and the distinct ids"
+    state = "a fixed part, the distinct ids, a part of a file, 8 or 16 bytes a row of at most 2^24"
     return [
-        Curve("read and split", "rows", "s of processor", ROWS, seconds),
-        Curve("peak memory of read and split", "rows", "MiB", ROWS, peaks),
+        Curve("read and split", cause, "s of processor", sizes, seconds, time),
+        Curve("peak memory of read and split", cause, "MiB", sizes, peaks, state),
     ]
 
 
@@ -153,9 +195,9 @@ def repeated(call: Callable[[], object]) -> float:
 
 def draw(curves: Sequence[Curve]) -> None:
     """All curves in one picture."""
-    figure = Figure(figsize=(9, 8), layout="constrained")
+    figure = Figure(figsize=(9, 12), layout="constrained")
     FigureCanvasSVG(figure)
-    for axes, curve in zip(figure.subplots(4, 3).flat, curves, strict=False):
+    for axes, curve in zip(figure.subplots(6, 3).flat, curves, strict=False):
         axes.loglog(curve.sizes, curve.values, marker="o", color=LINE, markersize=3, linewidth=1)
         axes.set_title(curve.title, fontsize=8, color=INK)
         axes.set_xlabel(curve.cause, fontsize=7)
@@ -172,7 +214,7 @@ def draw(curves: Sequence[Curve]) -> None:
 def page(curves: Sequence[Curve]) -> str:
     """The page's text with a table for every curve."""
     tables = "\n".join(table(curve) for curve in curves)
-    return f"{TEXT}\nMachine: {machine()}; one thread, processor time.\n\n{tables}"
+    return f"{TEXT}\nMachine: {machine()}; one thread, processor time.\n{SETTING}\n{tables}"
 
 
 def table(curve: Curve) -> str:
@@ -180,7 +222,8 @@ def table(curve: Curve) -> str:
     sizes = " | ".join(f"{size:,}" for size in curve.sizes)
     values = " | ".join(f"{value:,.3g}" for value in curve.values)
     rule = "|---" * (len(curve.sizes) + 1)
-    return f"| {curve.cause} | {sizes} |\n{rule}|\n| {curve.title}, {curve.unit} | {values} |\n"
+    formula = f"\nGrows as {curve.formula}.\n" * bool(curve.formula)
+    return f"| {curve.cause} | {sizes} |\n{rule}|\n| {curve.title}, {curve.unit} | {values} |\n{formula}"
 
 
 TEXT = """# Scaling
@@ -214,6 +257,13 @@ With ten million items nothing but the trie and the catalogue's table grows: the
 the cache stay what they are. `generate()` would hold K prompts a user: B · K · (P + L) · kv.
 
 ## Measured
+"""
+
+SETTING = """
+A search is for 16 users × 20 beams with 20 items of history and 256 codes a level on `small`, unless the table says
+otherwise; its memory is what it adds to the process at most, model and trie left out. A log has 20 events a user and a
+hundredth as many items as rows; by users, it has a million rows. It is read on all cores; its memory is that of the
+whole process, of which Python and its libraries take the fixed part.
 """
 
 if __name__ == "__main__":

@@ -118,10 +118,10 @@ def stored(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def write_log(folder: Path, rows: int) -> None:
-    """20 events a user, a hundredth as many items as rows, the popular ones far more often, some rows twice."""
+def write_log(folder: Path, rows: int, users: int | None = None) -> None:
+    """20 events a user or so many users, a hundredth as many items as rows, popular ones more often, some twice."""
     folder.mkdir(parents=True)
-    rng, users, items = np.random.default_rng(0), rows // 20, rows // 100
+    rng, users, items = np.random.default_rng(0), users or rows // 20, rows // 100
     for number, start in enumerate(range(0, rows, CHUNK)):
         count = min(CHUNK, rows - start)
         drawn = pl.DataFrame(

@@ -137,6 +137,24 @@ def test_what_wrk_reports_is_read_in_seconds_and_its_script_posts_every_body() -
     assert "ipairs({0.5, 0.95, 0.99})" in script
 
 
+def test_memory_that_a_call_adds_is_its_highest_mark_and_is_seen_again_by_the_next_call() -> None:
+    from benchmarks import scaling
+
+    sizes = [scaling.added(lambda count=count: np.ones(count)) for count in (2**22, 2**20, 2**22)]
+    assert [round(size / 2**20) // 8 for size in sizes] == [
+        4,
+        1,
+        4,
+    ]  # 32, 8 and 32 MiB, and less than 8 of anything else
+
+
+def test_a_curve_is_a_table_with_its_formula() -> None:
+    from benchmarks import scaling
+
+    text = scaling.table(scaling.Curve("time", "rows", "s", (1_000, 2_000), (0.5, 1.0), "rows"))
+    assert text == "| rows | 1,000 | 2,000 |\n|---|---|---|\n| time, s | 0.5 | 1 |\n\nGrows as rows.\n"
+
+
 def test_a_slope_is_growth_by_100_stages_and_one_odd_stage_does_not_move_it() -> None:
     from benchmarks.soak import Life, slope
 

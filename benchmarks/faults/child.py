@@ -133,6 +133,7 @@ def _count_operations(fault: dict[str, Any]) -> None:
     seen = [0]
 
     def meet() -> None:
+        """The fault, where this operation is the one it waits for."""
         seen[0] += 1
         if fault["kind"] == "count":
             Path.write_bytes(Path(fault["to"]), str(seen[0]).encode())
@@ -144,7 +145,10 @@ def _count_operations(fault: dict[str, Any]) -> None:
             raise OSError(fault["errno"], os.strerror(fault["errno"]), fault.get("place"))
 
     def watched(honest: Callable[..., Any]) -> Callable[..., Any]:
+        """An operation that meets the fault first."""
+
         def call(*arguments: Any, **named: Any) -> Any:
+            """The operation itself."""
             meet()
             return honest(*arguments, **named)
 
@@ -159,6 +163,7 @@ def _poison(fault: dict[str, Any]) -> None:
     seen = [0]
 
     def loss(self: GenerativeModel, *arguments: Any) -> torch.Tensor:
+        """The honest loss, but for one training step."""
         found = honest(self, *arguments)
         if self.training:
             seen[0] += 1
@@ -185,6 +190,7 @@ def _slow(fault: dict[str, Any]) -> None:
     honest = GenerativeModel.loss
 
     def loss(self: GenerativeModel, *arguments: Any) -> torch.Tensor:
+        """The honest loss, late."""
         time.sleep(fault["seconds"])
         return honest(self, *arguments)
 

@@ -144,14 +144,16 @@ def recorded(base: Path, at: int) -> list[tuple[Any, ...]]:
     honest = {name: getattr(os, name) for name in ("fsync", "rename")}
 
     class CutError(Exception):
-        pass
+        """The power went."""
 
     def note(*what: Any) -> None:
+        """Add an operation to the trace, or cut before it."""
         if len([one for one in trace if one[0] != "seen"]) >= at:
             raise CutError
         trace.append(what)
 
     def fsync(descriptor: int) -> None:
+        """Sync, and note what is durable from now on."""
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         honest["fsync"](descriptor)
         if path.is_dir():
@@ -161,6 +163,7 @@ def recorded(base: Path, at: int) -> list[tuple[Any, ...]]:
             note("file", str(path.relative_to(base)), path.read_bytes())
 
     def rename(source: Path, target: Path) -> None:
+        """Note what moves, and move it."""
         files = {str(each.relative_to(base)): each.read_bytes() for each in Path(source).iterdir()}
         note("rename", str(Path(source).relative_to(base)), str(Path(target).relative_to(base)), files)
         honest["rename"](source, target)

@@ -48,7 +48,10 @@ def server(kind: str) -> Iterator[str]:
     listener.close()
 
     class Broken(http.server.BaseHTTPRequestHandler):
+        """Answers everything with an error, or late."""
+
         def do_GET(self) -> None:
+            """Status 500."""
             if kind == "slow":
                 time.sleep(30)
             self.send_response(500)
