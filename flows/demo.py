@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
-from stages.config import PROTOCOLS, load_config
+from flows.reporting.findings import HEADLINE
+from stages.config import PROTOCOLS, Config, load_config
 from stages.search_config import OBJECTIVES
 from stages.workspace import replacing
 
@@ -75,6 +79,34 @@ def best_scores(
             means = {name: sum(scores[name] for scores in by_stage) / len(by_stage) for name in by_stage[0]}
             found[protocol, objective] = means
     return found
+
+
+def best_rows(config: Config, workspace: Path, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`best_scores` as rows of a report; none where the log is not the demo's, or is cut or asked in another way.
+
+    Args:
+        config: the experiment.
+        workspace: of the run.
+        report: the contents of report.json so far.
+    """
+    folder = (workspace / FOLDER).resolve()
+    if not (folder / "truth.parquet").exists() or not (folder / "demo.toml").exists():
+        return []
+    objectives = sorted({row["objective"] for row in report["rows"]})
+    cut_alike = config.stages == load_config(folder / "demo.toml").stages
+    asked_alike = config.search.repeats == "ask" or "search" not in objectives
+    foreign = any(Path(source.path).resolve().parent != folder for source in config.log.sources)
+    own_rules = config.evaluation.baskets or config.evaluation.exclude_history
+    if foreign or own_rules or not (config.log.sources and cut_alike and asked_alike):
+        return []
+    stages = sorted({row["stage"] for row in report["rows"] if isinstance(row["stage"], int) and row["stage"] > 0})
+    found = best_scores(workspace, sorted({row["protocol"] for row in report["rows"]}), objectives, stages)
+    return [
+        {"protocol": protocol, "objective": objective, "metric": metric, "value": scores[metric]}
+        for (protocol, objective), scores in found.items()
+        for metric in HEADLINE
+        if math.isfinite(scores[metric])
+    ]
 
 
 def _with_searches(text: str) -> str:

@@ -204,6 +204,7 @@ def summarise(plan: Plan, evaluations: list[Evaluation], checkpoints: list[Check
     Returns:
         The report's folder.
     """
+    from flows.demo import best_rows
     from flows.reporting.report import write_report
     from stages import summary
     from stages.drift import draw_drift
@@ -214,6 +215,8 @@ def summarise(plan: Plan, evaluations: list[Evaluation], checkpoints: list[Check
     report |= {"command": plan.command, "config": stored}
     report |= {"versions": machine.versions(), "machine": machine.description()}
     report["wall_seconds"] = wall_seconds(evaluations, checkpoints)
+    if best := best_rows(plan.config, plan.workspace.root, report):
+        report["best_possible"] = best
     if (arithmetic := machine.trained_in(_states(plan.workspace, checkpoints))) is not None:
         report["notes"].append(arithmetic)
     folder = plan.workspace.reports / plan.key()

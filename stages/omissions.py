@@ -17,6 +17,18 @@ from stages.workspace import Workspace, read_json
 COUNTS = ("rows", "filtered", "rejected", "duplicates", "accepted", "units")
 """Fields of a stages.log.LogReport that a report repeats."""
 
+LOSS = "ce/"
+"""Prefix of an objective's loss in a training log."""
+
+ALONE = {
+    "gems": "trained the shared subspace only",
+    "pcgrad": "had no two gradients to reconcile and trained as `single` does",
+    "ortho_lora": "had no two gradients to reconcile and trained as `single` does",
+    "lora_moe": "sent the one objective through all experts, balanced to give those meant for the other a share of "
+    "(1 - skew) / (1 + skew)",
+}
+"""What a method made for two objectives does with one, by its kind."""
+
 
 def log_counts(workspace: Workspace) -> dict[str, Any]:
     """What became of the rows of the log: the fields COUNTS of `logs/manifest.json`; empty where there is no log."""
@@ -41,7 +53,7 @@ def omission_notes(
         *_search_note(config, workspace),
         *_skipped_note(config, workspace, sorted(same_stage)),
         *_unseen_note(states),
-        *_alone_note(states),
+        *_alone_notes(states),
         *_protected_notes(states),
     ]
 
@@ -114,17 +126,30 @@ def _unseen_note(states: Iterable[Mapping[str, Any]]) -> list[str]:
     return [f"Code tokens trained on that no event of an earlier stage holds: {_by_stage(unseen, 'tokens')}."]
 
 
-def _alone_note(states: Iterable[Mapping[str, Any]]) -> list[str]:
-    """GEMS where a stage held one objective."""
-    alone = [state for state in states if state.get("gems", {}).get("single_objective")]
-    if not alone:
-        return []
-    objectives = sorted({name for state in alone for name in state["gems"]["objectives"]})
-    stages = sorted({state["job"]["stage"] for state in alone})
-    return [
-        f"One objective alone, {' or '.join(objectives)}, at stage {', '.join(map(str, stages))}: there "
-        f"{_methods(alone)} trained the shared subspace only."
-    ]
+def _alone_notes(states: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Methods made for two objectives where a stage held one, a sentence for each thing they then do."""
+    alone: dict[str, list[Mapping[str, Any]]] = {}
+    for state in states:
+        kind = (state.get("inputs", {}).get("method") or {}).get("method", "gems" if "gems" in state else None)
+        if kind in ALONE and len(_objectives(state)) == 1:
+            alone.setdefault(ALONE[kind], []).append(state)
+    notes = []
+    for does, own in alone.items():
+        objectives = sorted({name for state in own for name in _objectives(state)})
+        stages = sorted({state["job"]["stage"] for state in own})
+        notes.append(
+            f"One objective alone, {' or '.join(objectives)}, at stage {', '.join(map(str, stages))}: there "
+            f"{_methods(own)} {does}."
+        )
+    return notes
+
+
+def _objectives(state: Mapping[str, Any]) -> set[str]:
+    """What a stage trained on: said by GEMS, for others read off the losses they logged."""
+    if "gems" in state:
+        return set(state["gems"]["objectives"])
+    logged = {name for row in state.get("training", ()) for name in row if name.startswith(LOSS)}
+    return {name.removeprefix(LOSS) for name in logged}
 
 
 def _protected_notes(states: Iterable[Mapping[str, Any]]) -> list[str]:

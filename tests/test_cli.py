@@ -331,8 +331,9 @@ def test_resume_repeats_the_last_command_and_marks_the_killed_run_as_crashed(
 
 
 def test_demo_writes_its_log_beside_its_config_and_knows_the_best_score(tmp_path: Path) -> None:
-    from flows.demo import best_scores, write_demo
-    from stages.config import load_config
+    from flows.demo import best_rows, best_scores, write_demo
+    from flows.reporting.findings import HEADLINE
+    from stages.config import StageConfig, load_config
 
     config = write_demo(tmp_path)
     loaded = load_config(config)
@@ -343,6 +344,20 @@ def test_demo_writes_its_log_beside_its_config_and_knows_the_best_score(tmp_path
     assert list(best) == [("same_stage", "recommendation"), ("next_stage", "recommendation")]
     following = best["next_stage", "recommendation"]
     assert 0 < following["hit_at_1"] < following["hit_at_10"] < 1
+    measured = [
+        {"protocol": protocol, "objective": "recommendation", "stage": stage}
+        for protocol in ("next_stage", "same_stage")
+        for stage in (0, 1, 2, "mean")
+    ]
+    rows = best_rows(loaded, tmp_path, {"rows": measured})
+    assert {(row["protocol"], row["metric"]): row["value"] for row in rows} == {
+        (protocol, metric): scores[metric] for (protocol, _), scores in best.items() for metric in HEADLINE
+    }
+    searched = [{**row, "objective": "search"} for row in measured]
+    assert best_rows(loaded, tmp_path, {"rows": [*measured, *searched]}) == []  # repeats are left out there
+    assert best_rows(loaded, tmp_path / "elsewhere", {"rows": measured}) == []
+    elsewhere = loaded.model_copy(update={"stages": StageConfig(instants=["2025-06-30T00:00:00Z"])})
+    assert best_rows(elsewhere, tmp_path, {"rows": measured}) == []
     assert os.sep not in (tmp_path / "demo" / "demo.toml").read_text().split("[stages]")[0].split("[[log")[1]
 
 

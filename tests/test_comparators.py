@@ -79,7 +79,7 @@ def test_localized_balance_by_hand() -> None:
         localized_balance(mass, [0, 1, 0], [0, 1], 0.0, "repaired")
 
 
-def routed_share(weight: float, how: str) -> float:
+def routed_share(weight: float, how: str, objectives: tuple[str, ...] = ("recommendation", "search")) -> float:
     """Share of the searches' routing that the expert meant for searches gets after training on the balance alone."""
     generator = torch.Generator().manual_seed(3)
     one = small(generator)
@@ -90,8 +90,8 @@ def routed_share(weight: float, how: str) -> float:
     step = moe_step([one.router], [one], settings, schedule)
 
     def losses() -> SharedLosses:
-        found: dict[str, Tensor] = {name: 0 * one(x.expand(1, 4, 3)).sum() for name, x in inputs.items()}
-        return SharedLosses(found, dict.fromkeys(found, 0.5))
+        found: dict[str, Tensor] = {name: 0 * one(inputs[name].expand(1, 4, 3)).sum() for name in objectives}
+        return SharedLosses(found, dict.fromkeys(found, 1 / len(found)))
 
     logs: dict[str, float] = {}
     for _ in range(60):
@@ -103,6 +103,11 @@ def routed_share(weight: float, how: str) -> float:
 def test_repaired_balance_gives_an_expert_its_own_kind_and_the_printed_one_the_other() -> None:
     assert routed_share(1.0, "repaired") == pytest.approx(0.75, abs=0.02)
     assert routed_share(1.0, "as_printed") == pytest.approx(0.25, abs=0.02)
+
+
+def test_one_objective_alone_is_balanced_over_all_experts_its_own_first() -> None:
+    share = routed_share(1.0, "repaired", ("search",))
+    assert share / (1 - share) == pytest.approx(1.5 / 0.5, rel=0.1)  # (1 + δ) to (1 − δ)
 
 
 def test_a_mixture_goes_on_where_the_stage_before_ended(tmp_path: Path) -> None:

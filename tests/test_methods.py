@@ -23,7 +23,7 @@ from stages.evaluate import evaluate_stage
 from stages.fit import MICRO_TOKENS, Fit
 from stages.jobs import Job
 from stages.lineage import LEFT_OUT
-from stages.method_config import PesoConfig
+from stages.method_config import BUILT_IN, PesoConfig
 from stages.methods import peso
 from stages.methods.contract import Schedule
 from stages.stage_examples import stage_examples
@@ -49,6 +49,7 @@ METHODS = (
     "gems_carry",
     "galore",
     "pcgrad",
+    "ortho_lora",
     "osf",
     "lora_moe",
 )
@@ -80,6 +81,21 @@ def probe(model: GenerativeModel) -> torch.Tensor:
     tokens = torch.arange(24).reshape(2, 12) % model.codes
     with torch.no_grad():
         return model.eval().logits(model.hidden(tokens))
+
+
+def test_the_table_holds_every_kind_of_method() -> None:
+    kinds = {name: str(settings.model_dump()["method"]) for name, settings in BUILT_IN.items()}
+    assert {kinds[name] for name in METHODS} == set(kinds.values())
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "ortho_lora"])
+def test_gradient_surgery_of_one_objective_is_single_bit_for_bit(method: str, board: Workspace) -> None:
+    config = tiny.config(**QUICK)
+    for name in ("single", method):
+        train_stage(config, board, job(name, 1))
+    single, own = (folder(config, board, job(name, 1)) for name in ("single", method))
+    for name in (ADAPTER, ROWS):
+        assert (single / name).read_bytes() == (own / name).read_bytes()
 
 
 @pytest.mark.parametrize("method", METHODS)

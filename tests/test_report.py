@@ -211,6 +211,17 @@ def test_terminal_and_prefect_show_the_report_s_numbers(invented_report: dict[st
     assert row["hit_at_10"] == found.cell("peso", "same_stage", "hit_at_10", stage=1).value  # pyright: ignore[reportOptionalMemberAccess]
 
 
+def test_the_best_possible_score_is_named_once_a_protocol_where_it_is_known(invented_report: dict[str, Any]) -> None:
+    assert "Best possible" not in render(invented_report, {})
+    place = {"protocol": "next_stage", "objective": "recommendation"}
+    scores = {"hit_at_10": 0.75, "ndcg_at_10": 0.5}
+    invented_report["best_possible"] = [{**place, "metric": name, "value": value} for name, value in scores.items()]
+    page = render(invented_report, {})
+    assert page.count("Best possible") == 1
+    assert page.index("Best possible: Hit@10 0.7500, NDCG@10 0.5000") < page.index("<h2>Same stage</h2>")
+    assert printed(tables.headline(Findings(invented_report))).count("best possible") == 1
+
+
 def test_a_narrow_terminal_puts_the_interval_below_its_number(invented_report: dict[str, Any]) -> None:
     text = printed(tables.headline(Findings(invented_report), width=100))
     assert "0.0510 [" not in text

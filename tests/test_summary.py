@@ -352,6 +352,34 @@ def test_what_gems_kept_and_where_it_met_one_objective_is_said_once(space: Works
     assert said[1].startswith("Null space: worded kept what the inputs of the text glosses.txt give, 10% to 20% ")
 
 
+def test_what_other_methods_for_two_objectives_did_with_one_is_said_once_a_kind(space: Workspace) -> None:
+    trained = []
+    for method, kind, stage, objectives in (
+        ("pcgrad", "pcgrad", 1, ["recommendation"]),
+        ("by_matrix", "ortho_lora", 2, ["recommendation"]),
+        ("lora_moe", "lora_moe", 1, ["recommendation"]),
+        ("lora_moe", "lora_moe", 2, ["recommendation", "search"]),
+        ("single", "single", 1, ["recommendation"]),
+        ("osf", "osf", 1, ["search"]),
+    ):
+        job = Job(method, 0, "same_stage", stage)
+        trained.append(Checkpoint(job, f"{method}{stage}", "d", 1.0, 1, 1, None, 1, reused=False))
+        rows = [{"step": 0, "ce": 1.0, f"ce/{name}": 1.0} for name in objectives]
+        state = {"job": asdict(job), "inputs": {"method": {"method": kind}}, "training": rows}
+        write_json(space.checkpoints / f"{method}{stage}" / "state.json", state)
+    trained.append(Checkpoint(Job("single", 0, "same_stage", 0), "first0", "d", 1.0, 1, 1, None, 1, reused=False))
+    first = {"job": asdict(trained[-1].job), "inputs": {"method": None}, "training": [{"step": 0, "ce/search": 1.0}]}
+    write_json(space.checkpoints / "first0" / "state.json", first)
+    cells = [measured(space, Job("single", 0, "same_stage", 1), 1, crowd(0.5))]
+    notes = summarise(settings(), space, cells, trained)["notes"]
+    assert [note for note in notes if note.startswith("One objective alone")] == [
+        "One objective alone, recommendation, at stage 1, 2: there pcgrad, by_matrix had no two gradients to reconcile "
+        "and trained as `single` does.",
+        "One objective alone, recommendation, at stage 1: there lora_moe sent the one objective through all experts, "
+        "balanced to give those meant for the other a share of (1 - skew) / (1 + skew).",
+    ]
+
+
 def test_a_changed_evaluation_file_is_refused(space: Workspace) -> None:
     cell = measured(space, Job("single", 0, "same_stage", 1), 1, crowd(0.5))
     with (space.root / cell.path).open("ab") as handle:

@@ -184,6 +184,8 @@ def _curve(axes: Axes, rows: list[dict[str, Any]], place: int) -> None:
     below = [row["value"] - (row["value"] if row["low"] is None else row["low"]) for row in rows]
     above = [(row["value"] if row["high"] is None else row["high"]) - row["value"] for row in rows]
     pen: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+    if isinstance(rows[0]["x"], str):  # kinds have no order for a line to follow
+        pen["linestyle"] = "none"
     axes.errorbar([row["x"] for row in rows], values, yerr=[below, above], capsize=2, elinewidth=1, **pen)
 
 

@@ -175,6 +175,14 @@ class Findings:
         rows = [row for row in self.report["oracle"] if row.get("objective", wanted) == wanted]
         return _mean([row["value"] for row in rows if row["protocol"] == protocol])
 
+    def best_possible(self, protocol: str, objective: str) -> dict[str, float]:
+        """Metric -> what a ranker that knew the true distribution would score; empty but for a generated log."""
+        return {
+            row["metric"]: row["value"]
+            for row in self.report.get("best_possible", [])
+            if (row["protocol"], row["objective"]) == (protocol, objective)
+        }
+
     def sampled(self, protocol: str, objective: str) -> dict[str, dict[str, float | None]]:
         """The 99 + 1 mode's metrics by method, mean over the later stages (or all there are) and over seeds."""
         found = self.report.get("sampled") or {"rows": [], "random": {}}

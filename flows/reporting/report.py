@@ -144,6 +144,7 @@ def _protocol(findings: Findings, protocol: str, objective: str) -> Markup:
         element("p", f"{PROTOCOL_NOTES.get(protocol, '')} {_target_rule(findings, protocol)}", "faint"),
         table(["method", *names, "users"], [_line(line, tops) for line in lines]),
         element("p", losers, "banner") if losers else "",
+        element("p", bound) if (bound := _best_possible(findings, protocol, objective)) else "",
         element("p", f"{_reading(findings, users)} {_ceiling(findings, protocol, objective)}", "faint"),
     )
 
@@ -154,6 +155,15 @@ def _reading(findings: Findings, users: int) -> str:
         f"Mean over the stages after the first, {users:,} users{sampled}, 95 % bootstrap intervals over "
         f"{findings.resampled}; p by Holm over the table."
     )
+
+
+def _best_possible(findings: Findings, protocol: str, objective: str) -> str:
+    """The bound of a generated log, in the words of the terminal; nothing for any other."""
+    best = findings.best_possible(protocol, objective)
+    if not best:
+        return ""
+    scores = ", ".join(f"{metric_title(metric)} {number(value)}" for metric, value in best.items())
+    return f"Best possible: {scores}, what a ranker would score that knew the distribution this log was generated from."
 
 
 def _ceiling(findings: Findings, protocol: str, objective: str) -> str:

@@ -32,12 +32,16 @@ def headline(
 
     Args:
         findings: of a report.
-        best: (protocol, objective) -> metric -> best possible score, where it is known.
+        best: (protocol, objective) -> metric -> best possible score, where it is known; absent: what the report says.
         width: of the terminal, in characters; below `WIDE` an interval stands under its number.
     """
     return [
         _table(
-            findings, protocol, objective, (best or {}).get((protocol, objective), {}), " " if width >= WIDE else "\n"
+            findings,
+            protocol,
+            objective,
+            (best or {}).get((protocol, objective)) or findings.best_possible(protocol, objective),
+            " " if width >= WIDE else "\n",
         )
         for protocol in findings.protocols
         for objective in findings.objectives
