@@ -36,13 +36,14 @@ def wait_for(found: Callable[[], bool], process: subprocess.Popen[bytes], second
         time.sleep(0.3)
 
 
-def test_a_scheduled_run_really_executes_and_lands_in_mlflow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", [["--every", "4"], pytest.param(["--cron", "* * * * *"], marks=pytest.mark.slow)])
+def test_a_scheduled_run_really_executes_and_lands_in_mlflow(tmp_path: Path, when: list[str]) -> None:
     """A real server and a real schedule: with SQLAlchemy 2.1 the UI looks healthy and nothing ever runs."""
     from mlflow import MlflowClient
 
     config, place = write_shop(tmp_path, GATE), Workspace(tmp_path / "workspace")
     port = free_port()
-    words = ["serve-flows", "-c", config, "-w", place.root, "--every", "4", "--port", port]
+    words = ["serve-flows", "-c", config, "-w", place.root, *when, "--port", port]
     with (tmp_path / "output.txt").open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli", *map(str, words)], env=alone(tmp_path), stdout=output, stderr=output

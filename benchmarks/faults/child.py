@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from typing import Any
 import polars as pl
 import torch
 
-from flows import cli, mirror, terminal
+from flows import cli, mirror, retraining, steps, terminal
 from flows.experiment import exclusive, remember_trained
 from models.generative import GenerativeModel
-from stages import checkpoint, evaluate, jobs, summary  # noqa: F401
+from stages import append, checkpoint, evaluate, jobs, summary  # noqa: F401
 from stages.config import load_config
 from stages.train import train_stage
 from stages.workspace import Workspace, sweep
@@ -51,7 +52,7 @@ def run(task: dict[str, Any]) -> None:
         os.setuid(task["uid"])
     for fault in task.get("faults", []):
         arm(fault)
-    own = {"learn": learn, "answers": answers}.get(task.get("work", "command"))
+    own = {"learn": learn, "answers": answers, "tick": tick}.get(task.get("work", "command"))
     if own is not None:
         cli.app = lambda: own(task)  # type: ignore[assignment]
     sys.argv = ["driftrec", *task.get("command", [])]
@@ -80,6 +81,15 @@ def learn(task: dict[str, Any]) -> None:
                 if protocol == "same_stage" and task.get("test", True):
                     evaluate.evaluate_stage(config, place, job, tested=stage)
                 sys.stdout.write(f"{'found' if done.reused else 'trained'} {done.key}\n")
+
+
+def tick(task: dict[str, Any]) -> None:
+    """What a scheduled retraining does before it trains: take the new rows, close what is due, give items codes."""
+    plan = retraining.retrain_plan(Path(task["toml"]), Path(task["root"]))
+    with terminal.watching(), exclusive(plan.workspace):
+        plan = steps.claimed(plan)
+        sys.stdout.write(retraining.take(plan).sentence() + "\n")
+        retraining.grow(plan)
 
 
 def _pause(stage: int | None, news: Mapping[str, Any]) -> None:
@@ -181,6 +191,13 @@ def _shift_clock(seconds: float) -> None:
     """Every clock a run could ask is wrong by so much."""
     honest = time.time
     time.time = lambda: honest() + seconds
+
+    class Wrong(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(seconds=seconds)
+
+    append.datetime = Wrong  # type: ignore[misc]
     os.environ["TZ"] = "Pacific/Apia" if seconds > 0 else "America/New_York"
     time.tzset()
 

@@ -1,4 +1,4 @@
-"""Row 43: `driftrec retrain` killed again and again, from the new rows to the promotion and its copy in MLflow."""
+"""Row 43: `driftrec retrain` killed again and again, from the new rows to MLflow; and the ticks of row 29."""
 
 from __future__ import annotations
 
@@ -74,14 +74,19 @@ def add(shop: Path, name: str, rows: list[str]) -> None:
     (shop / "events" / name).write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n", encoding="utf-8")
 
 
+def write_shop(shop: Path) -> None:
+    """Two weeks of rows in one file, an item table, and the config."""
+    add(shop, "base.csv", visits(0) + visits(1))
+    items = [f"i{item:02d},chair number {item}" for item in range(ITEMS)]
+    (shop / "items.csv").write_text("\n".join(["item_id,title", *items]) + "\n", encoding="utf-8")
+    (shop / "shop.toml").write_text(SHOP, encoding="utf-8")
+
+
 def opened(bench: Bench) -> Path:
     """A shop of two weeks, and beside it its workspace after the first retraining; returns the shop's folder."""
     shop = bench.folder / "shop"
     if not shop.exists():
-        add(shop, "base.csv", visits(0) + visits(1))
-        items = [f"i{item:02d},chair number {item}" for item in range(ITEMS)]
-        (shop / "items.csv").write_text("\n".join(["item_id,title", *items]) + "\n", encoding="utf-8")
-        (shop / "shop.toml").write_text(SHOP, encoding="utf-8")
+        write_shop(shop)
         child = retrain(bench, shop / "before")
         if code := child.end():
             raise RuntimeError(f"the first retraining failed: exit {code}: {child.said[-2000:]}")
@@ -189,6 +194,58 @@ def compared(want: dict[str, Any], have: dict[str, Any]) -> str:
     """A sentence about what differs."""
     wrong = sorted(key for key in want.keys() | have.keys() if want.get(key) != have.get(key))
     return f"differs in {', '.join(wrong)[:300]}" if wrong else ""
+
+
+KINDS = ("missed", "repeated", "overlapping", "ahead", "back", "summer time")
+WEEKS = 6
+
+
+def ticks(bench: Bench, count: int, rng: Random) -> Iterator[str]:
+    """A schedule whose ticks fail to come, come twice or at once, or see a wrong clock: the stages are the calendar's.
+
+    A file of the log appears every week; only new rows are taken and stages closed, nothing is trained.
+    """
+    want = scheduled(bench, "as it should be", rng)
+    for number in range(count):
+        kind = KINDS[number % len(KINDS)]
+        have = scheduled(bench, kind, rng)
+        yield have if isinstance(have, str) else "" if have == want else f"{kind}: other stages"
+
+
+def scheduled(bench: Bench, kind: str, rng: Random) -> str | list[Any]:
+    """The stages after `WEEKS` weeks of such a schedule, or what went wrong."""
+    place = bench.place()
+    write_shop(place)
+    if tick(bench, place).end():
+        return "the first tick failed"
+    for week in range(2, WEEKS + 1):
+        add(place, f"week{week}.csv", visits(week))
+        if kind == "missed" and week < WEEKS and rng.random() < 0.7:
+            continue
+        codes = [child.end() for child in started(bench, place, kind, week, rng)]
+        if not (codes.count(0) and set(codes) <= ({0, 2} if kind == "overlapping" else {0})):
+            return f"{kind}: exit codes {codes}"
+        if kind == "repeated" and tick(bench, place).end():
+            return "the second tick failed"
+    if tick(bench, place).end():
+        return "the last tick failed"
+    rows = read_json(place / "workspace" / "stages" / "manifest.json")
+    shutil.rmtree(place)
+    found = [[row["index"], row["start"], row["end"], row["digest"]] for row in rows["stages"]]
+    return found if [row[0] for row in found] == list(range(WEEKS)) else f"{kind}: stages {[row[0] for row in found]}"
+
+
+def started(bench: Bench, place: Path, kind: str, week: int, rng: Random) -> list[Child]:
+    """One tick, or several at once where they overlap; by a clock that is off where it is the clock."""
+    year, summer = 365 * DAY, 3600 * (-1) ** week
+    off = {"ahead": year, "back": -year * (week % 2), "summer time": summer}.get(kind, 0)
+    faults = [{"kind": "clock", "seconds": off * rng.uniform(0.9, 1.1)}] if off else []
+    return [tick(bench, place, faults=faults) for _ in range(3 if kind == "overlapping" else 1)]
+
+
+def tick(bench: Bench, place: Path, **task: Any) -> Child:
+    """What the schedule starts, up to training."""
+    return bench.launch(work="tick", toml=str(place / "shop.toml"), root=str(place / "workspace"), **task)
 
 
 TABLE = (

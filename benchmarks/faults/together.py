@@ -11,6 +11,7 @@ from random import Random
 from safetensors.torch import load_file, save_file
 
 from benchmarks.faults.harness import KILL, LINEAGES, Bench, Row, fingerprint, refused, sound
+from benchmarks.faults.retrains import ticks
 from stages.checkpoint import ROWS, _write_manifest
 from stages.workspace import Workspace, read_json
 
@@ -90,6 +91,7 @@ def clocks(bench: Bench, count: int, rng: Random) -> Iterator[str]:
         same = read_json(root / "stages" / "manifest.json")["digest"] == want
         yield "" if same else "other stages"
         shutil.rmtree(root)
+    yield from ticks(bench, count, rng)
 
 
 TABLE = (
@@ -98,11 +100,11 @@ TABLE = (
     Row(28, "a lock's holder killed or stopped", "taken over; waits and says for whom", holders, 1, 20),
     Row(
         29,
-        "clock a year off, odd time zones",
-        "stages depend on data time only",
+        "clock a year off or stepping back, odd time zones; ticks missed, repeated, overlapping",
+        "stages depend on data time only, none twice",
         clocks,
         1,
         12,
-        "clocks injected in the process; missed and overlapping ticks belong to `retrain` and its tests",
+        "clocks injected in the process",
     ),
 )
