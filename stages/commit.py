@@ -24,6 +24,9 @@ from stages.workspace import Workspace, digest_of, sha256_once
 CODE_VERSION = 2
 """Raised whenever training would give other bytes for the same settings and data."""
 
+METHOD_VERSIONS = {"gems": 2}
+"""As `CODE_VERSION`, for one kind of method; 1 where none is named."""
+
 LATER_ONLY = {"epochs", "learning_rate", "full_learning_rate", "token_rows"}
 """Training settings that stage 0 does not read."""
 
@@ -84,8 +87,10 @@ def links(config: Config, dataset: Dataset, job: Job) -> list[Link]:
         if part.method not in own:
             settings = None if part.method == FIRST else _method_settings(config.method(part.method))
             training = config.training.model_dump(exclude=_unread(config, part))
-            backward = {"adapter_backward": "thin"} if _goes_back_thin(config, part) else {}
-            own[part.method] = {**common, "method": settings, "training": training, **backward}
+            more: dict[str, Any] = {"adapter_backward": "thin"} if _goes_back_thin(config, part) else {}
+            if settings is not None and settings["method"] in METHOD_VERSIONS:
+                more["method_code"] = METHOD_VERSIONS[settings["method"]]
+            own[part.method] = {**common, "method": settings, "training": training, **more}
     name = digest_of(own)
     known, found = _known.get(name, []), []
     for number, part in enumerate(lineage_jobs(config, job)):

@@ -298,6 +298,8 @@ class GemsStep:
                 gradients.append(stack.images[name][..., stack.part(number)] if ready else None)
             weights = [scale, *(scale * float(a) for a in alpha)][: len(stack.widths)]
             sizes.append(stack.move(gradients, weights, rate, decay))
+            if len(present) < 2:
+                stack.moved = None  # α was not the gate's choice, so there is nothing for it to learn
         whole, shared = sum(one.whole for one in sizes), sum(one.shared for one in sizes)
         return {
             "update_over_shared": math.sqrt(max(0.0, whole) / max(shared, 1e-30)),
