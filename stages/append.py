@@ -66,11 +66,15 @@ class Intake:
         """All of it in one line."""
         closed = f"closed stage {', '.join(map(str, self.closed))}" if self.closed else "no stage closed"
         rebuilt = f", rebuilt stage {', '.join(map(str, self.rebuilt))}" if self.rebuilt else ""
-        unread = f", {self.unread:,} files unchanged" if self.unread else ""
+        unread = f", {_some(self.unread, 'file')} unchanged" if self.unread else ""
         return (
-            f"{self.read:,} rows read{unread}, {self.taken:,} new, {self.late:,} late, {self.held:,} held; "
-            f"{closed}{rebuilt}; {self.open:,} rows wait in the open stage from {self.end}"
+            f"{_some(self.read, 'row')} read{unread}, {self.taken:,} new, {self.late:,} late, {self.held:,} held; "
+            f"{closed}{rebuilt}; {_some(self.open, 'row')} in the open stage from {self.end}"
         )
+
+
+def _some(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 @dataclass(frozen=True)
