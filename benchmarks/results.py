@@ -10,6 +10,7 @@ machine, from which data. Each part stands between marks of its own, and writing
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,11 @@ counted and set aside. Written by `make faults`.
 
 
 def refresh_reports(workspaces: list[Path], page: Path = PAGE) -> None:
-    """Write the part made from workspaces' reports."""
-    replace_part(page, "reports", "\n".join([INTRODUCTION, *(section(folder) for folder in workspaces)]))
+    """Write the introduction, and the section of each workspace's newest report; other sections stay."""
+    replace_part(page, "introduction", INTRODUCTION)
+    for folder in workspaces:
+        found = newest(folder)
+        replace_part(page, f"report {found.report['name']}", section(found))
 
 
 def refresh_benchmarks(results: Path = BENCHMARKS, page: Path = PAGE) -> None:
@@ -134,13 +138,18 @@ def benchmark_line(row: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def section(root: Path) -> str:
-    """One workspace's newest report as a section of the page."""
-    newest = read_json(root / "runs" / "reports" / "latest.json")["report"]
-    found = Findings(read_json(root / "runs" / "reports" / newest / "report.json"))
+def newest(root: Path) -> Findings:
+    """One workspace's newest report."""
+    reports = root / "runs" / "reports"
+    return Findings(read_json(reports / read_json(reports / "latest.json")["report"] / "report.json"))
+
+
+def section(found: Findings) -> str:
+    """A report as a section of the page."""
     lines = [f"## {found.report['name']}", "", *facts(found), ""]
     for protocol in found.protocols:
-        lines += [*table(found, protocol), ""]
+        for objective in found.objectives:
+            lines += [*table(found, protocol, objective), ""]
     lines += [*slices(found), "", *continual(found), "", *costs(found), ""]
     return "\n".join(lines)
 
@@ -153,10 +162,11 @@ def facts(found: Findings) -> list[str]:
     methods = ",".join(command["methods"] or report["config"]["compare"])
     seeds = ",".join(str(seed) for seed in command["seeds"] or report["config"]["seeds"])
     collisions = report["collisions"]
+    users = f" --users {command['users']}" if command.get("users") else ""
     shown = ", ".join(f"{key} {value}" for key, value in machine.items() if not isinstance(value, dict | list))
     ahead = "; **the IDs were fitted on all stages' items (future catalogue known)**"
     return [
-        f"    driftrec compare --config configs/{report['name']}.toml --methods {methods} --seeds {seeds}",
+        f"    driftrec compare --config configs/{report['name']}.toml --methods {methods} --seeds {seeds}{users}",
         "",
         f"- machine: {shown}",
         f"- wall time: {wall['training'] / 60:.0f} min of training and {wall['testing'] / 60:.0f} min of testing, each"
@@ -173,17 +183,19 @@ def rules(rule: Any) -> str:
     return "; ".join(f"{key}: {value}" for key, value in rule.items()) if isinstance(rule, dict) else str(rule)
 
 
-def table(found: Findings, protocol: str) -> list[str]:
-    """The headline of one protocol."""
-    oracle = found.oracle(protocol)
-    title = protocol.replace("_", "-")
+def table(found: Findings, protocol: str, objective: str) -> list[str]:
+    """The headline of one protocol and objective; what does not answer the objective is left out."""
+    oracle = found.oracle(protocol, objective)
+    title = named(found, protocol, objective)
     rows = [
         f"**{title}** (nothing can score above {oracle:.3f}: the share of targets in the catalogue at that time)",
         "",
         "| method | Hit@10 | NDCG@10 | Hit@10 less `single` | p (Holm) | users |",
         "|---|---|---|---|---|---|",
     ]
-    for line in found.lines(protocol):
+    for line in found.lines(protocol, objective):
+        if "hit_at_10" not in line.cells:
+            continue
         hit, ndcg = line.cells["hit_at_10"], line.cells["ndcg_at_10"]
         gap = line.differences.get("hit_at_10")
         name = f"*{line.method}*" if line.baseline else line.method
@@ -193,6 +205,11 @@ def table(found: Findings, protocol: str) -> list[str]:
             f"| {interval(gap, sign=True)} | {chance(gap)} | {hit.users} |"
         )
     return rows
+
+
+def named(found: Findings, protocol: str, objective: str) -> str:
+    """A protocol in words, with the objective where there are several."""
+    return protocol.replace("_", "-") + (f", {objective}" if len(found.objectives) > 1 else "")
 
 
 def interval(cell: Cell | Difference | None, sign: bool = False) -> str:
@@ -213,11 +230,11 @@ def slices(found: Findings) -> list[str]:
     """Who is served how well."""
     rows = ["**Slices**, Hit@10, mean over the incremental stages", ""]
     rows += ["| method | protocol | " + " | ".join(found.slices) + " |", "|---|---|" + "---|" * len(found.slices)]
-    for protocol in found.protocols:
-        for method in found.methods:
-            cells = [found.cell(method, protocol, "hit_at_10", part=part) for part in found.slices]
-            shown = ["–" if cell is None or cell.value is None else f"{cell.value:.4f}" for cell in cells]
-            rows.append(f"| {method} | {protocol.replace('_', '-')} | " + " | ".join(shown) + " |")
+    for protocol, objective, method in product(found.protocols, found.objectives, found.methods):
+        cells = [found.cell(method, protocol, "hit_at_10", objective, part=part) for part in found.slices]
+        shown = ["–" if cell is None or cell.value is None else f"{cell.value:.4f}" for cell in cells]
+        if any(cell is not None for cell in cells):
+            rows.append(f"| {method} | {named(found, protocol, objective)} | " + " | ".join(shown) + " |")
     return rows
 
 
