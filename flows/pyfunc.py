@@ -33,6 +33,7 @@ from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.jobs import BASELINES
 from stages.lineage import LEFT_OUT
+from stages.stage_files import write_together
 from stages.train import folders_read, lineage_folders
 from stages.workspace import Workspace, forget, sha256_file, temporary_beside, write_json
 
@@ -200,8 +201,9 @@ def _copy_part(root: Path, part: Path, method: str | None, seed: int | None) -> 
     if job.method not in BASELINES:
         folders = lineage_folders(config, workspace, load_dataset(config, workspace), job)
         needed = folders_read(config, job, folders)
-    for folder in [workspace.stages, workspace.catalogue, *needed]:
+    for folder in [workspace.catalogue, *needed]:
         shutil.copytree(folder, part / folder.relative_to(workspace.root))
+    write_together(workspace, Workspace(part).stages)
     elsewhere = {folder.name: tensors_digest(folder) for folder in folders if folder not in needed}
     if elsewhere:
         write_json(Workspace(part).checkpoints / LEFT_OUT, elsewhere)

@@ -11,6 +11,7 @@ from stages.errors import UserError
 from stages.file_time import at_files
 from stages.interactions import Catalogue, Interactions, load_catalogue, load_interactions
 from stages.search_config import Objective
+from stages.stage_files import stage_files
 from stages.workspace import Stamp, Workspace, digest_of, is_settled, read_json, sha256_once, stamp_of
 
 
@@ -60,16 +61,16 @@ def load_dataset(config: Config, workspace: Workspace) -> Dataset:
     stages, catalogue = workspace.stages / "manifest.json", workspace.catalogue / "manifest.json"
     # Looked at before anything is read, so that a write meanwhile shows at the next call.
     manifests = _stamps(stages, catalogue)
-    rows = read_json(stages)["stages"]
-    files = [*(workspace.stage_file(index) for index in range(len(rows))), workspace.catalogue / "items.parquet"]
-    stamps = manifests + _stamps(*files)
+    manifest = read_json(stages)
+    rows, named = manifest["stages"], stage_files(workspace, manifest)
+    stamps = manifests + _stamps(*named, workspace.catalogue / "items.parquet")
     wish = (workspace.root.resolve(), config.evaluation.baskets, config.search.objectives)
     last = _last[0] if _last and _last[0].wish == wish else None
     if last is not None and last.stamps == stamps:
         return last.dataset
     items = read_json(catalogue)
-    named = zip(files, [*(row.get("sha256") for row in rows), items["digest"]], strict=True)
-    content = digest_of([items, rows, [_checked(path, digest) for path, digest in named]])
+    named[workspace.catalogue / "items.parquet"] = items["digest"]
+    content = digest_of([items, rows, [_checked(path, digest) for path, digest in named.items()]])
     if last is not None and last.content == content:
         dataset = last.dataset
     else:

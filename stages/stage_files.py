@@ -14,7 +14,7 @@ from stages.coded import LOG_SCHEMA, NEVER, Coded, fields
 from stages.content import CHUNK, digest_and_sink, digest_and_write
 from stages.packing import Columns, Field, Layout, Ticks, by_code
 from stages.spool import height, sorted_rows
-from stages.workspace import Workspace, replacing, sha256_file
+from stages.workspace import Workspace, read_json, replacing, sha256_file, write_json
 
 COLUMNS = ("user_id", "item_id", "timestamp", "event", "query")
 NUMBERED = ("user", "time", "item", "event", "query")
@@ -55,6 +55,10 @@ def _numbered(log: Coded, low: int, high: int) -> Iterator[Columns]:
         low += height(piece)
 
 
+TOGETHER = "events.parquet"
+"""In the stages' folder of an exported model, in place of a file a stage: all rows, with their `stage`."""
+
+
 def read_stages(workspace: Workspace, count: int, columns: Sequence[str]) -> pl.DataFrame:
     """Rows of the stages before `count`, one after the other, with their `stage`.
 
@@ -65,10 +69,31 @@ def read_stages(workspace: Workspace, count: int, columns: Sequence[str]) -> pl.
         count: how many of them, at least one.
         columns: wanted of each file.
     """
+    together = workspace.stages / TOGETHER
+    if together.exists():
+        found = pl.scan_parquet(together, glob=False).filter(pl.col("stage") < count)
+        return found.select(*columns, "stage").collect()
     files = [str(workspace.stage_file(index)) for index in range(count)]
     found = pl.scan_parquet(files, glob=False, hive_partitioning=False, include_file_paths="stage")
     numbers = pl.col("stage").replace_strict(files, range(count), return_dtype=pl.Int64)
     return found.select(*columns, numbers).collect()
+
+
+def write_together(workspace: Workspace, folder: Path) -> None:
+    """Write the stages of `workspace` into another's folder of stages as one file, and the manifest that names it."""
+    manifest = read_json(workspace.stages / "manifest.json")
+    folder.mkdir(parents=True)
+    rows = read_stages(workspace, len(manifest["stages"]), COLUMNS)
+    with replacing(folder / TOGETHER) as temporary:
+        rows.write_parquet(temporary)
+    write_json(folder / "manifest.json", {**manifest, "together": sha256_file(folder / TOGETHER)}, seal=True)
+
+
+def stage_files(workspace: Workspace, manifest: dict[str, Any]) -> dict[Path, str | None]:
+    """The files that hold the stages, with the SHA-256 that the stages' manifest gives each (early ones: none)."""
+    if "together" in manifest:
+        return {workspace.stages / TOGETHER: manifest["together"]}
+    return {workspace.stage_file(index): row.get("sha256") for index, row in enumerate(manifest["stages"])}
 
 
 def counted(log: Coded, name: str, low: int, high: int) -> npt.NDArray[np.int64]:

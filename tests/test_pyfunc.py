@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
+import numpy as np
 import pandas
 import polars as pl
 import pytest
 
 from flows.recommending import recommend
+from stages.config import load_config
+from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.workspace import Workspace
 
@@ -68,6 +72,22 @@ def test_the_exported_model_holds_no_pickle_and_names_what_it_needs(model: Path,
     assert all("==" in line for line in needed)
     assert not any(line.startswith("driftrec") for line in needed)
     assert str(trained.workspace.root) not in (model / "MLmodel").read_text()
+
+
+def test_the_exported_log_is_one_file_which_is_checked_when_it_is_read(
+    model: Path, trained: Trained, tmp_path: Path
+) -> None:
+    part = Workspace(tmp_path / "part")
+    shutil.copytree(model / "artifacts" / "workspace", part.root)
+    assert sorted(path.name for path in part.stages.iterdir()) == ["events.parquet", "manifest.json"]
+    config = load_config(trained.config)
+    own, whole = (load_dataset(config, place) for place in (part, trained.workspace))
+    assert own.stage_digests == whole.stage_digests
+    for name in ("offsets", "items", "stages", "baskets"):
+        assert np.array_equal(getattr(own.interactions, name), getattr(whole.interactions, name))
+    (part.stages / "events.parquet").write_bytes((part.stages / "events.parquet").read_bytes() + b"?")
+    with pytest.raises(UserError, match="not the file that its manifest names"):
+        load_dataset(config, part)
 
 
 def test_an_existing_folder_is_never_written_over(model: Path, trained: Trained) -> None:
