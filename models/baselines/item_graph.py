@@ -60,7 +60,7 @@ class ItemGraph:
     ) -> None:
         self.known = known
         self.popularity = Popularity(items[targets], known, exclude_history)
-        self.links = _strongest(_links(users, items, targets, known), NEIGHBOURS)
+        self.links = _sparse(*_strongest(*_links(users, items, targets, known), NEIGHBOURS), known)
         self.exclude_history = exclude_history
         self.backfill = backfill
 
@@ -82,8 +82,10 @@ class ItemGraph:
         return backfilled(self.popularity, histories, top, values, k) if self.backfill else padded(top, values, k)
 
 
-def _links(users: IntArray, items: IntArray, targets: npt.NDArray[np.bool_], known: int) -> sparse.csr_array:
-    """(known, known) summed integer weights: row = item in the history, column = item to recommend."""
+def _links(
+    users: IntArray, items: IntArray, targets: npt.NDArray[np.bool_], known: int
+) -> tuple[IntArray, IntArray, IntArray]:
+    """(E,) each: item in the history, rising, item to recommend, rising within it, and their summed weight."""
     pairs = []
     for lag in range(1, REACH + 1):
         row = lag + np.flatnonzero(targets[lag:] & (users[lag:] == users[:-lag]))
@@ -96,29 +98,34 @@ def _links(users: IntArray, items: IntArray, targets: npt.NDArray[np.bool_], kno
     link, weight = keys >> _WEIGHT_BITS, keys & (2**_WEIGHT_BITS - 1)
     first = np.flatnonzero(np.diff(link, prepend=-1))
     sums = np.add.reduceat(weight, first) if len(first) else weight
-    return _sparse(link[first] // max(known, 1), link[first] % max(known, 1), sums.astype(np.float64), known)
+    rows = link[first] // max(known, 1)
+    return rows, link[first] - rows * known, sums
 
 
-def _strongest(links: sparse.csr_array, count: int) -> sparse.csr_array:
-    """The `count` heaviest links of each row; equal weights by item number."""
-    rows, columns, weights = _entries(links)
-    long = np.flatnonzero(np.bincount(rows, minlength=1)[rows] > count)  # entries of rows from which some must go
-    row, column, lightness = rows[long], columns[long], (weights.max(initial=0) - weights[long]).astype(np.int64)
+def _strongest(rows: IntArray, columns: IntArray, weights: IntArray, count: int) -> tuple[IntArray, IntArray, IntArray]:
+    """The `count` heaviest links of each row, in the order they came in; of equal weights the lower item numbers."""
+    lengths = np.bincount(rows, minlength=1)
+    long = np.flatnonzero(lengths[rows] > count)  # entries of rows from which some must go
+    row, column, lightness = rows[long], columns[long], weights.max(initial=0) - weights[long]
+    # `row` rises, before a sort by it and after; the count-th of its entries is the last to stay.
+    own = lengths[lengths > count]
+    last = np.cumsum(own) - own + count - 1
+    kept = np.ones(len(rows), dtype=bool)
     widths = [int(part.max(initial=0)).bit_length() for part in (lightness, column)]
     if int(row.max(initial=0)).bit_length() + sum(widths) < _SIGNED_BITS:
-        order = np.argsort(((row << widths[0] | lightness) << widths[1]) | column)
+        keys = ((row << widths[0] | lightness) << widths[1]) | column
+        kept[long] = keys <= np.repeat(np.sort(keys)[last], own)
     else:
         order = np.lexsort((column, lightness, row))
-    place = np.arange(len(order)) - np.searchsorted(row, row)  # `row` rises, before the sort and after it
-    kept = np.ones(len(rows), dtype=bool)
-    kept[long[order[place >= count]]] = False
-    return _sparse(rows[kept], columns[kept], weights[kept], len(links.indptr) - 1)
+        place = np.arange(len(order)) - np.repeat(last - count + 1, own)
+        kept[long[order[place >= count]]] = False
+    return rows[kept], columns[kept], weights[kept]
 
 
-def _sparse(rows: IntArray, columns: IntArray, weights: npt.NDArray[np.float64], size: int) -> sparse.csr_array:
+def _sparse(rows: IntArray, columns: IntArray, weights: IntArray, size: int) -> sparse.csr_array:
     """(size, size) of entries that stand in order, row by row."""
     starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=size))])
-    return sparse.csr_array((weights, columns, starts), shape=(size, size))
+    return sparse.csr_array((weights.astype(np.float64), columns, starts), shape=(size, size))
 
 
 def _votes(histories: Sequence[IntArray], known: int) -> sparse.csr_array:
