@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from regularizers.gate import LEARNED
 from stages.config import Config
 from stages.interactions import load_interactions
 from stages.jobs import Checkpoint
@@ -17,8 +18,8 @@ from stages.workspace import Workspace, read_json
 COUNTS = ("rows", "filtered", "rejected", "duplicates", "accepted", "units")
 """Fields of a stages.log.LogReport that a report repeats."""
 
-LOSS = "ce/"
-"""Prefix of an objective's loss in a training log."""
+LOSS, LESSON = "ce/", "hypergradient/"
+"""Prefixes in a training log: an objective's loss, and what a gate learnt about it."""
 
 ALONE = {
     "gems": "trained the shared subspace only",
@@ -54,6 +55,7 @@ def omission_notes(
         *_skipped_note(config, workspace, sorted(same_stage)),
         *_unseen_note(states),
         *_alone_notes(states),
+        *_waiting_note(states),
         *_protected_notes(states),
     ]
 
@@ -142,6 +144,25 @@ def _alone_notes(states: Iterable[Mapping[str, Any]]) -> list[str]:
             f"{_methods(own)} {does}."
         )
     return notes
+
+
+def _waiting_note(states: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Where GEMS's learning gate was never asked: each stage's steps are counted anew, and they may end first."""
+    waited = [
+        state
+        for state in states
+        if (state.get("inputs", {}).get("method") or {}).get("gate") in LEARNED
+        and len(_objectives(state)) == 2
+        and state.get("training")
+        and not any(name.startswith(LESSON) for row in state["training"] for name in row)
+    ]
+    if not waited:
+        return []
+    steps = max(len(state["training"]) for state in waited)
+    return [
+        f"The learning gate of {_methods(waited)} never left its warm-up in a stage of at most {steps} steps: both "
+        "weights stayed 1/2. Give gate_warmup fewer steps than a stage has."
+    ]
 
 
 def _objectives(state: Mapping[str, Any]) -> set[str]:
