@@ -10,6 +10,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
@@ -46,6 +47,8 @@ LOOK = 1.0
 """Seconds between two looks for a new champion."""
 LARGEST = 32
 """Requests being ranked at once, over all threads that rank."""
+SWITCH = 0.0005
+"""Seconds a thread may hold the interpreter: ranking threads must not keep the next requests from being read."""
 PATIENCE = 30.0
 """Seconds after which a request is given up."""
 UNROUTED = {
@@ -191,6 +194,7 @@ def serve(
         one_thread_a_pass(place.current)
         job, number = place.current.job, listener.getsockname()[1]
         name = f"[{host}]" if ":" in host else host
+        sys.setswitchinterval(SWITCH)
         listener.listen()  # from here on a client is not refused, it waits
         say(f"serving {job.method}, seed {job.seed}, after stage {job.stage}: http://{name}:{number}")
         settings = uvicorn.Config(

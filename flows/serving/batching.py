@@ -20,7 +20,7 @@ Rank = Callable[[Sequence[Any], int], list[Ranking]]
 """Answers a batch of questions (histories, or queries with histories) with as many lists of at most that length."""
 Observe = Callable[[int, float], None]
 
-MOMENT = 0.002
+MOMENT = 0.008
 """Seconds between two requests of clients that were answered together and ask again."""
 
 
