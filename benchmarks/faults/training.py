@@ -164,13 +164,17 @@ def one_giant(bench: Bench, count: int, rng: Random) -> Iterator[str]:
         shutil.rmtree(root, ignore_errors=True)
 
 
+ABORTS = ("memory allocation of", "cannot allocate memory for thread-local data")
+"""Last words of polars and of the C library, which end the process themselves where they get no memory."""
+
+
 def little_memory(bench: Bench, count: int, rng: Random) -> Iterator[str]:
     """Only a few megabytes of address space beyond what the process has: an error or an abort, and then R."""
     for _ in range(count):
         root = bench.fresh()
         child = bench.learn(root, faults=[{"kind": "memory", "bytes": rng.randrange(2**18, 2**25)}])
         code = child.end()
-        gone = code < 0 or "memory allocation of" in child.said  # a library without memory ends the process itself
+        gone = code < 0 or any(words in child.said for words in ABORTS)
         said = code == 0 or gone or child.cause().startswith("driftrec: ")
         yield ("" if said else f"exit {code}: {child.said[-300:]}") or sound(root) or bench.resumed(root)
         shutil.rmtree(root)
