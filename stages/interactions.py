@@ -154,8 +154,7 @@ def load_interactions(
     count = len(read_json(workspace.stages / "manifest.json")["stages"])
     numbers = pl.read_parquet(workspace.catalogue / "items.parquet", columns=["item_id"]).with_row_index("item")
     kinds = used_objectives(workspace, objectives)
-    rows = read_stages(workspace, count, _columns(kinds))
-    frame = pl.concat(_in_order(part, kinds) for part in rows.partition_by("stage", maintain_order=True))
+    frame = _in_order(read_stages(workspace, count, _columns(kinds)), kinds)
     # A stage's events come sorted by user and time; the stable sort keeps that order within a user and stage.
     frame = frame.join(numbers, on="item_id", how="left", maintain_order="left").sort("user_id", maintain_order=True)
     users = frame["user_id"].rle()
@@ -207,7 +206,8 @@ def stage_events(
     would be their article numbers. Here events of a user at one instant stand in a scrambled order that depends on
     nothing but the stage's own events; searches come after the instant's other events, those of one query together.
     """
-    return _in_order(pl.read_parquet(workspace.stage_file(stage), columns=_columns(objectives)), objectives)
+    rows = pl.read_parquet(workspace.stage_file(stage), columns=_columns(objectives))
+    return _in_order(rows.with_columns(stage=pl.lit(stage)), objectives).drop("stage")
 
 
 def _columns(objectives: Collection[Objective]) -> list[str]:
@@ -216,20 +216,24 @@ def _columns(objectives: Collection[Objective]) -> list[str]:
 
 
 def _in_order(frame: pl.DataFrame, objectives: Collection[Objective]) -> pl.DataFrame:
-    """One stage's events of the kinds `objectives`, as `stage_events` says."""
+    """The events of the kinds `objectives`, stage by stage, each as `stage_events` says."""
+    if frame["timestamp"].null_count() and frame["stage"].n_unique() > 1:
+        return pl.concat(_in_order(one, objectives) for one in frame.partition_by("stage", maintain_order=True))
     searching = "search" in objectives
     frame = frame.filter(pl.col("event").is_in(list(objectives)))
     if not searching:
         frame = frame.drop("event")
-    if frame["timestamp"].null_count():
+    if frame["timestamp"].null_count():  # a stage without a clock stands as it is stored
         return frame
-    places = frame.select(pl.col("user_id", "item_id").rank("dense"), pl.col("timestamp").to_physical()).to_numpy()
+    ranks = pl.col("user_id", "item_id").rank("dense").over("stage")
+    places = frame.select(ranks, pl.col("timestamp").to_physical()).to_numpy()
     user, item, time = places.astype(np.uint64).T
     frame = frame.with_columns(tie=_scramble(_scramble(_scramble(user) ^ item) ^ time))
     if not searching:
-        return frame.sort("user_id", "timestamp", "tie").drop("tie")
-    frame = frame.with_columns(text=_scramble(frame["query"].rank("dense").fill_null(0).to_numpy()))
-    return frame.sort("user_id", "timestamp", "event", "text", "tie").drop("text", "tie")
+        return frame.sort("stage", "user_id", "timestamp", "tie").drop("tie")
+    texts = frame.select(pl.col("query").rank("dense").over("stage").fill_null(0)).to_series()
+    frame = frame.with_columns(text=_scramble(texts.to_numpy()))
+    return frame.sort("stage", "user_id", "timestamp", "event", "text", "tie").drop("text", "tie")
 
 
 def runs(starts: IntArray, lengths: IntArray) -> IntArray:

@@ -11,7 +11,8 @@ import pytest
 
 from stages.dataset import load_dataset
 from stages.errors import UserError
-from stages.interactions import load_interactions, stage_events
+from stages.interactions import _in_order, load_interactions, stage_events
+from stages.search_config import Objective
 from stages.workspace import Workspace, write_json
 from tests.tiny import checkerboard, config, write_stage
 
@@ -69,6 +70,29 @@ def test_left_out_searches_are_as_if_they_were_not_in_the_log(tmp_path: Path) ->
     own = load_interactions(workspace, baskets=False, objectives=["recommendation"])
     assert own.items.tolist() == [0, 2]
     assert own.query is None
+
+
+@pytest.mark.parametrize("objectives", [("recommendation",), ("recommendation", "search")])
+@pytest.mark.parametrize("timeless", [False, True])
+def test_all_stages_read_together_stand_as_each_read_alone(objectives: tuple[Objective, ...], timeless: bool) -> None:
+    rng, count = np.random.default_rng(0), 600
+    numbers = rng.integers(0, 5, count).tolist()
+    stages = np.sort(rng.integers(0, 4, count))
+    searched = rng.random(count) < 0.5
+    hours = np.datetime64("2025-01-01", "us") + (3 * stages + rng.integers(0, 3, count)).astype("timedelta64[h]")
+    rows = pl.DataFrame(
+        {
+            "user_id": [f"u{number}" for number in rng.integers(0, 9, count)],
+            "item_id": [f"i{number}" for number in rng.integers(0, 30, count)],
+            "timestamp": pl.Series(hours).set(pl.Series(stages == 2), None) if timeless else hours,
+            "event": np.where(searched, "search", "recommendation"),
+            "query": [f"q{number}" if asks else None for number, asks in zip(numbers, searched, strict=True)],
+            "stage": stages,
+        }
+    )
+    alone = pl.concat(_in_order(part, objectives) for part in rows.partition_by("stage", maintain_order=True))
+    assert _in_order(rows, objectives).equals(alone)
+    assert not rows.drop("event", "query").equals(alone.select("user_id", "item_id", "timestamp", "stage"))
 
 
 def test_the_log_is_parsed_once_and_its_files_are_checked_every_time(tmp_path: Path) -> None:
