@@ -15,7 +15,7 @@ import pytest
 
 from flows import logs, mirror
 from flows.promotion.history import append_line
-from flows.promotion.retention import removable, remove
+from flows.promotion.retention import removable, remove, superseded
 from stages.checkpoint import fault_of
 from stages.commit import checkpoint_folders
 from stages.config import Config
@@ -70,6 +70,12 @@ def test_what_a_kept_stage_rests_on_is_kept_and_a_superseded_one_goes(copy: Work
     assert freed > 0
     assert not superseded.exists()
     assert all(fault_of(path) is None for path in folders(copy, job("single", 2), 1e-2))
+
+
+def test_a_broken_mlflow_keeps_its_models_and_nothing_else(copy: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    (copy.root / "mlflow.db").write_bytes(b"no database" * 100)
+    assert superseded(copy, "shop", keep=1) == []
+    assert "MLflow does not say which models it holds" in caplog.text
 
 
 def test_the_champion_s_lineage_and_the_latest_report_stay(copy: Workspace) -> None:

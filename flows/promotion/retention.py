@@ -6,6 +6,7 @@ its place among the newest of its method, seed and protocol. What is left are st
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -14,12 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flows.mirror import patience, within
 from flows.promotion.history import read_history
 from stages.checkpoint import MANIFEST
 from stages.errors import UserError
 from stages.workspace import Workspace, forget, left_overs, read_json
 
 KEEP = 2
+log = logging.getLogger("flows.retention")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ def superseded(workspace: Workspace, experiment: str, keep: int) -> list[Removal
     """
     from flows.promotion import registry
 
+    try:
+        old = within(patience(), partial(registry.old_versions, workspace, experiment, keep))
+    except Exception as error:  # MLflow is a mirror: whatever is wrong with it, the rest can go
+        log.warning("MLflow does not say which models it holds (%s); they all stay", " ".join(str(error).split())[:300])
+        return []
     return [
         Removal(
             version.files,
@@ -86,7 +94,7 @@ def superseded(workspace: Workspace, experiment: str, keep: int) -> list[Removal
             f"version {version.number} in MLflow, no longer in service",
             partial(registry.forget_version, workspace, experiment, version),
         )
-        for version in registry.old_versions(workspace, experiment, keep)
+        for version in old
     ]
 
 
