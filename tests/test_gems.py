@@ -160,11 +160,11 @@ def test_the_gates_slope_is_that_of_the_loss_one_step_later(
 def test_the_gate_rests_at_one_half_while_it_warms_up_and_then_learns() -> None:
     toy = Toy(SHAPES)
     step = step_of(toy, PLAIN.model_copy(update={"gate": "hypergradient", "gate_warmup": 3, "gate_learning_rate": 0.1}))
-    phi = step.gate.phi.clone()
+    phi = step.gate.mlp.phi.clone()
     alphas = [step(toy.batch())["alpha/search"] for _ in range(6)]
     assert alphas[:3] == [0.5, 0.5, 0.5]
     assert len(set(alphas)) == 4
-    assert not torch.equal(step.gate.phi, phi)
+    assert not torch.equal(step.gate.mlp.phi, phi)
 
 
 def test_an_absent_objective_keeps_basis_moments_and_step_count_bit_for_bit() -> None:

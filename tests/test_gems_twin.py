@@ -36,7 +36,7 @@ class Pair:
             {name: one.basis for name, one in held.items()},
             {name: ranks_of(weight.shape, settings.rank or 4) for name, weight in weights.items()},
             {name: side_of(weight.shape, settings.side) for name, weight in weights.items()},
-            None if settings.gate == "constant" else self.step.gate.phi,
+            None if settings.gate == "constant" else self.step.gate.mlp.phi,
             settings.refresh_every,
             settings.refresh_every if settings.gate_warmup is None else settings.gate_warmup,
             settings.refresh,

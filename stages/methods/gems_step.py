@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regularizers import gate as gates
 from regularizers.null_space import Protection
 from regularizers.subspace import caps, shared_weights
 from stages.deltas import in_words, smallest
 from stages.method_config import GemsConfig
 from stages.methods.contract import Losses, Schedule
-from stages.methods.gems_gate import Batch, ahead_slopes, delayed_slopes
+from stages.methods.gems_gate import NORM_DECAY, Batch, FusionGate
 from stages.methods.gems_stack import Fusion, make_stacks, mean_overlaps
 from stages.methods.parts import objective_backward, rate_at
-
-NORM_DECAY = 0.9
-"""Of the running gradient norms and losses."""
 
 
 class GemsStep:
@@ -68,12 +62,9 @@ class GemsStep:
         self.objectives: list[str] = []
         self.saved: dict[str, int] = {}
         self.projected_bytes = 0
-        self.held_out: Callable[[], Iterable[Losses]] | None = None
         self.step = torch.zeros((), dtype=torch.int64)
-        self.norms, self.usual = torch.zeros(2), torch.zeros(2)
-        self.z = torch.zeros(3, 2)
-        self.last_rate = torch.zeros(())
-        self.gate = gates.fresh_gate(settings.gate_hidden, torch.Generator().manual_seed(schedule.seed))
+        self.norms = torch.zeros(2)
+        self.gate = FusionGate(settings, schedule.seed)
 
     def __call__(self, micro_batches: Iterable[Losses]) -> dict[str, float]:
         """Draw the micro-batches, move the weights, return numbers to log."""
@@ -94,7 +85,7 @@ class GemsStep:
             alpha, seen = self._look_ahead(alpha, present, rate)
             logs |= seen
         self.step += 1
-        self.last_rate.fill_(rate)
+        self.gate.last_rate.fill_(rate)
         self._forget()
         return logs | self._account(alpha)
 
@@ -123,7 +114,7 @@ class GemsStep:
             raise ValueError(f"a third objective, {objective!r}: GEMS fuses two, {' and '.join(self.objectives)}")
         self.objectives = sorted([*self.objectives, objective], reverse=True)  # search, then recommendation
         if len(self.objectives) == 2:
-            self.norms, self.usual = self.norms.flip(0), self.usual.flip(0)
+            self.norms, self.gate.usual = self.norms.flip(0), self.gate.usual.flip(0)
             if self.settings.subspaces == "three":
                 for stack in self.stacks:
                     if len(stack.widths) == 1:
@@ -160,46 +151,24 @@ class GemsStep:
                     stack.check_finite(name, int(self.step))
 
     def _learn(self, present: Sequence[str], batch: Batch) -> dict[str, float]:
-        """One step of the gate against the hypergradient of the step before (nothing before its warm-up is over)."""
-        if (
-            self.settings.gate != "hypergradient"
-            or len(present) < 2
-            or any(stack.moved is None or len(stack.widths) < 3 for stack in self.stacks)
-            or int(self.step) <= self._warmup()
-        ):
-            return {}
-        factors = self._shared_factors(present, batch)
-        slope = delayed_slopes(self.stacks, factors, self.settings.scale, float(self.last_rate))
-        return self._taught(slope)
+        slope = self.gate.learn(int(self.step), self.stacks, self._shared_factors(present, batch))
+        return {} if slope is None else self._told(slope)
 
-    def _taught(self, slope: Sequence[float]) -> dict[str, float]:
-        own = self.settings
-        self.gate = gates.learned(self.gate, self.z, torch.tensor(slope), own.gate_temperature, own.gate_learning_rate)
+    def _told(self, slope: Sequence[float]) -> dict[str, float]:
         return {f"hypergradient/{name}": h for name, h in zip(self.objectives, slope, strict=True)}
 
     def watch(self, held_out: Callable[[], Iterable[Losses]]) -> None:
         """Where `gate = "lookahead"` finds the losses of a batch that is not the one being trained on."""
-        self.held_out = held_out
+        self.gate.held_out = held_out
 
     def _look_ahead(self, alpha: Tensor, present: Sequence[str], rate: float) -> tuple[Tensor, dict[str, float]]:
-        """Ask the moved weights how the loss of another batch hangs on α, let the gate learn, and move by the rest."""
-        own = self.settings
-        ready = len(present) == 2 and all(len(stack.widths) == 3 for stack in self.stacks)
-        if own.gate != "lookahead" or self.held_out is None or not ready or int(self.step) < self._warmup():
+        found = self.gate.look_ahead(int(self.step), self.stacks, rate) if len(present) == 2 else None
+        if found is None:
             return alpha, {}
-        with torch.enable_grad():
-            deque(objective_backward(self.held_out()), maxlen=0)
-        before = self._chosen()
-        logs = self._taught(ahead_slopes(self.stacks, own.scale, rate))
-        change = self._chosen() - before
         for parameter in self.others:
             parameter.grad = None
-        for stack in self.stacks:
-            stack.shift([0.0, *(own.scale * float(c) for c in change)], rate)
-        return alpha + change, logs
-
-    def _warmup(self) -> int:
-        return self.settings.refresh_every if self.settings.gate_warmup is None else self.settings.gate_warmup
+        change, slope = found
+        return alpha + change, self._told(slope)
 
     def _shared_factors(self, present: Sequence[str], batch: Batch) -> dict[str, float]:
         norms = [float(self.norms[self.objectives.index(name)]) for name in present]
@@ -270,17 +239,8 @@ class GemsStep:
         if len(present) < 2:
             return 0.5 * here
         losses = torch.tensor([batch.losses[name] / batch.shares[name] for name in self.objectives])
-        own, step = self.settings, int(self.step)
-        if step <= self._warmup() or not bool(self.usual.any()):
-            self.usual = torch.where(self.usual > 0, NORM_DECAY * self.usual + (1 - NORM_DECAY) * losses, losses)
         samples = torch.tensor([batch.shares[name] for name in self.objectives])
-        self.z = gates.features(losses, self.usual, self.last_norms, samples)
-        if own.gate in gates.LEARNED and step < self._warmup():
-            return torch.full((2,), 0.5)
-        return self._chosen()
-
-    def _chosen(self) -> Tensor:
-        return gates.weights(self.settings.gate, self.gate.phi, self.z, self.settings.gate_temperature)
+        return self.gate.alpha(int(self.step), losses, self.last_norms, samples)
 
     def _move(self, present: Sequence[str], batch: Batch, alpha: Tensor, rate: float) -> dict[str, float]:
         factors, scale = self._shared_factors(present, batch), self.settings.scale
@@ -364,8 +324,7 @@ class GemsStep:
         held: dict[str, Tensor] = {}
         for n, stack in enumerate(self.stacks):
             held |= {f"stack{n}.{name}": value for name, value in stack.tensors().items()}
-        held |= {f"gate.{name}": getattr(self.gate, name) for name in ("phi", "first", "second", "steps", "square")}
-        held |= {"step": self.step, "norms": self.norms, "usual": self.usual, "z": self.z, "rate": self.last_rate}
+        held |= {"step": self.step, "norms": self.norms} | self.gate.tensors()
         for n, parameter in enumerate(self.others):
             state = self.adamw.state[parameter] if self.adamw is not None else {}
             held |= {f"adamw{n}.{name}": value for name, value in state.items()}
@@ -385,15 +344,14 @@ class GemsStep:
         for n, stack in enumerate(self.stacks):
             own = f"stack{n}."
             stack.load({name.removeprefix(own): value for name, value in held.items() if name.startswith(own)})
-        parts = ("phi", "first", "second", "steps", "square")
-        self.gate = replace(self.gate, **{name: held[f"gate.{name}"].clone() for name in parts})
+        self.gate.load(held, carry)
         self.objectives = list(objectives)
         self.norms = held["norms"].clone()
         if carry:
             for stack in self.stacks:
                 stack.moved = None
             return
-        self.step, self.usual, self.z, self.last_rate = (held[n].clone() for n in ("step", "usual", "z", "rate"))
+        self.step = held["step"].clone()
         for n, parameter in enumerate(self.others):
             own = f"adamw{n}."
             state = {name.removeprefix(own): v.clone() for name, v in held.items() if name.startswith(own)}
