@@ -5,26 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.generated import write_experiment
 from flows import steps
 from flows.experiment import remember_trained, trained_jobs
 from stages.jobs import Job
-from stages.synthetic import boundaries, write_demo_log
 from stages.train import train_stage
 from stages.workspace import Workspace, write_json
 
 METHODS = ("single", "frozen")
-CONFIG = """
-name = "load"
-workspace = "unused"
-seeds = [0]
-[[log.sources]]
-path = "events.csv"
-time_unit = "s"
-where = "event = 'recommendation'"
-[[catalogue.sources]]
-path = "catalogue.csv"
-[stages]
-instants = ["BOUNDARY"]
+TABLES = """
 [items]
 levels = 4
 codes_per_level = 64
@@ -40,9 +29,7 @@ bootstrap = 100
 def prepare(folder: Path) -> Path:
     """Train two small models on a generated log; returns the workspace."""
     source, root = folder / "source", folder / "workspace"
-    write_demo_log(source, seed=0, users=600, items=2000, stages=2)
-    config = source / "load.toml"
-    config.write_text(CONFIG.replace("BOUNDARY", boundaries(2)[0].isoformat()), encoding="utf-8")
+    config = write_experiment(source, "load", TABLES, users=600, items=2000)
     plan = steps.claimed(steps.draft_plan(config, root, list(METHODS), [0], users=None))
     for step in (steps.read, steps.split, steps.identify):
         step(plan)

@@ -19,23 +19,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.generated import write_experiment
 from benchmarks.measure import REPETITIONS, Pair, dearer, report, using_threads
 from flows.environment import set_defaults
-from stages.synthetic import boundaries, write_demo_log
 from stages.workspace import Workspace
 
-CONFIG = """
-name = "cost"
-workspace = "unused"
-seeds = [0]
-[[log.sources]]
-path = "events.csv"
-time_unit = "s"
-where = "event = 'recommendation'"
-[[catalogue.sources]]
-path = "catalogue.csv"
-[stages]
-instants = ["BOUNDARY"]
+TABLES = """
 [backbone]
 hidden = 64
 layers = 2
@@ -61,8 +50,7 @@ def main(pairs: int) -> None:
     seconds: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory(prefix="driftrec-mirror-") as folder, using_threads(1):
         place = Path(folder)
-        write_demo_log(place, seed=0, users=120, items=60, stages=2)
-        (place / "cost.toml").write_text(CONFIG.replace("BOUNDARY", boundaries(2)[0].isoformat()), encoding="utf-8")
+        write_experiment(place, "cost", TABLES, users=120, items=60)
         for number in range(pairs + 1):
             for away in (True, False) if number % 2 else (False, True):
                 took = trained(place, f"{number}-{away}", away)

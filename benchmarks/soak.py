@@ -29,9 +29,9 @@ import numpy.typing as npt
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
+from benchmarks import growing  # noqa: E402
 from flows.environment import started_in  # noqa: E402
 from stages.workspace import Workspace  # noqa: E402
-from tests import growing  # noqa: E402
 
 PICTURE = ROOT / "docs" / "images" / "soak.png"
 FEWEST = 12
@@ -41,11 +41,8 @@ FIRST = 8
 """Days that are there before the first round: two stages, seven days and one."""
 CHANGE = 7
 """Days after which tastes change, so that challengers win at times and lose at others."""
-QUICK = {
-    "first_epochs = 1": "first_epochs = 2",
-    "\nepochs = 1": "\nepochs = 2\nbatch_size = 16\nfirst_learning_rate = 1e-2\nlearning_rate = 1e-2",
-}
-"""How a model of `tests.growing` learns something from 48 events."""
+QUICK = "first_epochs = 2\nepochs = 2\nbatch_size = 16\nfirst_learning_rate = 1e-2\nlearning_rate = 1e-2"
+"""How a model of `benchmarks.growing` learns something from 48 events."""
 RULES = """
 close = { period = "1d" }
 [retrain.gate]
@@ -138,11 +135,8 @@ def opened(folder: Path, method: str) -> Path:
     """A shop whose log holds two stages and that nothing was done with; returns its config."""
     growing.write_rows(folder / "events" / "base.csv", [row for number in range(FIRST) for row in day(number)])
     growing.write_items(folder / "items.csv")
-    text = growing.CONFIG.replace('"single"', f'"{method}"') + RULES
-    for slow, quick in QUICK.items():
-        text = text.replace(slow, quick)
     path = folder / "shop.toml"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(growing.settings(RULES, method, QUICK), encoding="utf-8")
     return path
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from benchmarks.generated import TINY, write_experiment
 from flows.environment import set_defaults
 from flows.serving.guarding import Access
 from stages.workspace import Workspace
@@ -27,6 +28,14 @@ os.environ.setdefault("PREFECT_HOME", tempfile.mkdtemp(prefix="driftrec-prefect-
 
 STAGES = 4
 METRICS = ("hit_at_10", "ndcg_at_10")
+QUICK = """
+[training]
+first_epochs = 1
+epochs = 1
+[evaluation]
+matrix_users = 10
+bootstrap = 100
+"""
 STRENGTH = {
     "frozen": 0.030,
     "single": 0.046,
@@ -90,42 +99,7 @@ def client(shop: Path) -> Iterator[TestClient]:
 
 def write_tiny_experiment(folder: Path) -> Path:
     """A generated log of two stages and a config whose models train in a second."""
-    from stages.synthetic import boundaries, write_demo_log
-
-    write_demo_log(folder, seed=0, users=60, items=40, stages=2)
-    config = folder / "tiny.toml"
-    config.write_text(TINY.replace("BOUNDARY", boundaries(2)[0].isoformat()), encoding="utf-8")
-    return config
-
-
-TINY = """
-name = "tiny"
-workspace = "unused"
-seeds = [0]
-[[log.sources]]
-path = "events.csv"
-time_unit = "s"
-where = "event = 'recommendation'"
-[[catalogue.sources]]
-path = "catalogue.csv"
-[stages]
-instants = ["BOUNDARY"]
-[items]
-dimensions = 8
-codes_per_level = 16
-[backbone]
-hidden = 16
-layers = 1
-heads = 2
-feed_forward = 32
-precision = "float32"
-[training]
-first_epochs = 1
-epochs = 1
-[evaluation]
-matrix_users = 10
-bootstrap = 100
-"""
+    return write_experiment(folder, "tiny", TINY + QUICK, users=60, items=40)
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import growing
+from benchmarks.growing import NOW, START, listing, opened, seconds, week, write_rows
 from stages import append
 from stages.append import Intake, finish_commit, grow_catalogue, take_new_rows
 from stages.closing import closings
@@ -22,8 +24,6 @@ from stages.retrain_config import CloseConfig
 from stages.split import TICK, load_stages
 from stages.waiting import load_waiting
 from stages.workspace import Workspace
-from tests import growing
-from tests.growing import NOW, START, listing, opened, seconds, week, write_rows
 
 
 @pytest.fixture(scope="module")

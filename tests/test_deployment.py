@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.growing import write_shop
 from flows import schedule
 from flows.promotion.history import read_history
 from stages.workspace import Workspace
-from tests.growing import write_shop
 from tests.test_schedule import GATE, alone, free_port
 
 pytestmark = pytest.mark.slow

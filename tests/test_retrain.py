@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
+from benchmarks.growing import listing, seconds, week, write_rows, write_shop
 from flows import cli, crashed, experiment
 from flows.plain import run_plainly
 from flows.promotion import champion, registry
@@ -23,7 +24,6 @@ from stages.errors import UserError
 from stages.jobs import Job
 from stages.split import load_stages
 from stages.workspace import Workspace, read_json
-from tests.growing import listing, seconds, week, write_rows, write_shop
 
 if TYPE_CHECKING:
     from conftest import Trained

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.growing import week, write_shop
 from flows.artifacts import contest_rows
 from flows.plain import run_plainly
 from flows.promotion.history import read_history
 from stages.workspace import Workspace
-from tests.growing import week, write_shop
 
 
 def test_a_decision_on_recommendations_records_searches_and_bm25_beside_them(tmp_path: Path) -> None:

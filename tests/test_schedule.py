@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.growing import write_shop
 from flows import schedule
 from flows.promotion.history import read_history
 from stages.errors import UserError
 from stages.workspace import Workspace
-from tests.growing import write_shop
 
 GATE = "[retrain.gate]\nlatency_ms = 60000\n"
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from benchmarks.generated import TINY, write_experiment
 from stages.checkpoint import fault_of
 from stages.config import Config, load_config
 from stages.errors import UserError
@@ -26,27 +27,7 @@ from stages.workspace import Workspace, digest_of, left_overs, read_json, sha256
 OFF = {"DRIFTREC_PREFECT": "off", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MPLBACKEND": "Agg"}
 LIMIT = 300.0
 """Seconds after which a child counts as hung."""
-EXPERIMENT = """
-name = "tiny"
-workspace = "unused"
-seeds = [0]
-[[log.sources]]
-path = "events.csv"
-time_unit = "s"
-where = "event = 'recommendation'"
-[[catalogue.sources]]
-path = "catalogue.csv"
-[stages]
-instants = ["BOUNDARY"]
-[items]
-dimensions = 8
-codes_per_level = 16
-[backbone]
-hidden = 16
-layers = 1
-heads = 2
-feed_forward = 32
-precision = "float32"
+TRAINING = """
 [training]
 batch_size = 16
 first_epochs = 3
@@ -170,10 +151,7 @@ class Bench:
         """The tiny experiment: two stages, 60 users, 40 items."""
         path = self.source / "tiny.toml"
         if not path.exists():
-            from stages.synthetic import boundaries, write_demo_log
-
-            write_demo_log(self.source, seed=0, users=60, items=40, stages=2)
-            path.write_text(EXPERIMENT.replace("BOUNDARY", boundaries(2)[0].isoformat()), encoding="utf-8")
+            write_experiment(self.source, "tiny", TINY + TRAINING, users=60, items=40)
             self.first_inputs = self.inputs()
         return path
 

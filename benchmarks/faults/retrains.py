@@ -11,75 +11,28 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from benchmarks import growing
 from benchmarks.faults.harness import KILL, Bench, Child, Row, Undisturbed, fingerprint, sound, tree
+from benchmarks.growing import seconds, week, write_rows
 from flows.promotion.history import read_history
 from stages.workspace import Workspace, digest_of, read_json, sha256_file
 
-SHOP = """
-name = "shop"
-workspace = "unused"
-seeds = [0]
-[[log.sources]]
-path = "events/*.csv"
-time_unit = "s"
-[[catalogue.sources]]
-path = "items.csv"
-[stages]
-instants = ["2025-01-13T00:00:00Z"]
-[items]
-dimensions = 4
-codes_per_level = 16
-[backbone]
-hidden = 16
-layers = 1
-heads = 2
-feed_forward = 32
-precision = "float32"
-[training]
-batch_size = 16
-first_epochs = 2
-epochs = 2
-[evaluation]
-matrix_users = 0
-bootstrap = 100
-[retrain]
-method = "peso"
+PASSING = """
 [retrain.gate]
 minimum = -1
 worst_slice = 1
 users = 1
 latency_ms = 60000
 """
-"""Weekly stages, and a gate that every challenger passes: a promotion does most."""
-MONDAY = 1_736_121_600
-"""2025-01-06 00:00 UTC, in seconds."""
+"""A gate that every challenger passes: a promotion does most."""
 DAY = 86_400
-ITEMS = 24
 MOST = 60
 """Kills after which a trial is given up."""
 
 
-def visits(week: int, users: int = 40) -> list[str]:
-    """Every user takes four items in turn on the first days of a week; later weeks bring an item each."""
-    return [
-        f"u{user:02d},i{(user + visit) % (12 + week):02d},{MONDAY + (7 * week + visit) * DAY + user}"
-        for user in range(users)
-        for visit in range(4)
-    ]
-
-
-def add(shop: Path, name: str, rows: list[str]) -> None:
-    """Another file of the log."""
-    (shop / "events").mkdir(parents=True, exist_ok=True)
-    (shop / "events" / name).write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n", encoding="utf-8")
-
-
-def write_shop(shop: Path) -> None:
-    """Two weeks of rows in one file, an item table, and the config."""
-    add(shop, "base.csv", visits(0) + visits(1))
-    items = [f"i{item:02d},chair number {item}" for item in range(ITEMS)]
-    (shop / "items.csv").write_text("\n".join(["item_id,title", *items]) + "\n", encoding="utf-8")
-    (shop / "shop.toml").write_text(SHOP, encoding="utf-8")
+def write_shop(shop: Path) -> Path:
+    """Two weeks of rows in one file, an item table, and the config, whose path is returned."""
+    return growing.write_shop(shop, PASSING, "peso", "first_epochs = 2\nepochs = 2\nbatch_size = 16")
 
 
 def opened(bench: Bench) -> Path:
@@ -91,8 +44,8 @@ def opened(bench: Bench) -> Path:
         if code := child.end():
             raise RuntimeError(f"the first retraining failed: exit {code}: {child.said[-2000:]}")
         # Two stages close; one row is late; the last row only says that the second stage is over.
-        late = [f"u00,i05,{MONDAY + 8 * DAY}"]
-        add(shop, "more.csv", [*visits(2), *late, *visits(3), f"u01,i01,{MONDAY + 28 * DAY}"])
+        late, last = ("u00", "i05", seconds(8)), ("u01", "i01", seconds(28))
+        write_rows(shop / "events" / "more.csv", [*week(2), late, *week(3), last])
     return shop
 
 
@@ -218,11 +171,11 @@ def scheduled(bench: Bench, kind: str, rng: Random) -> str | list[Any]:
     write_shop(place)
     if tick(bench, place).end():
         return "the first tick failed"
-    for week in range(2, WEEKS + 1):
-        add(place, f"week{week}.csv", visits(week))
-        if kind == "missed" and week < WEEKS and rng.random() < 0.7:
+    for number in range(2, WEEKS + 1):
+        write_rows(place / "events" / f"week{number}.csv", week(number))
+        if kind == "missed" and number < WEEKS and rng.random() < 0.7:
             continue
-        codes = [child.end() for child in started(bench, place, kind, week, rng)]
+        codes = [child.end() for child in started(bench, place, kind, number, rng)]
         if not (codes.count(0) and set(codes) <= ({0, 2} if kind == "overlapping" else {0})):
             return f"{kind}: exit codes {codes}"
         if kind == "repeated" and tick(bench, place).end():
@@ -235,10 +188,10 @@ def scheduled(bench: Bench, kind: str, rng: Random) -> str | list[Any]:
     return found if [row[0] for row in found] == list(range(WEEKS)) else f"{kind}: stages {[row[0] for row in found]}"
 
 
-def started(bench: Bench, place: Path, kind: str, week: int, rng: Random) -> list[Child]:
+def started(bench: Bench, place: Path, kind: str, number: int, rng: Random) -> list[Child]:
     """One tick, or several at once where they overlap; by a clock that is off where it is the clock."""
-    year, summer = 365 * DAY, 3600 * (-1) ** week
-    off = {"ahead": year, "back": -year * (week % 2), "summer time": summer}.get(kind, 0)
+    year, summer = 365 * DAY, 3600 * (-1) ** number
+    off = {"ahead": year, "back": -year * (number % 2), "summer time": summer}.get(kind, 0)
     faults = [{"kind": "clock", "seconds": off * rng.uniform(0.9, 1.1)}] if off else []
     return [tick(bench, place, faults=faults) for _ in range(3 if kind == "overlapping" else 1)]
 

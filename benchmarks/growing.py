@@ -36,14 +36,14 @@ heads = 2
 feed_forward = 32
 precision = "float32"
 [training]
-first_epochs = 1
-epochs = 1
+{training}
 [evaluation]
 matrix_users = 0
 bootstrap = 100
 [retrain]
-method = "single"
+method = "{method}"
 """
+TRAINING = "first_epochs = 1\nepochs = 1"
 ITEMS = 24
 
 
@@ -77,17 +77,30 @@ def write_items(path: Path, count: int = ITEMS) -> None:
     path.write_text("\n".join(["item_id,title,categories", *words]) + "\n", encoding="utf-8")
 
 
-def write_shop(folder: Path, retrain: str = "") -> Path:
+def settings(retrain: str = "", method: str = "single", training: str = TRAINING) -> str:
+    """The shop's config.
+
+    Args:
+        retrain: more lines of the table [retrain].
+        method: what is retrained.
+        training: lines of [training].
+    """
+    return CONFIG.format(training=training, method=method) + retrain
+
+
+def write_shop(folder: Path, retrain: str = "", method: str = "single", training: str = TRAINING) -> Path:
     """Two weeks of rows in one file, an item table, and the config; returns the config's path.
 
     Args:
         folder: where they go.
-        retrain: more lines of the table [retrain].
+        retrain: as of `settings`.
+        method: as of `settings`.
+        training: as of `settings`.
     """
     write_rows(folder / "events" / "base.csv", week(0) + week(1))
     write_items(folder / "items.csv")
     path = folder / "shop.toml"
-    path.write_text(CONFIG + retrain, encoding="utf-8")
+    path.write_text(settings(retrain, method, training), encoding="utf-8")
     return path
 
 
