@@ -13,6 +13,7 @@ from stages.commit import checkpoint_folder
 from stages.config import Config
 from stages.dataset import load_dataset
 from stages.jobs import Job
+from stages.method_config import GemsConfig
 from stages.train import restore_model, train_stage, training_log
 from stages.workspace import Workspace
 from tests import searching, tiny
@@ -100,3 +101,16 @@ def test_a_stage_without_searches_is_one_objective_for_a_carried_state_too(tmp_p
     assert state["gems"]["objectives"] == ["recommendation"]
     assert state["gems"]["subspaces"] == ["search", "recommendation"]
     assert state["gems"]["single_objective"]
+
+
+def test_a_rank_above_a_matrix_is_said_when_a_stage_begins(ring: Workspace) -> None:
+    big = GemsConfig(rank=64, allow_large_state=True)
+    config = CONFIG.model_copy(update={"methods": {"big": big}})
+    with pytest.warns(UserWarning, match="gems: rank 64 exceeds") as caught:
+        train_stage(config, ring, job("big", 1))
+    said = sorted(str(warning.message) for warning in caught)
+    assert said == [
+        "gems: rank 64 exceeds 2 matrices of 32 x 64: 2 of their 6 subspaces are capped at 32",
+        "gems: rank 64 exceeds 4 matrices of 64 x 32: 4 of their 12 subspaces are capped at 32",
+        "gems: rank 64 exceeds 8 matrices of 32 x 32: 8 of their 24 subspaces are capped at 32",
+    ]
