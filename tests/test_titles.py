@@ -21,7 +21,7 @@ from models.titles import title_scores
 from models.words import BackboneVocabulary
 from stages.analysis import preservation, titles
 from stages.analysis.measured import Scope, preservation_rows, title_rows
-from stages.analysis.titles import title_cases, title_hits
+from stages.analysis.titles import title_cases, title_ranks
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
 from stages.jobs import Job
@@ -132,23 +132,24 @@ def test_a_pretrained_model_is_held_against_its_untuned_self(
     assert "Titles were not scored" in notes[0]
     monkeypatch.setattr(titles, "draw_candidates", partial(draw_candidates, negatives=5))
     rows = title_rows(scope, notes)
-    assert [(row["method"], row["objective"], row["cases"]) for row in rows] == [
-        ("single", "recommendation", 4),
-        ("single", "search", 4),
+    assert [(row["objective"], row["cutoff"], row["cases"]) for row in rows] == [
+        (objective, cutoff, 4) for objective in ("recommendation", "search") for cutoff in (5, 10)
     ]
+    assert [row["before"] + row["gained"] - row["lost"] for row in rows if row["cutoff"] == 10] == [4, 4]  # of six
     assert all(row["before"] + row["gained"] <= row["cases"] for row in rows)
     assert title_rows(replace(scope, config=tiny.config()), notes) == []
     assert "reads no titles" in notes[-1]
 
 
-def test_the_likeliest_titles_are_the_hits(backbone: Path, tmp_path: Path) -> None:
+def test_a_titles_rank_counts_the_likelier_ones(backbone: Path, tmp_path: Path) -> None:
     workspace, config = searching.ring(tmp_path, stages=1), tiny.config()
     dataset = many_items(load_dataset(config, workspace))
     cases = title_cases(config, dataset, Job("first", 0, "same_stage", 0), "search", 6)
     model = GenerativeModel(pretrained_backbone(str(backbone)), 4, 0, full_vocabulary=False, dropout=0.0).eval()
     head, vocabulary = preservation.own_head(str(backbone)), BackboneVocabulary(str(backbone))
-    hits = title_hits(model, head, vocabulary, dataset, cases)
-    for hit, prompt, row, place in zip(hits, cases.prompts, cases.candidates, cases.place, strict=True):
+    ranks = title_ranks(model, head, vocabulary, dataset, cases)
+    for rank, prompt, row, place in zip(ranks, cases.prompts, cases.candidates, cases.place, strict=True):
         texts = [vocabulary.encode(f" {dataset.catalogue.titles[item]}") for item in row]
         scores = title_scores(model, head, vocabulary.encode(prompt), texts)
-        assert hit == (int((scores > scores[place]).sum() + (scores[:place] == scores[place]).sum()) < 10)
+        assert rank == 1 + int((scores > scores[place]).sum() + (scores[:place] == scores[place]).sum())
+    assert len(set(ranks.tolist())) > 1

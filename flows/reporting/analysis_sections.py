@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flows.reporting.insights import KINDS, Insights, mean
+from flows.reporting.insights import CANDIDATES, COUNTS, FLOWS, KINDS, Insights, mean
 from flows.reporting.page import Content, Markup, TableRow, element, join, table
 from flows.reporting.sections import pictures
 
@@ -69,11 +69,8 @@ def _transitions(insights: Insights, figures: dict[str, Path]) -> Markup:
             for earlier, place in ((True, "earlier stages"), (False, "its own stage")):
                 flow = insights.flow(method, objective, earlier)
                 if flow is not None:
-                    counts = [f"{int(flow[name]):,}" for name in ("cases", "before", "lost", "gained")]
-                    shares = [percent(flow.get(name)) for name in ("lost_share", "lost_of_all", "gained_share")]
-                    rows.append(TableRow(method, [(text, "") for text in (place, *counts, *shares)]))
-        head = ["method", "tests of", "cases", "right before", "lost", "gained"]
-        head += ["lost, of right", "lost, of all", "gained, of wrong"]
+                    rows.append(TableRow(method, [(text, "") for text in (place, *_flow_cells(flow))]))
+        head = ["method", "tests of", *FLOW_HEAD]
         blocks += [element("h3", f"Right before, wrong after: {objective}"), table(head, rows)]
     if not blocks:
         return Markup("")
@@ -82,20 +79,32 @@ def _transitions(insights: Insights, figures: dict[str, Path]) -> Markup:
     return join(*blocks, pictures(figures, "transitions", "", "Bars of answers lost and gained", caption))
 
 
+FLOW_HEAD = ("cases", "right before", "lost", "gained")
+FLOW_HEAD += ("lost, of right", "lost, of all", "gained, of wrong", "gained, of all")
+
+
+def _flow_cells(flow: dict[str, float]) -> list[str | None]:
+    """Counts and shares of answers that turned, below `FLOW_HEAD`."""
+    return [f"{int(flow[name]):,}" for name in COUNTS] + [percent(flow.get(name)) for name in FLOWS]
+
+
 def _titles(insights: Insights) -> list[Content]:
     """Against the untuned backbone, in words."""
     rows = []
-    for row in insights.rows("titles"):
-        counts = [f"{row[name]:,}" for name in ("cases", "before", "lost", "gained")]
-        share = percent(row["lost"] / row["before"] if row["before"] else None)
-        rows.append(TableRow(row["method"], [(text, "") for text in (row["objective"], *counts, share)]))
+    for objective, method, cutoff in insights.titled():
+        flow = insights.title_flow(method, objective, cutoff)
+        if flow is not None:
+            hits = [percent(flow.get(name)) for name in ("right_before", "right_after")]
+            cells = (objective, f"Hit@{cutoff}", *hits, f"{cutoff / CANDIDATES:.0%}", *_flow_cells(flow))
+            rows.append(TableRow(method, [(text, "") for text in cells]))
     if not rows:
         return []
     intro = (
         f"Against the untuned backbone, which cannot read item codes: each target's title among 99 others, by mean "
-        f"log-likelihood a token; right: among the first 10 (chance 10 %), after stage {insights.last}."
+        f"log-likelihood a token, after stage {insights.last}. Right: among the first 5 (chance 5 %) or the first 10 "
+        "(chance 10 %)."
     )
-    head = ["method", "objective", "cases", "right before", "lost", "gained", "lost, of right"]
+    head = ["method", "objective", "right", "share before", "share after", "by chance", *FLOW_HEAD]
     return [element("h3", "Right before, wrong after: titles"), element("p", intro, "faint"), table(head, rows)]
 
 

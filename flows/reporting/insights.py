@@ -12,6 +12,12 @@ FIGURES = ("conflict", "transitions", "preservation", "sensitivity", "memory")
 KINDS = {"gradient": "raw gradients"}
 KINDS |= {"update_before_fusion": "updates before fusion", "update": "updates after fusion"}
 """What conflict is measured on."""
+COUNTS = ("cases", "before", "lost", "gained")
+FLOWS = {"lost_share": "lost", "lost_of_all": "lost_of_all"}
+FLOWS |= {"gained_share": "gained", "gained_of_all": "gained_of_all"}
+"""Shares of answers that turned, and what MLflow calls them."""
+CANDIDATES = 100
+"""Titles that a target's stands among, itself included."""
 AXES = {"scale": "α, scale of the update", "gate_temperature": "τ, temperature of the gate"}
 AXES |= {"k_value": "strength of the protection", "rank": "rank of the shared subspace"}
 AXES |= {"refresh_every": "T, steps between two refreshes", "refresh": "kind of refresh"}
@@ -73,8 +79,7 @@ class Insights:
             trained: after this stage; absent: after all of them.
 
         Returns:
-            `cases, before, lost, gained` and `lost_share` (of the right ones), `lost_of_all`, `gained_share` (of the
-            wrong ones); None where nothing was compared.
+            As `with_shares`; None where nothing was compared.
         """
         rows = [
             row
@@ -84,16 +89,22 @@ class Insights:
         ]
         if not rows:
             return None
-        total: dict[str, float] = {
-            name: sum(row[name] for row in rows) for name in ("cases", "before", "lost", "gained")
-        }
-        wrong = total["cases"] - total["before"]
-        shares = {
-            "lost_share": (total["lost"], total["before"]),
-            "lost_of_all": (total["lost"], total["cases"]),
-            "gained_share": (total["gained"], wrong),
-        }
-        return total | {name: above / below for name, (above, below) in shares.items() if below}
+        return with_shares(rows)
+
+    def title_flow(self, method: str, objective: str, cutoff: int) -> dict[str, float] | None:
+        """The same against the untuned backbone, in titles: right is a rank up to `cutoff` among a hundred."""
+        rows = [
+            row
+            for row in self.rows("titles")
+            if (row["method"], row["objective"], row.get("cutoff", 10)) == (method, objective, cutoff)
+        ]
+        return with_shares(rows) if rows else None
+
+    def titled(self) -> list[tuple[str, str, int]]:
+        """Objective, method and cut-off of every flow in titles, in the order they are shown."""
+        found = {(row["objective"], row["method"], row.get("cutoff", 10)) for row in self.rows("titles")}
+        methods = self.methods("titles")
+        return sorted(found, key=lambda place: (place[0], methods.index(place[1]), place[2]))
 
     def perplexity(self, method: str, stage: int) -> Row | None:
         """`value` and `before` of a method after a stage."""
@@ -133,16 +144,44 @@ class Insights:
             for objective in self.objectives():
                 for place, earlier in (("earlier", True), ("own", False)):
                     flow = self.flow(method, objective, earlier, stage) or {}
-                    found += [(f"{n}/{objective}_{place}", flow.get(f"{n}_share"), stage) for n in ("lost", "gained")]
+                    found += [(f"{n}/{objective}_{place}", flow.get(own), stage) for own, n in FLOWS.items()]
         for stage in range(self.last + 1):
             found.append(("drift", mean(self.drift(method, stage).values()), stage))
             found.append(("protected_share", mean(k for k, _ in self.drift_by_protection(method, stage)), stage))
             row = self.perplexity(method, stage)
             found.append(("perplexity", None if row is None else row["value"], stage))
-        for row in self.rows("titles"):
-            if row["method"] == method and row["before"]:
-                found.append((f"lost/{row['objective']}_titles", row["lost"] / row["before"], row["stage"]))
+        found += self._title_points(method)
         return [(name, value, stage) for name, value, stage in found if value is not None]
+
+    def _title_points(self, method: str) -> list[tuple[str, float | None, int]]:
+        """Shares that turned in titles, and Hit@5 and Hit@10 before and after, beside chance."""
+        found: list[tuple[str, float | None, int]] = []
+        for objective, name, cutoff in self.titled():
+            flow = self.title_flow(method, objective, cutoff)
+            if name != method or flow is None:
+                continue
+            place = f"{objective}_titles" + ("" if cutoff == 10 else f"_at_{cutoff}")
+            found += [(f"{n}/{place}", flow.get(own), self.last) for own, n in FLOWS.items()]
+            for n in ("before", "after"):
+                found.append((f"titles/{objective}_hit_at_{cutoff}_{n}", flow.get(f"right_{n}"), self.last))
+            found.append((f"titles/hit_at_{cutoff}_chance", cutoff / CANDIDATES, self.last))
+        return list(dict.fromkeys(found))
+
+
+def with_shares(rows: Iterable[Row]) -> dict[str, float]:
+    """Counts of answers that turned, summed, and their shares.
+
+    Returns:
+        `cases, before, lost, gained`; `lost_share` (of the right ones), `lost_of_all`, `gained_share` (of the wrong
+        ones), `gained_of_all`, `right_before` and `right_after` (of all), but for shares of nothing.
+    """
+    counted = list(rows)
+    total: dict[str, float] = {name: sum(row[name] for row in counted) for name in COUNTS}
+    cases, before, lost, gained = (total[name] for name in COUNTS)
+    shares = {"lost_share": (lost, before), "lost_of_all": (lost, cases)}
+    shares |= {"gained_share": (gained, cases - before), "gained_of_all": (gained, cases)}
+    shares |= {"right_before": (before, cases), "right_after": (before - lost + gained, cases)}
+    return total | {name: above / below for name, (above, below) in shares.items() if below}
 
 
 def mean(values: Iterable[float | None]) -> float | None:

@@ -178,20 +178,22 @@ def title_rows(scope: Scope, notes: list[str]) -> list[Row]:
     scope.say("titles as the untuned backbone ranks them")
     vocabulary, head = BackboneVocabulary(own.backbone.path), preservation.own_head(own.backbone.path)
     untuned = bare_model(own, scope.dataset, scope.seed).eval()
-    place = scope.plain(FIRST, scope.last)
-    answers = partial(titles.title_hits, head=head, vocabulary=vocabulary, dataset=scope.dataset)
+    last = scope.plain(FIRST, scope.last)
+    answers = partial(titles.title_ranks, head=head, vocabulary=vocabulary, dataset=scope.dataset)
     rows: list[Row] = []
     for objective in scope.dataset.interactions.objectives:
         try:
-            cases = titles.title_cases(own, scope.dataset, place, objective, own.analysis.titles)
+            cases = titles.title_cases(own, scope.dataset, last, objective, own.analysis.titles)
         except UserError as error:
             notes.append(f"Titles were not scored: {error}")
             return rows
         before = answers(untuned, cases=cases)
         for method in scope.methods:
             scope.say(f"titles as {method} ranks them, {objective}")
-            table = transitions(before, answers(scope.model(method, scope.last), cases=cases))
-            rows.append({"method": method, "objective": objective, "stage": scope.last, **asdict(table)})
+            after = answers(scope.model(method, scope.last), cases=cases)
+            for cutoff in titles.CUTOFFS:
+                place = {"method": method, "objective": objective, "stage": scope.last, "cutoff": cutoff}
+                rows.append({**place, **asdict(transitions(before <= cutoff, after <= cutoff))})
     return rows
 
 

@@ -34,23 +34,6 @@ class Transitions:
     gained: int
     cases: int
 
-    def __add__(self, other: Transitions) -> Transitions:
-        """Both tables together."""
-        return Transitions(
-            self.before + other.before, self.lost + other.lost, self.gained + other.gained, self.cases + other.cases
-        )
-
-    @property
-    def lost_share(self) -> float | None:
-        """Correct before → incorrect after, of what was correct before; None where nothing was."""
-        return self.lost / self.before if self.before else None
-
-    @property
-    def gained_share(self) -> float | None:
-        """Incorrect before → correct after, of what was incorrect before; None where nothing was."""
-        wrong = self.cases - self.before
-        return self.gained / wrong if wrong else None
-
 
 def transitions(before: BoolArray, after: BoolArray) -> Transitions:
     """The table of two models' right and wrong answers to the same cases.
