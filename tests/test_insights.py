@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flows.reporting import analysis_sections
+from flows.reporting import analysis_sections, tables
 from flows.reporting.insights import Insights, with_shares
 
 PARTS = ("conflict", "transitions", "titles", "memory", "sensitivity")
@@ -66,6 +66,41 @@ def test_titles_give_both_cut_offs_beside_chance_and_all_shares() -> None:
         {"lost/search_earlier": 0.4, "lost_of_all/search_earlier": 0.2}
         | {"gained/search_earlier": 0.2, "gained_of_all/search_earlier": 0.1}
     )
+
+
+def test_an_interval_stands_beside_its_number_on_the_page_in_mlflow_and_in_the_terminal() -> None:
+    turned = {"method": "single", "objective": "search", "cases": 10, "before": 5, "lost": 2, "gained": 1}
+    place = {"method": "single", "objective": "search", "earlier": True, "intervals": {"lost_share": [0.25, 0.625]}}
+    rho = {"method": "single", "kind": "gradient", "layer": 0, "map": "q_proj", "below_zero": 0.0, "pairs": 4}
+    found = analysis(
+        transitions=[{**turned, "trained": 1, "tested": 0}],
+        shares=[{**place, "trained": 1}, {**place, "trained": None}, {**place, "trained": None, "earlier": False}],
+        conflict=[{**rho, "pair": "between", "rho": 1.25}, {**rho, "pair": "search", "rho": 1.0}],
+        above_floor=[{"method": "single", "kind": "gradient", "value": 0.25, "low": -0.125, "high": 0.5, "pairs": 4}],
+        titles=[{**title("search", 5, 8, 2, 3), "intervals": {"gained_of_all": [0.0, 0.375]}}],
+    )
+    points = {name: value for name, value, _ in Insights(found).points("single")}
+    for name, ends in (
+        ("lost/search_earlier", [0.4, 0.25, 0.625]),
+        ("conflict/gradient_above_floor", [0.25, -0.125, 0.5]),
+        ("gained_of_all/search_titles_at_5", [0.15, 0.0, 0.375]),
+    ):
+        assert [points[name + end] for end in ("", "_low", "_high")] == pytest.approx(ends)
+    assert "gained/search_earlier_low" not in points
+    page = str(analysis_sections.analysis(found, {}))
+    for words in ("40.0% [25.0%, 62.5%]", "+0.250 [-0.125, +0.500]", "15.0% [0.0%, 37.5%]"):
+        assert words in page
+    (table, _) = tables.analysis(found)
+    names, cells = (list(column.cells) for column in table.columns)
+    assert not [name for name in names if str(name).endswith(("_low", "_high"))]
+    assert cells[names.index("lost/search_earlier")] == "0.400\n\\[0.250, 0.625]"
+
+
+def test_an_analysis_without_intervals_shows_the_numbers_alone() -> None:
+    rho = {"method": "single", "kind": "gradient", "layer": 0, "map": "q_proj", "below_zero": 0.0, "pairs": 4}
+    found = analysis(conflict=[{**rho, "pair": "between", "rho": 1.25}, {**rho, "pair": "search", "rho": 1.0}])
+    assert Insights(found).above_floor("single", "gradient") == {"value": 0.25, "low": None, "high": None}
+    assert "+0.250<" in str(analysis_sections.analysis(found, {}))
 
 
 def test_titles_of_an_earlier_version_were_right_among_ten() -> None:

@@ -38,12 +38,14 @@ def _conflict(insights: Insights, figures: dict[str, Path]) -> Markup:
     head: list[Content] = ["at the weights of"]
     kinds = insights.kinds()
     for kind in kinds:
-        head += [f"ρ, {KINDS[kind]}", "noise floor", "below zero"]
+        head += [f"ρ, {KINDS[kind]}", "noise floor", "ρ less its floor", "below zero"]
     rows = []
     for method in methods:
         cells: list[tuple[Content, str]] = []
         for kind in kinds:
             cells += [(two(insights.rho(method, kind)), ""), (two(insights.rho(method, kind, floor=True)), "")]
+            above = insights.above_floor(method, kind)
+            cells.append((sure(above["value"], above["low"], above["high"], "+.3f"), ""))
             cells.append((percent(insights.below_zero(method, kind)), ""))
         rows.append(TableRow(method, cells))
     return join(
@@ -51,9 +53,9 @@ def _conflict(insights: Insights, figures: dict[str, Path]) -> Markup:
         element(
             "p",
             "ρ is 0 where both objectives pull alike, 1 where they are unrelated, 2 where they are opposed. "
-            "Two batches of one objective give the noise floor: only ρ above it is conflict. Before fusion: what each "
-            "objective's own subspace proposes, in GEMS with three subspaces alone; after fusion: what an objective "
-            "adds to the step that is taken.",
+            "Two batches of one objective give the noise floor: only ρ above it is conflict; 95 % intervals over pairs "
+            "of batches and linear maps. Before fusion: what each objective's own subspace proposes (GEMS with three "
+            "subspaces alone); after fusion: what an objective adds to the step that is taken.",
             "faint",
         ),
         table(head, rows),
@@ -75,7 +77,10 @@ def _transitions(insights: Insights, figures: dict[str, Path]) -> Markup:
     if not blocks:
         return Markup("")
     blocks += _titles(insights)
-    caption = "Each stage's model beside the one before it on the same test cases; right: the target is in the top 10."
+    caption = (
+        "Each stage's model beside the one before it on the same test cases; right: the target is in the top 10. "
+        "95 % intervals over users."
+    )
     return join(*blocks, pictures(figures, "transitions", "", "Bars of answers lost and gained", caption))
 
 
@@ -83,9 +88,10 @@ FLOW_HEAD = ("cases", "right before", "lost", "gained")
 FLOW_HEAD += ("lost, of right", "lost, of all", "gained, of wrong", "gained, of all")
 
 
-def _flow_cells(flow: dict[str, float]) -> list[str | None]:
+def _flow_cells(flow: dict[str, float]) -> list[Content]:
     """Counts and shares of answers that turned, below `FLOW_HEAD`."""
-    return [f"{int(flow[name]):,}" for name in COUNTS] + [percent(flow.get(name)) for name in FLOWS]
+    shares = [sure(flow.get(name), flow.get(f"{name}_low"), flow.get(f"{name}_high"), ".1%") for name in FLOWS]
+    return [*(f"{int(flow[name]):,}" for name in COUNTS), *shares]
 
 
 def _titles(insights: Insights) -> list[Content]:
@@ -160,6 +166,13 @@ def _memory(insights: Insights, figures: dict[str, Path]) -> Markup:
 def two(value: float | None) -> str | None:
     """Two decimals, or nothing."""
     return None if value is None else f"{value:.2f}"
+
+
+def sure(value: float | None, low: float | None, high: float | None, form: str) -> str | None:
+    """A value and its interval, or either alone, or nothing."""
+    if value is None or low is None or high is None:
+        return None if value is None else f"{value:{form}}"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def percent(value: float | None) -> str | None:

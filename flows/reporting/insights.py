@@ -16,6 +16,8 @@ COUNTS = ("cases", "before", "lost", "gained")
 FLOWS = {"lost_share": "lost", "lost_of_all": "lost_of_all"}
 FLOWS |= {"gained_share": "gained", "gained_of_all": "gained_of_all"}
 """Shares of answers that turned, and what MLflow calls them."""
+ENDS = {"value": "", "low": "_low", "high": "_high"}
+"""Of an interval, and what MLflow adds to a name for them."""
 CANDIDATES = 100
 """Titles that a target's stands among, itself included."""
 AXES = {"scale": "α, scale of the update", "gate_temperature": "τ, temperature of the gate"}
@@ -34,8 +36,8 @@ class Insights:
         return list(dict.fromkeys(row["method"] for row in self.rows(part)))
 
     def rows(self, part: str) -> list[Row]:
-        """Rows of `conflict`, `transitions`, `titles`, `sensitivity`, `memory`, `perplexity` or `drift`."""
-        return self.found[part] if part in self.found else self.found["preservation"][part]
+        """Rows of a part of analysis.json, or of its `preservation`; none of a part that an earlier version lacks."""
+        return self.found[part] if part in self.found else self.found["preservation"].get(part, [])
 
     def kinds(self) -> list[str]:
         """Kinds of conflict that any method has rows of, in the order of `KINDS`."""
@@ -58,6 +60,13 @@ class Insights:
         """Share of all pairs and maps whose cosine is negative."""
         return mean(row["below_zero"] for row in self._conflicts(method, kind, floor))
 
+    def above_floor(self, method: str, kind: str) -> Row:
+        """ρ less its noise floor, `value`, and the `low` and `high` end of its interval; each may be None."""
+        rows = (row for row in self.rows("above_floor") if (row["method"], row["kind"]) == (method, kind))
+        rho, floor = self.rho(method, kind), self.rho(method, kind, floor=True)
+        plain = {"value": None if rho is None or floor is None else rho - floor, "low": None, "high": None}
+        return next(rows, plain)
+
     def _conflicts(self, method: str, kind: str, floor: bool) -> list[Row]:
         return [
             row
@@ -79,7 +88,8 @@ class Insights:
             trained: after this stage; absent: after all of them.
 
         Returns:
-            As `with_shares`; None where nothing was compared.
+            As `with_shares`, and the ends of the shares' intervals by name and `_low` or `_high`, where they are known;
+            None where nothing was compared.
         """
         rows = [
             row
@@ -89,7 +99,13 @@ class Insights:
         ]
         if not rows:
             return None
-        return with_shares(rows)
+        ends = (
+            row["intervals"]
+            for row in self.rows("shares")
+            if (row["method"], row["objective"], row["earlier"], row["trained"])
+            == (method, objective, earlier, trained)
+        )
+        return with_shares(rows) | _ends(next(ends, {}))
 
     def title_flow(self, method: str, objective: str, cutoff: int) -> dict[str, float] | None:
         """The same against the untuned backbone, in titles: right is a rank up to `cutoff` among a hundred."""
@@ -98,7 +114,7 @@ class Insights:
             for row in self.rows("titles")
             if (row["method"], row["objective"], row.get("cutoff", 10)) == (method, objective, cutoff)
         ]
-        return with_shares(rows) if rows else None
+        return with_shares(rows) | _ends(rows[0].get("intervals", {})) if rows else None
 
     def titled(self) -> list[tuple[str, str, int]]:
         """Objective, method and cut-off of every flow in titles, in the order they are shown."""
@@ -140,11 +156,13 @@ class Insights:
                 (f"conflict/{kind}_noise_floor", self.rho(method, kind, floor=True), self.last),
                 (f"conflict/{kind}_below_zero", self.below_zero(method, kind), self.last),
             ]
+            above = self.above_floor(method, kind)
+            found += [(f"conflict/{kind}_above_floor{end}", above[own], self.last) for own, end in ENDS.items()]
         for stage in range(1, self.last + 1):
             for objective in self.objectives():
                 for place, earlier in (("earlier", True), ("own", False)):
                     flow = self.flow(method, objective, earlier, stage) or {}
-                    found += [(f"{n}/{objective}_{place}", flow.get(own), stage) for own, n in FLOWS.items()]
+                    found += [(name, value, stage) for name, value in _flow_points(flow, f"{objective}_{place}")]
         for stage in range(self.last + 1):
             found.append(("drift", mean(self.drift(method, stage).values()), stage))
             found.append(("protected_share", mean(k for k, _ in self.drift_by_protection(method, stage)), stage))
@@ -161,11 +179,25 @@ class Insights:
             if name != method or flow is None:
                 continue
             place = f"{objective}_titles" + ("" if cutoff == 10 else f"_at_{cutoff}")
-            found += [(f"{n}/{place}", flow.get(own), self.last) for own, n in FLOWS.items()]
+            found += [(n, value, self.last) for n, value in _flow_points(flow, place)]
             for n in ("before", "after"):
                 found.append((f"titles/{objective}_hit_at_{cutoff}_{n}", flow.get(f"right_{n}"), self.last))
             found.append((f"titles/hit_at_{cutoff}_chance", cutoff / CANDIDATES, self.last))
         return list(dict.fromkeys(found))
+
+
+def _flow_points(flow: dict[str, float], place: str) -> list[tuple[str, float | None]]:
+    """Shares and the ends of their intervals, as MLflow calls them."""
+    return [(f"{name}/{place}{end}", flow.get(own + end)) for own, name in FLOWS.items() for end in ENDS.values()]
+
+
+def _ends(intervals: dict[str, list[float]]) -> dict[str, float]:
+    """The ends of intervals under names of their own."""
+    return {
+        f"{name}{end}": value
+        for name, own in intervals.items()
+        for end, value in zip(("_low", "_high"), own, strict=True)
+    }
 
 
 def with_shares(rows: Iterable[Row]) -> dict[str, float]:

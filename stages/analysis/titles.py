@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 from torch import Tensor
 
 from models.generative import GenerativeModel
@@ -41,11 +42,13 @@ class Cases:
         prompts: (C,) what the model reads first.
         candidates: (C, 100) item numbers, shuffled.
         place: (C,) the target's column.
+        users: (C,) ids of those who are asked about.
     """
 
     prompts: tuple[str, ...]
     candidates: IntArray
     place: IntArray
+    users: pl.Series
 
 
 def title_cases(config: Config, dataset: Dataset, job: Job, objective: Objective, count: int) -> Cases:
@@ -75,7 +78,8 @@ def title_cases(config: Config, dataset: Dataset, job: Job, objective: Objective
     texts = ["" for _ in query] if asking.texts is None else [asking.texts[number] for number in query]
     histories = asking.histories(query)
     prompts = [_prompt([titles[i] for i in own[-HISTORY:]], text) for own, text in zip(histories, texts, strict=True)]
-    return Cases(tuple(prompts), candidates, place)
+    users = pl.Series(events.user_ids, dtype=pl.String).gather(queries.user[query])
+    return Cases(tuple(prompts), candidates, place, users)
 
 
 def _prompt(history: Sequence[str], query: str) -> str:
