@@ -125,6 +125,8 @@ def _preservation(insights: Insights, figures: dict[str, Path]) -> Markup:
         rows.append(TableRow(method, [(cell, "") for cell in cells]))
     if not rows:
         return Markup("")
+    if insights.untuned is not None:
+        rows.insert(0, TableRow("untuned backbone", [(cell, "") for cell in (None, two(insights.untuned), None, None)]))
     text = insights.found["preservation"]["text"]
     head = [
         "method",

@@ -126,6 +126,11 @@ class Insights:
         """`value` and `before` of a method after a stage."""
         return next((r for r in self.rows("perplexity") if (r["method"], r["stage"]) == (method, stage)), None)
 
+    @property
+    def untuned(self) -> float | None:
+        """Perplexity of the held-out text before any training; None without a text."""
+        return self.found["preservation"].get("untuned")
+
     def drift(self, method: str, stage: int) -> dict[int, float]:
         """Relative output drift by layer, mean over its maps."""
         cells: dict[int, list[float]] = {}
@@ -168,6 +173,8 @@ class Insights:
             found.append(("protected_share", mean(k for k, _ in self.drift_by_protection(method, stage)), stage))
             row = self.perplexity(method, stage)
             found.append(("perplexity", None if row is None else row["value"], stage))
+        if self.perplexity(method, self.last) is not None:
+            found.append(("perplexity_untuned", self.untuned, self.last))
         found += self._title_points(method)
         return [(name, value, stage) for name, value, stage in found if value is not None]
 

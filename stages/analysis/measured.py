@@ -87,8 +87,9 @@ def measured(scope: Scope) -> Row:
     """Conflict, transitions, preservation and memory, and what could not be measured and why.
 
     Raises:
-        UserError: a model or file is missing or damaged, or a text cannot be read.
+        UserError: a model or file is missing or damaged, or a text cannot be read or is one that a method protected.
     """
+    preservation.refuse_protected(scope.config, scope.methods)
     notes: list[str] = []
     conflicts, above = conflict_rows(scope, notes)
     turns, shares = transition_rows(scope, notes)
@@ -238,7 +239,10 @@ def title_rows(scope: Scope, notes: list[str]) -> list[Row]:
 
 
 def preservation_rows(scope: Scope, notes: list[str]) -> Row:
-    """Perplexity after each stage beside that before it, and every linear map's drift from stage 0."""
+    """Perplexity after each stage beside that before it, and every linear map's drift from stage 0.
+
+    On a text also that of the untuned backbone: stage 0 has moved it already.
+    """
     own = scope.config.analysis
     base = scope.model(START, 0)
     if own.text is not None:
@@ -256,7 +260,10 @@ def preservation_rows(scope: Scope, notes: list[str]) -> Row:
         measure = partial(_on_items, scope)
     scope.say("inputs of stage 0's model")
     start, moments = effective_weights(base.stack), preservation.moments_of(base, stream, own.text is not None)
-    found: Row = {"corpus": corpus, "text": own.text is not None, "perplexity": [], "drift": []}
+    found: Row = {"corpus": corpus, "text": own.text is not None, "untuned": None, "perplexity": [], "drift": []}
+    if own.text is not None:
+        scope.say("what the untuned backbone makes of the text")
+        found["untuned"], _ = measure(bare_model(scope.config, scope.dataset, scope.seed).eval(), 0)
     for method in scope.methods:
         earlier: float | None = None
         for stage in range(scope.last + 1):
