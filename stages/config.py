@@ -31,7 +31,7 @@ CUTOFFS = (1, 5, 10, 20)
 NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 """Names of experiments and methods: they become names of folders and files."""
 RESERVED = ("first", "popularity", "recent_popularity", "item_graph", "bm25", "last_category")
-"""What no method may be called: the stage 0 that all methods share, and the baselines."""
+"""What no method may be called: the stage 0 that all methods share, and the baselines, that of 99 + 1 included."""
 
 
 class StageConfig(Settings):
