@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.reporting import analysis_sections, tables
+from flows.reporting.analysis_charts import draw_analysis
 from flows.reporting.insights import Insights, with_shares
 
 PARTS = ("conflict", "transitions", "titles", "memory", "sensitivity")
@@ -96,13 +98,15 @@ def test_an_interval_stands_beside_its_number_on_the_page_in_mlflow_and_in_the_t
     assert cells[names.index("lost/search_earlier")] == "0.400\n\\[0.250, 0.625]"
 
 
-def test_the_untuned_backbone_has_a_row_and_a_number_where_a_text_was_read() -> None:
+def test_the_untuned_backbone_has_a_row_and_a_number_where_a_text_was_read(tmp_path: Path) -> None:
     rows = {"perplexity": [{"method": "single", "stage": 1, "before": 40.0, "value": 50.0}]}
     rows |= {"drift": [{"method": "single", "stage": 1, "layer": 0, "map": "q_proj", "value": 0.1}]}
     kept = analysis()["preservation"] | rows
     with_text = analysis(preservation={**kept, "untuned": 30.5})
     assert ("perplexity_untuned", 30.5, 1) in Insights(with_text).points("single")
     assert "untuned backbone</th><td>–</td><td>30.50</td>" in str(analysis_sections.analysis(with_text, {}))
+    drawing = draw_analysis(with_text, tmp_path)["preservation-light"].read_text(encoding="utf-8")
+    assert "untuned" in drawing
     for without in (analysis(preservation=kept), analysis(preservation={**kept, "untuned": None})):
         assert "perplexity_untuned" not in {name for name, *_ in Insights(without).points("single")}
         assert "untuned" not in str(analysis_sections.analysis(without, {}))
