@@ -25,14 +25,14 @@ from tests import tiny
 BOTH, WARMING = ["search", "recommendation"], [{"step": step, "ce": 1.0} for step in range(1, 8)]
 
 
-def waiting(tmp_path: Path, *states: dict[str, Any]) -> list[str]:
-    """The notes on the gate that a workspace with these `state.json` files gives."""
+def waiting(tmp_path: Path, *states: dict[str, Any], opening: str = "The learning gate") -> list[str]:
+    """The notes with this opening that a workspace with these `state.json` files gives."""
     space, trained = Workspace(tmp_path), []
     for place, state in enumerate(states):
         write_json(space.checkpoints / f"key{place}" / "state.json", state)
         trained.append(Checkpoint(Job(**state["job"]), f"key{place}", "d", 1.0, 1, 1, None, 1, reused=False))
     notes = omission_notes(tiny.config(), space, [], trained)
-    return [note for note in notes if note.startswith("The learning gate")]
+    return [note for note in notes if note.startswith(opening)]
 
 
 def state_of(
@@ -114,3 +114,19 @@ def test_a_gates_numbers_are_kept_of_every_step_and_others_of_every_nth(tmp_path
     assert per_step < 100
     plain = Fit(config, fit.model, lambda _: {"ce": 1.0}, fit.examples, seed=0)
     assert "every_step" not in plain.run(1, job, lambda _: None)
+
+
+def test_a_stage_that_could_protect_nothing_is_told_of(tmp_path: Path) -> None:
+    held, free = (BUILT_IN[name].model_dump(mode="json") for name in ("gems", "gems_no_null_space"))
+    states = [state_of("gems", held, BOTH, WARMING), state_of("gems_no_null_space", free, BOTH, WARMING)]
+    (note,) = waiting(tmp_path, *states, opening="Null space")
+    assert note.startswith("Null space: gems protected nothing at stage 1: the stages before hold fewer tokens than")
+
+
+def test_a_protected_text_is_called_by_its_files_name(tmp_path: Path) -> None:
+    digest = "5a2ee076" * 8
+    state = state_of("gems", BUILT_IN["gems"].model_dump(mode="json") | {"corpus": digest}, BOTH, WARMING)
+    state["gems"] |= {"corpus": "glosses.txt", "protected": {"q": {"k_over_n": 0.5}}}
+    (note,) = waiting(tmp_path, state, opening="Null space")
+    assert "the inputs of the text glosses.txt give" in note
+    assert digest not in note
