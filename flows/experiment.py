@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from stages.config import Config, explain
 from stages.errors import UserError
 from stages.jobs import Checkpoint, Job
 from stages.locks import holder_of, sign, try_lock
+from stages.shapes import shaped
 from stages.workspace import Workspace, read_json, write_json
 
 DATA_TABLES = ("log", "catalogue", "stages", "items")
@@ -130,19 +131,49 @@ def last_flow_run(workspace: Workspace) -> str | None:
     return read_json(stored).get("flow_run") if stored.exists() else None
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A model that was trained in a workspace.
+
+    Attributes:
+        job: method, seed, protocol and stage.
+        key: its checkpoint's folder; None where an earlier version trained it.
+    """
+
+    job: Job
+    key: str | None = None
+
+
 def remember_trained(workspace: Workspace, checkpoint: Checkpoint) -> None:
-    """Add a committed stage to `runs/trained.json`, from which `recommend` chooses."""
+    """Add a committed stage to `runs/trained.json`, from which `recommend` chooses; made anew it replaces itself."""
     stored = workspace.root / "runs" / "trained.json"
-    known: list[dict[str, Any]] = read_json(stored) if stored.exists() else []
-    entry = asdict(checkpoint.job)
-    if entry not in known:
-        write_json(stored, [*known, entry])
+    known = trained_models(workspace)
+    new = Trained(checkpoint.job, checkpoint.key)
+    if new not in known:
+        models = [found for found in known if found.job != new.job] + [new]
+        write_json(stored, [{**asdict(found.job), "key": found.key} for found in models])
+
+
+def trained_models(workspace: Workspace) -> list[Trained]:
+    """Every model trained in the workspace, in the order in which they were committed.
+
+    Raises:
+        UserError: the file that lists them is not what a run writes.
+    """
+    stored = workspace.root / "runs" / "trained.json"
+    found = read_json(stored) if stored.exists() else []
+    wrong = "not a list of trained models", "remove it and run the command again that trained them"
+    rows = shaped(list[dict[str, Any]], found, stored, *wrong)
+    return [Trained(shaped(Job, row, stored, *wrong), row.get("key")) for row in rows]
 
 
 def trained_jobs(workspace: Workspace) -> list[Job]:
-    """Every model trained in the workspace, in the order in which they were committed."""
-    stored = workspace.root / "runs" / "trained.json"
-    return [Job(**entry) for entry in read_json(stored)] if stored.exists() else []
+    """The jobs of `trained_models`."""
+    return [found.job for found in trained_models(workspace)]
+
+
+class InUseError(UserError):
+    """Another process holds the workspace."""
 
 
 @contextmanager
@@ -156,7 +187,8 @@ def exclusive(workspace: Workspace, reentrant: bool = False) -> Iterator[None]:
         reentrant: for a flow that a command of this process may hold the workspace for already.
 
     Raises:
-        UserError: another process holds it; the message says which. Or the folder cannot be written.
+        InUseError: another process holds it; the message says which.
+        UserError: the folder cannot be written.
     """
     place = workspace.root.resolve()
     if reentrant and place in _held:
@@ -171,9 +203,7 @@ def exclusive(workspace: Workspace, reentrant: bool = False) -> Iterator[None]:
         ) from None
     with opened as handle:
         if not try_lock(handle):
-            raise UserError(
-                f"{workspace.root}: in use by {holder_of(handle)}; wait, or choose another workspace"
-            ) from None
+            raise InUseError(f"{workspace.root}: in use by {holder_of(handle)}; wait, or choose another workspace")
         sign(handle)
         _held.add(place)
         try:

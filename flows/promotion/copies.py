@@ -27,11 +27,16 @@ def lacking(workspace: Workspace, mirror: str, known: int = 0) -> list[Entry]:
     return lines[given:] if given <= len(lines) else lines
 
 
-def note(workspace: Workspace, mirror: str) -> None:
-    """The mirror has every decision of the history."""
-    found = {**_noted(workspace), _name(mirror): len(read_history(workspace)[0])}
+def note(workspace: Workspace, mirror: str, given: int) -> None:
+    """The mirror has the first `given` decisions of the history: so many there were when it was handed them."""
+    found = {**_noted(workspace), _name(mirror): given}
     if found != _noted(workspace):
         write_json(workspace.root / "runs" / FILE, {"schema": 1, "given": found})
+
+
+def count(workspace: Workspace) -> int:
+    """How many decisions there are; counted before they are handed over, as a roll back may come meanwhile."""
+    return len(read_history(workspace)[0])
 
 
 def _noted(workspace: Workspace) -> dict[str, Any]:
