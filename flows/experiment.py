@@ -43,7 +43,7 @@ def open_workspace(config: Config, folder: Path | None) -> tuple[Config, Workspa
     workspace.claim(config.name)
     values = _with_places(config.model_dump(mode="json"), lambda path: os.path.relpath(path, root.resolve()))
     stored = root / "config.json"
-    found = read_json(stored) if stored.exists() else {}
+    found = _settings(stored) if stored.exists() else {}
     changed = _changed_data(found["config"], values) if found else None
     if changed and _has_runs(workspace):
         raise UserError(
@@ -67,7 +67,7 @@ def remembered_config(root: Path) -> tuple[Config, Workspace]:
         raise UserError(
             f"{root}: no driftrec workspace (config.json is missing); run `driftrec demo` or `compare` first"
         )
-    values = _with_places(read_json(stored)["config"], lambda path: os.path.normpath(root.resolve() / path))
+    values = _with_places(_settings(stored)["config"], lambda path: os.path.normpath(root.resolve() / path))
     try:
         config = Config.model_validate({**values, "workspace": str(root)})
     except ValidationError as error:
@@ -87,7 +87,7 @@ def check_log(workspace: Workspace, digest: str) -> None:
         UserError: the log's rows changed since the workspace was made.
     """
     stored = workspace.root / "config.json"
-    found = read_json(stored)
+    found = _settings(stored)
     if found.get("log_digest", digest) != digest and _has_runs(workspace):
         raise UserError(
             f"{workspace.root}: the log's rows changed since this workspace was made (digest {digest[:12]}, "
@@ -120,15 +120,29 @@ def last_command(root: Path) -> tuple[str, dict[str, Any], str | None]:
     stored = root / "last_command.json"
     if not stored.exists():
         raise UserError(f"{root}: nothing to resume there; start with `driftrec compare --config ...`")
-    found = read_json(stored)
-    arguments = {**found["arguments"], "config": os.path.normpath(root.resolve() / found["arguments"]["config"])}
-    return found["command"], arguments, found["flow_run"]
+    found = _command(stored)
+    arguments = {**found.arguments, "config": os.path.normpath(root.resolve() / str(found.arguments["config"]))}
+    return found.command, arguments, found.flow_run
 
 
 def last_flow_run(workspace: Workspace) -> str | None:
     """Prefect's id of the workspace's last run, however it ended; None where nothing has run."""
     stored = workspace.root / "last_command.json"
-    return read_json(stored).get("flow_run") if stored.exists() else None
+    return _command(stored).flow_run if stored.exists() else None
+
+
+@dataclass(frozen=True)
+class _Command:
+    command: str
+    arguments: dict[str, Any]
+    flow_run: str | None = None
+
+
+def _command(path: Path) -> _Command:
+    wrong = "not a command that ran", "remove it and start the command anew"
+    found = shaped(_Command, read_json(path), path, *wrong)
+    shaped(str, found.arguments.get("config"), path, *wrong)
+    return found
 
 
 @dataclass(frozen=True)
@@ -210,6 +224,40 @@ def exclusive(workspace: Workspace, reentrant: bool = False) -> Iterator[None]:
             yield
         finally:
             _held.discard(place)
+
+
+@dataclass(frozen=True)
+class _Place:
+    path: str
+
+
+@dataclass(frozen=True)
+class _Source(_Place):
+    join: list[_Place]
+
+
+@dataclass(frozen=True)
+class _Table:
+    sources: list[_Source]
+
+
+@dataclass(frozen=True)
+class _Tables:
+    log: _Table
+    catalogue: _Table
+
+
+@dataclass(frozen=True)
+class _Settings:
+    config: _Tables
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """config.json, in which every place that is made relative or absolute is there."""
+    found = read_json(path)
+    remedy = "move it away and run the last command again with its config file, which writes it anew"
+    shaped(_Settings, found, path, "not the settings of a workspace", remedy)
+    return found
 
 
 def _has_runs(workspace: Workspace) -> bool:

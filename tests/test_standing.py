@@ -293,3 +293,37 @@ def test_a_late_row_that_rebuilds_a_stage_asks_the_gate(shop: Shop) -> None:
         "champion.lock",
     }
     assert read_json(champion.champion_file(shop.workspace))["key"] == before.key
+
+
+RETRAIN = ("retrain", "-c", "shop.toml", "-w")
+WRONG = [
+    ("champion.json", "[]", ("recommend", "--user", "u03", "-w"), "not a champion"),
+    ("champion.json", '{"job": {"stage": "2"}}', ("rollback", "-w"), ""),
+    ("champion.json", '{"job": {"stage": "2"}}', ("history", "-w"), "not a champion"),
+    ("config.json", "[]", ("recommend", "--user", "u03", "-w"), "not the settings"),
+    ("config.json", '{"config": {"log": {"sources": [{}]}}}', RETRAIN, "not the settings"),
+    ("workspace.json", "[1]", ("rollback", "-w"), "not a workspace's name"),
+    ("last_command.json", "{}", ("resume", "-w"), "not a command"),
+    ("last_command.json", '{"command": "retrain", "arguments": {}}', ("resume", "-w"), "not a command"),
+    ("open/manifest.json", "{}", RETRAIN, "not a list of the rows"),
+    ("open/manifest.json", '{"parts": {"open": {}}}', RETRAIN, "not a list of the rows"),
+    ("runs/copies.json", "[]", RETRAIN, "not a count"),
+    ("runs/trained.json", "{}", ("recommend", "--user", "u03", "-m", "single", "-w"), "not a list of trained"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "command", "said"), WRONG)
+def test_a_file_of_another_shape_is_named_with_its_remedy(
+    shop: Shop, driftrec: Any, monkeypatch: pytest.MonkeyPatch, name: str, content: str, command: tuple[str], said: str
+) -> None:
+    monkeypatch.chdir(shop.folder)
+    path = shop.workspace.root / name
+    path.write_text(content)
+    code, _, error = driftrec(*command, shop.workspace.root)
+    if said:
+        assert (code, "defect" in error) == (2, False), error
+        (told,) = [line for line in error.splitlines() if line.startswith("driftrec: ")]
+        assert f"{name}: {said}" in told
+        assert ");" in told, "no remedy"
+    else:
+        assert (code, shop.served.job.stage) == (0, 1), "the history writes champion.json anew"

@@ -6,12 +6,19 @@ The history is the truth; this notes what is still to be handed over, after a ki
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from flows.promotion.history import Entry, read_history
+from stages.shapes import shaped
 from stages.workspace import Workspace, read_json, write_json
 
 FILE = "copies.json"
+
+
+@dataclass(frozen=True)
+class _Copies:
+    given: dict[str, int]
 
 
 def lacking(workspace: Workspace, mirror: str, known: int = 0) -> list[Entry]:
@@ -41,7 +48,9 @@ def count(workspace: Workspace) -> int:
 
 def _noted(workspace: Workspace) -> dict[str, Any]:
     path = workspace.root / "runs" / FILE
-    return read_json(path)["given"] if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {"given": {}}
+    remedy = "remove it: MLflow and Prefect are asked what they have"
+    return shaped(_Copies, found, path, "not a count of recorded decisions", remedy).given
 
 
 def _name(mirror: str) -> str:
