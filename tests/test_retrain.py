@@ -274,7 +274,11 @@ def test_one_command_goes_back_and_the_history_tells(
 
     _, workspace = copy
     code, out, _ = driftrec(monkeypatch, capsys, "rollback", "-w", workspace.root)
-    assert (code, out) == (0, "single after stage 1 is in service again, single after stage 2 is not")
+    assert (code, out) == (
+        0,
+        "single after stage 1 is in service again, single after stage 2 is not "
+        "the next challenger goes on from the newest stage of single, not from this model",
+    )
     assert champion.champion(workspace) == Job("single", 0, "same_stage", 1)
     version = MlflowClient(workspace.mlflow_uri).get_model_version_by_alias("driftrec-growing", "champion")
     assert version.tags["stage"] == "1"
