@@ -79,9 +79,7 @@ def rollback(workspace: ThisFolder) -> None:
     gone, back = champion.roll_back(config, place)
     said = f"{retraining.name(back.job)} is in service again, {retraining.name(gone.job)} is not"
     terminal.stdout().print(said, soft_wrap=True)
-    onward = (
-        f"the next challenger goes on from the newest stage of {config.retrain.method}, not from the model in service"
-    )
+    onward = f"the next challenger goes on from the newest stage of {config.retrain.method}, not from this model"
     terminal.stdout().print(onward, soft_wrap=True)
     # It is done and said; what follows only shows it, and may take Prefect some seconds.
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
-from stages.workspace import Workspace, digest_of, sync_folder
+from stages.workspace import Stamp, Workspace, digest_of, is_settled, remember_in, stamp_of, sync_folder
 
 Entry = dict[str, Any]
 DIGEST = "digest"
@@ -61,10 +61,28 @@ def read_history(workspace: Workspace) -> tuple[list[Entry], int]:
 
 
 def _read(path: Path) -> tuple[list[Entry], int, str]:
-    """Lines, how many are torn, and the digest of all."""
+    """Lines, how many are torn, and the digest of all; looked at once in this process while the file stays as it is."""
+    if not path.is_file():
+        return [], 0, ""
+    stamp = stamp_of(path)
+    known = _known.get(path)
+    if known is None or known[0] != stamp:
+        known = stamp, _checked(path)
+        if is_settled(stamp):
+            _known[path] = known
+    lines, torn, chain = known[1]
+    return list(lines), torn, chain
+
+
+_known: dict[Path, tuple[Stamp, tuple[list[Entry], int, str]]] = {}
+"""By file: what it held when it was this one; nobody writes to the lines."""
+remember_in(_known)
+
+
+def _checked(path: Path) -> tuple[list[Entry], int, str]:
     found: list[Entry] = []
     torn, chain = 0, ""
-    texts = path.read_bytes().split(b"\n") if path.is_file() else []
+    texts = path.read_bytes().split(b"\n")
     for number, text in enumerate(texts, start=1):
         line = _parsed(text)
         if line is None:
@@ -75,7 +93,8 @@ def _read(path: Path) -> tuple[list[Entry], int, str]:
             raise UserError(f"{path}: line {number}, or one before it, is not what was written; {REMEDY}")
         found.append(line)
     # A kill leaves a line without its end, and what is written after it begins a new one.
-    if texts and not texts[-1] and len(texts) > 1 and _parsed(texts[-2]) is None and any(DIGEST in e for e in found):
+    ended = len(texts) > 1 and not texts[-1] and bool(texts[-2])
+    if ended and _parsed(texts[-2]) is None and any(DIGEST in line for line in found):
         raise UserError(f"{path}: line {len(texts) - 1} is not what was written; {REMEDY}")
     return found, torn, chain
 
