@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 from flows import experiment, retraining
 from flows.plan import Plan
 from flows.promotion import copies
-from flows.promotion.history import Entry, read_history
+from flows.promotion.history import Entry
 from flows.reporting import stored
 from flows.reporting.findings import HEADLINE, PROTOCOL_TITLES, Findings, Line, metric_title, sample_note
 from flows.terminal import watcher
@@ -73,10 +73,11 @@ def publish(folder: Path, chart: str | None) -> None:
 
 def publish_decisions(workspace: Workspace, intake: Intake, lines: list[Entry]) -> None:
     """What a retraining took and decided, and before it what a killed one decided and could not show."""
-    shown = copies.lacking(workspace, "prefect", known=len(read_history(workspace)[0]) - len(lines))
+    count = copies.count(workspace)
+    shown = copies.lacking(workspace, "prefect", known=count - len(lines))
     create_markdown_artifact(retraining.summary(intake, shown), key="decision", description="New rows and decisions")
     _contests(shown)
-    copies.note(workspace, "prefect")
+    copies.note(workspace, "prefect", count)
 
 
 def publish_rollback(workspace: Workspace) -> str:
@@ -85,11 +86,12 @@ def publish_rollback(workspace: Workspace) -> str:
     Returns:
         The same in Markdown.
     """
-    shown = copies.lacking(workspace, "prefect", known=len(read_history(workspace)[0]) - 1)
+    count = copies.count(workspace)
+    shown = copies.lacking(workspace, "prefect", known=count - 1)
     said = "\n".join(retraining.told(shown))
     create_markdown_artifact(said, key="decision", description="The champion before the present one is back")
     _contests(shown)
-    copies.note(workspace, "prefect")
+    copies.note(workspace, "prefect", count)
     return said
 
 

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from stages.config import Config, explain
 from stages.errors import UserError
 from stages.jobs import Checkpoint, Job
 from stages.locks import holder_of, sign, try_lock
+from stages.shapes import shaped
 from stages.workspace import Workspace, read_json, write_json
 
 DATA_TABLES = ("log", "catalogue", "stages", "items")
@@ -42,7 +43,7 @@ def open_workspace(config: Config, folder: Path | None) -> tuple[Config, Workspa
     workspace.claim(config.name)
     values = _with_places(config.model_dump(mode="json"), lambda path: os.path.relpath(path, root.resolve()))
     stored = root / "config.json"
-    found = read_json(stored) if stored.exists() else {}
+    found = _settings(stored) if stored.exists() else {}
     changed = _changed_data(found["config"], values) if found else None
     if changed and _has_runs(workspace):
         raise UserError(
@@ -66,7 +67,7 @@ def remembered_config(root: Path) -> tuple[Config, Workspace]:
         raise UserError(
             f"{root}: no driftrec workspace (config.json is missing); run `driftrec demo` or `compare` first"
         )
-    values = _with_places(read_json(stored)["config"], lambda path: os.path.normpath(root.resolve() / path))
+    values = _with_places(_settings(stored)["config"], lambda path: os.path.normpath(root.resolve() / path))
     try:
         config = Config.model_validate({**values, "workspace": str(root)})
     except ValidationError as error:
@@ -86,7 +87,7 @@ def check_log(workspace: Workspace, digest: str) -> None:
         UserError: the log's rows changed since the workspace was made.
     """
     stored = workspace.root / "config.json"
-    found = read_json(stored)
+    found = _settings(stored)
     if found.get("log_digest", digest) != digest and _has_runs(workspace):
         raise UserError(
             f"{workspace.root}: the log's rows changed since this workspace was made (digest {digest[:12]}, "
@@ -119,30 +120,74 @@ def last_command(root: Path) -> tuple[str, dict[str, Any], str | None]:
     stored = root / "last_command.json"
     if not stored.exists():
         raise UserError(f"{root}: nothing to resume there; start with `driftrec compare --config ...`")
-    found = read_json(stored)
-    arguments = {**found["arguments"], "config": os.path.normpath(root.resolve() / found["arguments"]["config"])}
-    return found["command"], arguments, found["flow_run"]
+    found = _command(stored)
+    arguments = {**found.arguments, "config": os.path.normpath(root.resolve() / str(found.arguments["config"]))}
+    return found.command, arguments, found.flow_run
 
 
 def last_flow_run(workspace: Workspace) -> str | None:
     """Prefect's id of the workspace's last run, however it ended; None where nothing has run."""
     stored = workspace.root / "last_command.json"
-    return read_json(stored).get("flow_run") if stored.exists() else None
+    return _command(stored).flow_run if stored.exists() else None
+
+
+@dataclass(frozen=True)
+class _Command:
+    command: str
+    arguments: dict[str, Any]
+    flow_run: str | None = None
+
+
+def _command(path: Path) -> _Command:
+    wrong = "not a command that ran", "remove it and start the command anew"
+    found = shaped(_Command, read_json(path), path, *wrong)
+    shaped(str, found.arguments.get("config"), path, *wrong)
+    return found
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that was trained in a workspace.
+
+    Attributes:
+        job: method, seed, protocol and stage.
+        key: its checkpoint's folder; None where an earlier version trained it.
+    """
+
+    job: Job
+    key: str | None = None
 
 
 def remember_trained(workspace: Workspace, checkpoint: Checkpoint) -> None:
-    """Add a committed stage to `runs/trained.json`, from which `recommend` chooses."""
+    """Add a committed stage to `runs/trained.json`, from which `recommend` chooses; made anew it replaces itself."""
     stored = workspace.root / "runs" / "trained.json"
-    known: list[dict[str, Any]] = read_json(stored) if stored.exists() else []
-    entry = asdict(checkpoint.job)
-    if entry not in known:
-        write_json(stored, [*known, entry])
+    known = trained_models(workspace)
+    new = Trained(checkpoint.job, checkpoint.key)
+    if new not in known:
+        models = [found for found in known if found.job != new.job] + [new]
+        write_json(stored, [{**asdict(found.job), "key": found.key} for found in models])
+
+
+def trained_models(workspace: Workspace) -> list[Trained]:
+    """Every model trained in the workspace, in the order in which they were committed.
+
+    Raises:
+        UserError: the file that lists them is not what a run writes.
+    """
+    stored = workspace.root / "runs" / "trained.json"
+    found = read_json(stored) if stored.exists() else []
+    wrong = "not a list of trained models", "remove it and run the command again that trained them"
+    rows = shaped(list[dict[str, Any]], found, stored, *wrong)
+    return [Trained(shaped(Job, row, stored, *wrong), row.get("key")) for row in rows]
 
 
 def trained_jobs(workspace: Workspace) -> list[Job]:
-    """Every model trained in the workspace, in the order in which they were committed."""
-    stored = workspace.root / "runs" / "trained.json"
-    return [Job(**entry) for entry in read_json(stored)] if stored.exists() else []
+    """The jobs of `trained_models`."""
+    return [found.job for found in trained_models(workspace)]
+
+
+class InUseError(UserError):
+    """Another process holds the workspace."""
 
 
 @contextmanager
@@ -156,7 +201,8 @@ def exclusive(workspace: Workspace, reentrant: bool = False) -> Iterator[None]:
         reentrant: for a flow that a command of this process may hold the workspace for already.
 
     Raises:
-        UserError: another process holds it; the message says which. Or the folder cannot be written.
+        InUseError: another process holds it; the message says which.
+        UserError: the folder cannot be written.
     """
     place = workspace.root.resolve()
     if reentrant and place in _held:
@@ -171,15 +217,47 @@ def exclusive(workspace: Workspace, reentrant: bool = False) -> Iterator[None]:
         ) from None
     with opened as handle:
         if not try_lock(handle):
-            raise UserError(
-                f"{workspace.root}: in use by {holder_of(handle)}; wait, or choose another workspace"
-            ) from None
+            raise InUseError(f"{workspace.root}: in use by {holder_of(handle)}; wait, or choose another workspace")
         sign(handle)
         _held.add(place)
         try:
             yield
         finally:
             _held.discard(place)
+
+
+@dataclass(frozen=True)
+class _Place:
+    path: str
+
+
+@dataclass(frozen=True)
+class _Source(_Place):
+    join: list[_Place]
+
+
+@dataclass(frozen=True)
+class _Table:
+    sources: list[_Source]
+
+
+@dataclass(frozen=True)
+class _Tables:
+    log: _Table
+    catalogue: _Table
+
+
+@dataclass(frozen=True)
+class _Settings:
+    config: _Tables
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """config.json, in which every place that is made relative or absolute is there."""
+    found = read_json(path)
+    remedy = "move it away and run the last command again with its config file, which writes it anew"
+    shaped(_Settings, found, path, "not the settings of a workspace", remedy)
+    return found
 
 
 def _has_runs(workspace: Workspace) -> bool:

@@ -11,7 +11,6 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
 from flows.experiment import remembered_config
-from flows.promotion.champion import FILE
-from flows.recommending import job_in_service
+from flows.promotion.champion import FILE, Champion
+from flows.recommending import models_in_service
 from flows.serving.searching import Past, Ranking
 from flows.serving.served import FALLBACK, Served, load_served
 from stages.checkpoint import MANIFEST, tensors_digest
@@ -34,7 +33,8 @@ from stages.errors import UserError
 from stages.jobs import BASELINES
 from stages.lineage import LEFT_OUT
 from stages.stage_files import write_together
-from stages.train import folders_read, lineage_folders
+from stages.stored import stored
+from stages.train import folders_read
 from stages.workspace import Workspace, forget, sha256_file, temporary_beside, write_json
 
 WORKSPACE = "workspace"
@@ -196,11 +196,12 @@ def _save(folder: Path, part: Path, sources: Sequence[Path]) -> None:
 def _copy_part(root: Path, part: Path, method: str | None, seed: int | None) -> None:
     """The files that answering reads: config, stages, catalogue and the checkpoints of one model, named as champion."""
     config, workspace = remembered_config(root)
-    job = job_in_service(workspace, method, seed)
-    folders, needed = [], []
-    if job.method not in BASELINES:
-        folders = lineage_folders(config, workspace, load_dataset(config, workspace), job)
-        needed = folders_read(config, job, folders)
+    dataset = load_dataset(config, workspace)
+    chosen = models_in_service(workspace, method, seed)[0]  # nothing stands in for it: it is registered as the champion
+    job = chosen.job
+    found = None if job.method in BASELINES else stored(config, workspace, dataset, job, chosen.pin)
+    folders = [] if found is None else found.folders
+    needed = [] if found is None else folders_read(found.config, job, folders)
     for folder in [workspace.catalogue, *needed]:
         shutil.copytree(folder, part / folder.relative_to(workspace.root))
     write_together(workspace, Workspace(part).stages)
@@ -209,8 +210,9 @@ def _copy_part(root: Path, part: Path, method: str | None, seed: int | None) -> 
         write_json(Workspace(part).checkpoints / LEFT_OUT, elsewhere)
     for name in ("workspace.json", "config.json"):
         shutil.copy2(workspace.root / name, part / name)
-    named = {"key": folders[-1].name, "digest": sha256_file(folders[-1] / MANIFEST)} if folders else {}
-    write_json(part / FILE, {"schema": 1, "job": asdict(job), "key": "", "digest": "", "since": "", **named})
+    digest = sha256_file(folders[-1] / MANIFEST) if folders else ""
+    champion = Champion(job, folders[-1].name if folders else "", digest, "", found and found.tensors)
+    write_json(part / FILE, champion.as_json())
 
 
 set_model(RecommenderModel())

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from flows.experiment import remembered_config, trained_jobs
-from flows.promotion.champion import champion
+from flows.experiment import remembered_config, trained_models
+from flows.promotion.champion import predecessors
 from stages.errors import UserError
-from stages.jobs import BASELINES, Job
+from stages.jobs import BASELINES, Job, Pin
 from stages.settings import nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from models.recommender import Recommender
     from stages.config import Config
     from stages.dataset import Dataset
     from stages.interactions import Catalogue, IntArray
+    from stages.search_config import Objective
     from stages.workspace import Workspace
+
+T = TypeVar("T")
+log = logging.getLogger("flows")
 
 
 @dataclass(frozen=True)
@@ -60,36 +69,114 @@ def recommend(
         UserError: nothing trained, or an unknown user, item, method or seed; an empty query, or no search in the log.
     """
     from stages.dataset import load_dataset
-    from stages.evaluate import recommender
 
     config, workspace = remembered_config(root)
-    objective = "recommendation" if query is None else "search"
-    job = job_in_service(workspace, method, seed, objective)
+    objective: Objective = "recommendation" if query is None else "search"
+    chosen = models_in_service(workspace, method, seed, objective)
     if not 1 <= k <= config.evaluation.beam:
         raise UserError(f"-k {k}: give a number from 1 to evaluation.beam, which is {config.evaluation.beam} here")
     dataset = load_dataset(config, workspace)
-    past, request = _asked(config, dataset, user, history, query)
-    found = recommender(config, workspace, dataset, job, objective).recommend([past], k, **request)
+    model, _ = first_that_loads(chosen, partial(loaded, config, workspace, dataset, objective=objective))
+    past, request = _asked(model.config, dataset, user, history, query)
+    found = model.recommender.recommend([past], k, **request)
     names = dataset.catalogue
     rows = [
         (names.item_ids[item], names.titles[item], float(score))
         for item, score in zip(found.items[0].tolist(), found.scores[0].tolist(), strict=True)
         if item >= 0
     ]
-    return Listing(job, [names.titles[item] for item in past.tolist()], rows)
+    return Listing(model.job, [names.titles[item] for item in past.tolist()], rows)
 
 
-def job_in_service(
-    workspace: Workspace, method: str | None = None, seed: int | None = None, objective: str = "recommendation"
-) -> Job:
+@dataclass(frozen=True)
+class Chosen:
+    """A model to answer with.
+
+    Attributes:
+        job: what it is.
+        pin: the checkpoint it is loaded by; None: the one that the workspace's settings give.
+    """
+
+    job: Job
+    pin: Pin | None = None
+
+
+def models_in_service(
+    workspace: Workspace, method: str | None = None, seed: int | None = None, objective: Objective = "recommendation"
+) -> list[Chosen]:
     """The model to answer with: the one asked for, else the champion, else the best of the newest report.
+
+    Behind the champion come those that a roll back reaches: the newest that can be loaded stands in for a damaged one.
 
     Raises:
         UserError: nothing is trained, or not that.
     """
-    crowned = champion(workspace) if method is None and seed is None else None
     root = workspace.root
-    return crowned or choose(trained_jobs(workspace), method or favourite(root, objective), seed, root)
+    crowned = predecessors(workspace) if method is None and seed is None else []
+    if crowned:
+        return [Chosen(found.job, found.pin) for found in crowned]
+    models = trained_models(workspace)
+    job = choose([found.job for found in models], method or favourite(root, objective), seed, root)
+    key = next((found.key for found in models if found.job == job), None)
+    return [Chosen(job, None if key is None else Pin(key))]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        job: what it is.
+        config: the workspace's, with the settings that it was trained under.
+        recommender: it.
+    """
+
+    job: Job
+    config: Config
+    recommender: Recommender
+
+
+def loaded(
+    config: Config, workspace: Workspace, dataset: Dataset, chosen: Chosen, objective: Objective = "recommendation"
+) -> Loaded:
+    """Put a model together, its checkpoints checked; a baseline is counted anew.
+
+    Raises:
+        UserError: a checkpoint is missing or damaged, or rests on stages that are not there.
+    """
+    from stages.evaluate import as_recommender, recommender
+    from stages.stored import stored
+
+    job = chosen.job
+    if job.stage >= dataset.stages:
+        raise UserError(
+            f"{workspace.root}: the champion has seen stage {job.stage}, the last stage there is {dataset.stages - 1}"
+        )
+    if job.method in BASELINES:
+        return Loaded(job, config, recommender(config, workspace, dataset, job, objective))
+    found = stored(config, workspace, dataset, job, chosen.pin)
+    return Loaded(job, found.config, as_recommender(found, dataset, job))
+
+
+def first_that_loads(chosen: Sequence[Chosen], load: Callable[[Chosen], T]) -> tuple[T, str | None]:
+    """The first model that can be loaded, and why it is not the first of all.
+
+    Raises:
+        UserError: none can; the first one's fault.
+    """
+    faults: list[UserError] = []
+    for one in chosen:
+        try:
+            found = load(one)
+        except UserError as error:
+            faults.append(error)
+            continue
+        if not faults:
+            return found, None
+        stands_in = f"{one.job.method} after stage {one.job.stage} stands in for the champion"
+        log.warning("%s: %s", stands_in, faults[0])
+        return found, f"{stands_in}: {faults[0]}"
+    raise faults[0]
 
 
 def choose(trained: list[Job], method: str | None, seed: int | None, root: Path) -> Job:

@@ -61,27 +61,29 @@ def work(plan: Plan, new: str | None, close_now: bool, doing: Any) -> tuple[Inta
 
 
 def rebuilt(plan: Plan, doing: Any) -> list[Entry]:
-    """The champion trained anew, where its data or settings changed."""
+    """The champion trained anew, where it is damaged or its data or settings changed, and what the gate says of it."""
     job = retraining.outdated(plan)
     if job is None:
         return []
-    line = doing.rebuild(plan, doing.train(plan, job))
-    doing.mirror(plan, line)
-    return [line]
+    match = retraining.rematch(plan, doing.train(plan, job))
+    line = None if match is None else decided(plan, match, doing)
+    return [] if line is None else [line]
 
 
 def decisions(plan: Plan, doing: Any) -> list[Entry]:
-    """Every decision that is due, oldest stage first."""
+    """Every decision that is due, oldest stage first; one that a roll back overtook is due again."""
     lines: list[Entry] = []
     while (match := retraining.next_match(plan)) is not None:
-        lines.append(decided(plan, match, doing))
+        line = decided(plan, match, doing)
+        lines += [] if line is None else [line]
     return lines
 
 
-def decided(plan: Plan, match: Match, doing: Any) -> Entry:
+def decided(plan: Plan, match: Match, doing: Any) -> Entry | None:
     """One decision: train, ask everybody about the same users, judge, record."""
-    checkpoints = [doing.train(plan, job) for job in match.trained()]
-    tests = [doing.evaluate(plan, job, match.stage) for job in (*match.trained(), *match.baselines)]
-    line = doing.decide(plan, match, checkpoints[0], tests, doing.answers(plan, match))
-    doing.mirror(plan, line)
+    checkpoint = doing.train(plan, match.challenger)
+    tests = [doing.evaluate(plan, job, match.stage, pin) for job, pin in match.tested()]
+    line = doing.decide(plan, match, checkpoint, tests, doing.answers(plan, match))
+    if line is not None:
+        doing.mirror(plan, line)
     return line

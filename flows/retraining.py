@@ -13,20 +13,23 @@ from flows import steps
 from flows.experiment import trained_jobs
 from flows.plan import Lineage, Plan
 from flows.promotion import champion, copies
+from flows.promotion.champion import Champion
 from flows.promotion.gate import verdict
 from flows.promotion.history import Entry, read_history
 from flows.recommending import favourite
 from flows.steps import evaluate, train
 from flows.terminal import watcher
 from stages.config import load_config
-from stages.jobs import BASELINES, SEARCH_BASELINES, Checkpoint, Evaluation, Job
+from stages.errors import UserError
+from stages.jobs import BASELINES, SEARCH_BASELINES, Checkpoint, Evaluation, Job, Pin
+from stages.stored import tensors_of
 from stages.workspace import Workspace, read_json
 
 if TYPE_CHECKING:
     from stages.append import Intake
     from stages.contest import Difference, Probe
 
-__all__ = ["answers", "decide", "evaluate", "grow", "mirror", "rebuild", "take", "train"]
+__all__ = ["answers", "decide", "evaluate", "grow", "mirror", "take", "train"]
 """What `flows.retrain.work` asks of whoever does the steps: this module, or `flows.tasks` with the same as tasks."""
 log = logging.getLogger("flows.retraining")
 
@@ -38,18 +41,29 @@ class Match:
     Attributes:
         stage: whose tests decide.
         challenger: the model that wants to go into service.
-        champion: the one that is; None where there is none.
+        champion: who answers now, and is to be beaten: the champion, or who stands in for a damaged one; None where
+            nobody is.
         baselines: asked about the same users, for the record.
+        present: the champion, damaged or not; the decision holds only as long as it is in service.
+        anew: the challenger is the champion trained anew, by changed settings or on other rows.
     """
 
     stage: int
     challenger: Job
-    champion: Job | None
+    champion: Champion | None
     baselines: tuple[Job, ...]
+    present: Champion | None
+    anew: bool = False
 
-    def trained(self) -> list[Job]:
-        """Models with checkpoints, the challenger first."""
-        return [self.challenger, *([] if self.champion is None else [self.champion])]
+    def tested(self) -> list[tuple[Job, Pin | None]]:
+        """Whom to ask on the stage's tests: challenger, champion, baselines."""
+        held = [] if self.champion is None else [(self.champion.job, self.champion.pin)]
+        return [(self.challenger, None), *held, *((job, None) for job in self.baselines)]
+
+    def names(self) -> list[str]:
+        """Those of `tested` in words."""
+        known = [name(job) for job, _ in self.tested()]
+        return [f"{known[0]}, trained anew", *known[1:]] if self.anew else known
 
 
 def retrain_plan(config: Path, workspace: Path | None = None) -> Plan:
@@ -97,25 +111,61 @@ def grow(plan: Plan) -> None:
 
 
 def outdated(plan: Plan) -> Job | None:
-    """The champion's job, where its checkpoint is not the one its data and settings give now: it must be rebuilt."""
+    """The champion's job, where its checkpoints are damaged or are not what its data and settings give now.
+
+    What the history decided about once is not tried again, refused or taken out of service as it may have been.
+    """
     from stages.commit import checkpoint_folder
     from stages.dataset import load_dataset
 
     present = champion.settle(plan.workspace)
-    if present is None:
+    if present is None or present.pin is None or not _is_known(plan, present.job.method):
         return None
     dataset = load_dataset(plan.config, plan.workspace)
     folder = checkpoint_folder(plan.config, plan.workspace, dataset, present.job)
-    return None if folder.name == present.key else present.job
+    if folder.name != present.key:
+        tried = _was_decided(plan, folder.name) and _standing(plan) is not None
+        return None if tried else present.job
+    if champion.fault_of(plan.config, plan.workspace, present) is None:
+        return None
+    mended = champion.fault_of(plan.config, plan.workspace, replace(present, tensors=None)) is None
+    return None if mended and _was_decided(plan, folder.name, tensors_of(folder)) else present.job
 
 
-def rebuild(plan: Plan, checkpoint: Checkpoint) -> Entry:
-    """Note that the champion was trained anew, on rebuilt stages or by changed settings."""
-    job = checkpoint.job
-    why = f"the data or settings of {name(job)} changed, so it was trained anew"
-    line = {"stage": job.stage, "challenger": None, "why": why}
-    champion.promote(plan.workspace, checkpoint, "rebuilt", line)
-    return _last(plan)
+def rematch(plan: Plan, checkpoint: Checkpoint) -> Match | None:
+    """The decision on the champion trained anew; None where that mended it, to the tensors that were in service."""
+    present = champion.settle(plan.workspace)
+    if present is not None and present.key == checkpoint.key:
+        if champion.fault_of(plan.config, plan.workspace, present) is None:
+            champion.renew(plan.workspace)
+            log.warning("%s was damaged; it is trained again, to the same tensors", name(present.job))
+            return None
+        if _was_decided(plan, checkpoint.key, tensors_of(plan.workspace.checkpoints / checkpoint.key)):
+            return None
+    stages = read_json(plan.workspace.stages / "manifest.json")["stages"]
+    return _match(plan, len(stages) - 1, checkpoint.job, present, anew=True)
+
+
+def _is_known(plan: Plan, method: str) -> bool:
+    """Whether the settings still have a method: a champion of one that is gone stays as it is."""
+    try:
+        plan.config.method(method)
+    except UserError:
+        return False
+    return True
+
+
+def _was_decided(plan: Plan, key: str, tensors: str | None = None) -> bool:
+    """Whether the history has a checkpoint as challenger or champion; with `tensors` these very ones."""
+    lines, _ = read_history(plan.workspace)
+    sides = [line[side] for line in lines for side in ("challenger", "champion") if line.get(side)]
+    return any(side["key"] == key and tensors in (None, side.get("tensors")) for side in sides)
+
+
+def _standing(plan: Plan) -> Champion | None:
+    """Who answers now: the champion, or the newest one before it that is intact."""
+    found = champion.predecessors(plan.workspace)
+    return next((one for one in found if champion.fault_of(plan.config, plan.workspace, one) is None), None)
 
 
 def unrecorded(plan: Plan) -> Entry | None:
@@ -133,11 +183,12 @@ def next_match(plan: Plan) -> Match | None:
     last, ahead = len(manifest["stages"]) - 1, int(plan.config.retrain.protocol == "next_stage")
     if present is None and not lines:
         return _first(plan, last, ahead)
-    decided = {line["stage"] for line in lines if line["decision"] in ("first", "promoted", "kept")}
+    judged = (line for line in lines if line["decision"] in ("first", "promoted", "kept") and not line.get("anew"))
+    decided = {line["stage"] for line in judged}
     seen = -1 if present is None else present.job.stage
     for row in manifest.get("appended", []):
         if row["index"] not in decided and row["index"] - ahead > seen:
-            return _match(plan, row["index"], _lineage(plan).at(row["index"] - ahead), present and present.job)
+            return _match(plan, row["index"], _lineage(plan).at(row["index"] - ahead), present)
     return None
 
 
@@ -145,13 +196,13 @@ def _lineage(plan: Plan) -> Lineage:
     return Lineage(plan.methods[0], plan.seeds[0], plan.config.retrain.protocol)
 
 
-def _match(plan: Plan, stage: int, challenger: Job, present: Job | None) -> Match:
+def _match(plan: Plan, stage: int, challenger: Job, present: Champion | None, anew: bool = False) -> Match:
     from stages.interactions import used_objectives
 
     searching = "search" in used_objectives(plan.workspace, plan.config.search.objectives)
     names = (name for name in BASELINES if searching or name not in SEARCH_BASELINES)
     baselines = tuple(replace(challenger, method=name) for name in names)
-    return Match(stage, challenger, present, baselines)
+    return Match(stage, challenger, present and _standing(plan), baselines, present, anew)
 
 
 def _first(plan: Plan, last: int, ahead: int) -> Match | None:
@@ -172,35 +223,37 @@ def answers(plan: Plan, match: Match) -> Probe:
     return probe(plan.config, plan.workspace, match.challenger, match.stage)
 
 
-def decide(plan: Plan, match: Match, checkpoint: Checkpoint, tests: Sequence[Evaluation], answered: Probe) -> Entry:
+def decide(
+    plan: Plan, match: Match, checkpoint: Checkpoint, tests: Sequence[Evaluation], answered: Probe
+) -> Entry | None:
     """Hold the challenger against the gate, write the decision down, and move the champion if it passed.
 
     Args:
         plan: the retraining.
         match: who meets whom.
         checkpoint: the challenger's.
-        tests: of challenger, champion and baselines on the stage's tests.
+        tests: of those of `match.tested()` on the stage's tests.
         answered: the challenger's answers to single users.
 
     Returns:
-        The history's line.
+        The history's line; None where a roll back came between, and the match is another one.
     """
     from stages.contest import differences, mean_scores
 
     own = plan.config.retrain.gate
-    by_job = {test.job: test for test in tests}
     found: dict[str, Difference] | None = None
     if match.champion is not None:
-        pair = by_job[match.challenger], by_job[match.champion]
-        found = differences(plan.workspace, *pair, own, plan.config.evaluation.bootstrap)
+        found = differences(plan.workspace, tests[0], tests[1], own, plan.config.evaluation.bootstrap)
     judged = verdict(found, answered, own)
-    means = {name(test.job): mean_scores(plan.workspace, test, own.metric) for test in tests}
-    silent = {name(test.job) for test in tests if test.job.method in SEARCH_BASELINES and own.objective != "search"}
+    asked = dict(zip(match.names(), tests, strict=True))
+    means = {model: mean_scores(plan.workspace, test, own.metric) for model, test in asked.items()}
+    silent = {m for m, test in asked.items() if test.job.method in SEARCH_BASELINES and own.objective != "search"}
     others = {objective for found_of in means.values() for objective in found_of} - {own.objective}
     line: Entry = {
         "stage": match.stage,
         "why": _sentence(match, judged.passed, judged.why),
-        "challenger": {"job": asdict(checkpoint.job), "key": checkpoint.key, "digest": checkpoint.digest},
+        "challenger": _challenger(plan, checkpoint),
+        **({"anew": True} if match.anew else {}),
         "metric": own.metric,
         "scores": {model: by.get(own.objective) for model, by in means.items() if model not in silent},
         "other_scores": {kind: {m: by[kind] for m, by in means.items() if kind in by} for kind in sorted(others)},
@@ -208,25 +261,38 @@ def decide(plan: Plan, match: Match, checkpoint: Checkpoint, tests: Sequence[Eva
         "probe": asdict(answered),
         "sampled_users": plan.config.evaluation.users,
     }
-    if judged.passed:
-        champion.promote(plan.workspace, checkpoint, "first" if match.champion is None else "promoted", line)
+    written = _written(plan, match, checkpoint, judged.passed, line)
+    if written is None:
+        log.warning(
+            "another model went into service while %s was tested; it is held against that one", match.names()[0]
+        )
     else:
-        champion.keep(plan.workspace, line)
-    log.info(line["why"])
-    return _last(plan)
+        log.info(line["why"])
+    return written
 
 
-def _last(plan: Plan) -> Entry:
-    return read_history(plan.workspace)[0][-1]
+def _challenger(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
+    tensors = tensors_of(plan.workspace.checkpoints / checkpoint.key)
+    return {"job": asdict(checkpoint.job), "key": checkpoint.key, "digest": checkpoint.digest, "tensors": tensors}
+
+
+def _written(plan: Plan, match: Match, checkpoint: Checkpoint, passed: bool, line: Entry) -> Entry | None:
+    """The decision as it stands: it does as long as the champion is the one that the match was made with."""
+    if not passed:
+        return champion.keep(plan.workspace, line, match.present)
+    rise = "rebuilt" if match.anew else "first" if match.present is None else "promoted"
+    return champion.promote(plan.workspace, checkpoint, rise, line, match.present)
 
 
 def _sentence(match: Match, passed: bool, why: str) -> str:
-    challenger = name(match.challenger)
+    challenger = match.names()[0] + ("," if match.anew else "")
+    if match.present is not None and (match.champion is None or not match.present.is_model(match.champion)):
+        why = f"{why}; the champion, {name(match.present.job)}, is damaged"
     if passed:
         return f"{challenger} goes into service: {why}"
     if match.champion is None:
         return f"{challenger} does not go into service, and nothing else is: {why}"
-    return f"{name(match.champion)} stays in service, {challenger} does not replace it: {why}"
+    return f"{name(match.champion.job)} stays in service, {challenger} does not replace it: {why}"
 
 
 def name(job: Job) -> str:
@@ -242,8 +308,9 @@ def mirror(plan: Plan, line: Entry) -> None:
 def mirrored(workspace: Workspace, experiment: str, line: Entry) -> None:
     """Copy a decision into MLflow, and earlier ones it missed; a store that fails only costs a warning."""
     try:
+        count = copies.count(workspace)
         mirror_store.record_decisions(workspace, experiment)
-        copies.note(workspace, "mlflow")
+        copies.note(workspace, "mlflow", count)
     except Exception as error:
         words = " ".join(str(error).split())[:300] or type(error).__name__
         log.warning("MLflow does not have the decision on stage %s (%s); the next run records it", line["stage"], words)

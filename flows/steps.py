@@ -14,7 +14,7 @@ from flows.terminal import watcher
 from flows.workers import fitting
 from stages.config import load_config
 from stages.errors import UserError
-from stages.jobs import Checkpoint, Evaluation, Job
+from stages.jobs import Checkpoint, Evaluation, Job, Pin
 from stages.workspace import Workspace, read_json, sweep, write_json
 
 if TYPE_CHECKING:
@@ -168,17 +168,16 @@ def train(plan: Plan, job: Job) -> Checkpoint:
     return checkpoint
 
 
-def evaluate(plan: Plan, job: Job, tested: int) -> Evaluation:
-    """Measure one model on one stage's tests."""
+def evaluate(plan: Plan, job: Job, tested: int, pin: Pin | None = None) -> Evaluation:
+    """Measure one model on one stage's tests; `pin` names a checkpoint besides the one that the settings give."""
     from stages.evaluate import evaluate_stage
     from stages.sampled import evaluate_sampled
 
     watcher().start(f"test {_title(job)} on stage {tested}")
     users = plan.config.evaluation.users
-    evaluation = evaluate_stage(
-        plan.config, plan.workspace, job, tested=tested, users=users, matrix=False, progress=watcher().count
-    )
-    evaluate_sampled(plan.config, plan.workspace, evaluation)
+    asked = {"tested": tested, "users": users, "progress": watcher().count, "pin": pin}
+    evaluation = evaluate_stage(plan.config, plan.workspace, job, **asked)
+    evaluate_sampled(plan.config, plan.workspace, evaluation, pin)
     watcher().finish()
     return evaluation
 

@@ -49,7 +49,6 @@ record = task(name="record in MLflow", cache_policy=NO_CACHE)(steps.record)
 
 take = task(name="new rows", cache_policy=NO_CACHE)(retraining.take)
 grow = task(name="semantic IDs of new items", cache_policy=NO_CACHE)(retraining.grow)
-rebuild = task(name="rebuild champion", cache_policy=NO_CACHE)(retraining.rebuild)
 answers = task(name="probe challenger", cache_policy=NO_CACHE)(retraining.answers)
 decide = task(name="decide", task_run_name="decide on stage {match.stage}", cache_policy=NO_CACHE)(retraining.decide)
 mirror = task(name="record decision in MLflow", cache_policy=NO_CACHE)(retraining.mirror)

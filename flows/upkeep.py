@@ -69,23 +69,28 @@ def _foretold(plan: Plan, new: str | None, close_now: bool) -> str:
 
 @app.command()
 def rollback(workspace: ThisFolder) -> None:
-    """Put the champion before the present one back into service."""
+    """Put the champion before the present one back into service; a retraining under way does not hold it up."""
     started_in(workspace)
     from flows import retraining, terminal
-    from flows.experiment import exclusive, remembered_config
+    from flows.experiment import InUseError, exclusive, remembered_config
     from flows.promotion import champion
 
-    _, place = remembered_config(workspace)
-    with exclusive(place):
-        gone, back = champion.roll_back(place)
-        said = f"{retraining.name(back.job)} is in service again, {retraining.name(gone.job)} is not"
-        terminal.stdout().print(said, soft_wrap=True)
-        # It is done and said; what follows only shows it, and may take Prefect some seconds.
-        with terminal.watching() as watcher:
+    config, place = remembered_config(workspace)
+    gone, back = champion.roll_back(config, place)
+    said = f"{retraining.name(back.job)} is in service again, {retraining.name(gone.job)} is not"
+    terminal.stdout().print(said, soft_wrap=True)
+    onward = f"the next challenger goes on from the newest stage of {config.retrain.method}, not from this model"
+    terminal.stdout().print(onward, soft_wrap=True)
+    # It is done and said; what follows only shows it, and may take Prefect some seconds.
+    try:
+        with exclusive(place), terminal.watching() as watcher:
             watcher.label = "recording"
             from flows.running import run
 
             run("rollback", {"workspace": str(place.root.resolve())})
+    except InUseError:
+        later = "MLflow and Prefect are told by the run under way, or by the next one"
+        terminal.stdout().print(later, soft_wrap=True)
 
 
 @app.command()

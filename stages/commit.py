@@ -117,7 +117,7 @@ def _common(config: Config, dataset: Dataset, job: Job) -> dict[str, Any]:
         "protocol": job.protocol,
         "baskets": config.evaluation.baskets,
         "backbone": config.backbone.model_dump(exclude={"path", "device"}),
-        "weights": _weights_digest(config.backbone.path),
+        "weights": weights_digest(config.backbone.path),
         "adapter": config.adapter.model_dump(),
     }
 
@@ -171,7 +171,7 @@ def _method_settings(settings: MethodConfig) -> dict[str, Any]:
     return values
 
 
-def _weights_digest(path: str | None) -> str | None:
+def weights_digest(path: str | None) -> str | None:
     """Hash of a local backbone's weights, settings and tokenizer, wherever the folder lies; a hub id names itself."""
     if path is None or not Path(path).is_dir():
         return path

@@ -13,14 +13,13 @@ import polars as pl
 from models.generative_recommender import GenerativeRecommender
 from models.recommender import Recommender
 from stages.baselines import fit_baseline
-from stages.checkpoint import quarantine, tensors_digest
-from stages.commit import checkpoint_folders, commit_key, lineage_jobs
+from stages.checkpoint import quarantine
 from stages.config import Config
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
 from stages.examples import Encoder
 from stages.item_vectors import item_documents
-from stages.jobs import BASELINES, SEARCH_BASELINES, Evaluation, Job
+from stages.jobs import BASELINES, SEARCH_BASELINES, Evaluation, Job, Pin
 from stages.locks import held
 from stages.queries import (
     Queries,
@@ -33,7 +32,8 @@ from stages.queries import (
 from stages.ranking import rank_queries
 from stages.search_config import Objective
 from stages.search_examples import query_vocabulary
-from stages.train import derived_seed, restore_model
+from stages.stored import Stored, stored
+from stages.train import derived_seed, put_together
 from stages.workspace import Workspace, digest_of, read_json, replacing, sha256_file, write_json
 
 CODE_VERSION = 2
@@ -53,6 +53,7 @@ def evaluate_stage(
     users: int | None = None,
     matrix: bool = False,
     progress: Progress | None = None,
+    pin: Pin | None = None,
 ) -> Evaluation:
     """Rank the test queries of stage `tested` with `job`'s model, or return the result where it is on disk already.
 
@@ -64,18 +65,20 @@ def evaluate_stage(
         users: size of a seeded sample of test users; None tests all.
         matrix: a cell of R[i][j], measured on `evaluation.matrix_users` users.
         progress: called with (queries done, queries).
+        pin: the checkpoint to ask; absent: the one that `config` gives.
 
     Raises:
         UserError: the lineage is not trained or is damaged.
     """
     dataset = load_dataset(config, workspace)
     sample = config.evaluation.matrix_users if matrix else users
-    key = _evaluation_key(config, dataset, job, tested, sample)
-    own = job.method if job.method in BASELINES else lineage_jobs(config, job)[-1].method
+    found = None if job.method in BASELINES else stored(config, workspace, dataset, job, pin)
+    key = _evaluation_key(config, dataset, job, found, tested, sample)
+    own = job.method if found is None else found.method
     name = f"{job.protocol}-{own}-seed{job.seed}-stage{job.stage:02d}-on{tested:02d}-{key[:16]}"
     path = workspace.evaluations / f"{name}.parquet"
     side = path.with_suffix(".json")
-    model = _model_digest(config, workspace, dataset, job)
+    model = None if found is None else found.tensors
     facts = _intact(path, side, model)
     if facts is None:
         # Looked at again under the lock: another process may have measured it meanwhile.
@@ -83,7 +86,7 @@ def evaluate_stage(
             facts = _intact(path, side, model)
             if facts is None:
                 started = time.perf_counter()
-                frame = _measure(config, workspace, dataset, job, tested, sample, progress)
+                frame = _measure(config, workspace, dataset, job, found, tested, sample, progress)
                 with replacing(path) as temporary:
                     frame.write_parquet(temporary)
                 seconds = time.perf_counter() - started
@@ -97,18 +100,6 @@ def evaluate_stage(
         matrix=matrix,
         **facts,
     )
-
-
-def _model_digest(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> str | None:
-    """Names the tensors of `job`'s whole lineage as they are on disk; None for a baseline, which has none.
-
-    Raises:
-        UserError: a checkpoint of the lineage is missing.
-    """
-    if job.method in BASELINES:
-        return None
-    folders = checkpoint_folders(config, workspace, dataset, job)
-    return digest_of([tensors_digest(folder) for folder in folders])
 
 
 def _intact(path: Path, side: Path, model: str | None) -> dict[str, Any] | None:
@@ -128,29 +119,48 @@ def _intact(path: Path, side: Path, model: str | None) -> dict[str, Any] | None:
 
 
 def recommender(
-    config: Config, workspace: Workspace, dataset: Dataset, job: Job, objective: Objective = "recommendation"
+    config: Config,
+    workspace: Workspace,
+    dataset: Dataset,
+    job: Job,
+    objective: Objective = "recommendation",
+    pin: Pin | None = None,
 ) -> Recommender:
     """`job`'s model, or the baseline of that name fitted to one objective, ready to rank what `job.stage` knows.
+
+    Args:
+        config: the experiment.
+        workspace: holds the trained lineage of `job` (baselines need none).
+        dataset: its prepared log.
+        job: method or baseline, seed, protocol and the last stage it has seen.
+        objective: that a baseline is fitted to.
+        pin: the checkpoint to answer with; absent: the one that `config` gives.
 
     Raises:
         UserError: the lineage is not trained or is damaged, or a baseline that does not answer this objective.
     """
+    if job.method not in BASELINES:
+        return as_recommender(stored(config, workspace, dataset, job, pin), dataset, job)
     known = dataset.catalogue.known(job.stage)
     own = config.evaluation
-    if job.method in BASELINES:
-        documents = known_documents(workspace, known) if job.method in SEARCH_BASELINES else ()
-        place = (job.stage, job.protocol, job.seed, own.exclude_history)
-        return fit_baseline(job.method, dataset.interactions, known, *place, objective, documents)
+    documents = known_documents(workspace, known) if job.method in SEARCH_BASELINES else ()
+    place = (job.stage, job.protocol, job.seed, own.exclude_history)
+    return fit_baseline(job.method, dataset.interactions, known, *place, objective, documents)
+
+
+def as_recommender(found: Stored, dataset: Dataset, job: Job) -> Recommender:
+    """The model of verified checkpoints, ready to rank what `job.stage` knows."""
+    known, config = dataset.catalogue.known(job.stage), found.config
     vocabulary = query_vocabulary(config, dataset)
     encoder = Encoder(dataset.interactions, dataset.catalogue, vocabulary, config.search.query_tokens)
     return GenerativeRecommender(
-        restore_model(config, workspace, dataset, job),
+        put_together(found, dataset, job),
         codes=dataset.catalogue.codes[:known],
         sizes=dataset.catalogue.sizes,
         prompts=encoder.prompts,
         history_length=config.training.history_length,
-        beam=own.beam,
-        exclude_history=own.exclude_history,
+        beam=config.evaluation.beam,
+        exclude_history=config.evaluation.exclude_history,
         unread=dataset.catalogue.from_events,
     )
 
@@ -193,31 +203,30 @@ def _measure(
     workspace: Workspace,
     dataset: Dataset,
     job: Job,
+    found: Stored | None,
     tested: int,
     sample: int | None,
     progress: Progress | None,
 ) -> pl.DataFrame:
     """The rows of every objective that the job's model answers, one after the other."""
-    own, counted = config.evaluation, job.method in BASELINES
-    model = None
+    own, trained_by = config.evaluation, config if found is None else found.config
+    model = None if found is None else as_recommender(found, dataset, job)
     frames = []
     for objective in asked_objectives(dataset, job):
-        if counted or model is None:
-            model = recommender(config, workspace, dataset, job, objective)
         frames.append(
             rank_queries(
-                model,
+                model or recommender(config, workspace, dataset, job, objective),
                 dataset.interactions,
                 test_queries(config, dataset, job, tested, sample, objective),
                 known=dataset.catalogue.known(job.stage),
                 k=own.k,
-                batch_size=1024 if counted else own.batch_size,
+                batch_size=1024 if found is None else own.batch_size,
                 seen_stage=job.stage,
                 tested_stage=tested,
                 exclude_history=own.exclude_history,
                 trained=_trained_events(config, dataset, job),
                 objective=objective,
-                history="recommendation" if rests_on_recommendations(config, job, objective) else "both",
+                history="recommendation" if rests_on_recommendations(trained_by, job, objective) else "both",
                 progress=progress,
             )
         )
@@ -248,14 +257,17 @@ def _trained_events(config: Config, dataset: Dataset, job: Job) -> np.ndarray:
     return training_targets(dataset.interactions, range(job.stage + 1), job.protocol, job.seed)
 
 
-def _evaluation_key(config: Config, dataset: Dataset, job: Job, tested: int, sample: int | None) -> str:
-    if job.method in BASELINES:
+def _evaluation_key(
+    config: Config, dataset: Dataset, job: Job, found: Stored | None, tested: int, sample: int | None
+) -> str:
+    if found is None:
         model: Any = [job.method, job.seed, job.stage, job.protocol, dataset.digest(job.stage)]
     else:
-        model = [commit_key(config, dataset, lineage_jobs(config, job)[-1]), job.stage]
+        model = [found.key, job.stage]
     aside = {"protocols", "bootstrap", "matrix_users", "users", "batch_size", "negatives"}
     settings = config.evaluation.model_dump(exclude=aside)
     drawn = None if sample is None else [sample, "by id"]
-    place = [tested, job.protocol, drawn, config.training.history_length, dataset.digest(max(tested, job.stage))]
-    searching = {} if dataset.interactions.query is None else {"search": config.search.model_dump()}
+    read = config if found is None else found.config
+    place = [tested, job.protocol, drawn, read.training.history_length, dataset.digest(max(tested, job.stage))]
+    searching = {} if dataset.interactions.query is None else {"search": read.search.model_dump()}
     return digest_of({"code": CODE_VERSION, "model": model, "evaluation": settings, "place": place, **searching})

@@ -22,6 +22,19 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Pin:
+    """The very checkpoint that is meant, whatever the settings give by now.
+
+    Attributes:
+        key: its folder's name below `runs/checkpoints`.
+        tensors: digest of the tensors of its whole lineage (`stages.stored`); None where nobody noted it.
+    """
+
+    key: str
+    tensors: str | None = None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A committed stage.
 

@@ -21,7 +21,10 @@ LEFT_OUT = "left_out.json"
 """Beside an exported model's checkpoints: the digest of the tensors of those that it does not read, by name."""
 _good: dict[Path, tuple[Stamps, str, str]] = {}
 """By folder: its files, its key, and the digest of its parents, when it was found good."""
+_whole: dict[Path, Stamps] = {}
+"""By folder: its files when they were as its manifest says."""
 remember_in(_good)
+remember_in(_whole)
 
 
 @dataclass
@@ -59,9 +62,20 @@ def fault_in_lineage(folder: Path, link: Link, parents: Parents) -> str | None:
     found = stamps, link.key, parents.chain
     if stamps and _good.get(folder) == found:
         return None
-    fault = fault_of(folder) or other_inputs(folder, link.inputs) or stale_parent(folder, parents.tensors)
+    fault = fault_in_files(folder) or other_inputs(folder, link.inputs) or stale_parent(folder, parents.tensors)
     if fault is None and is_settled(*(stamp for _, stamp in stamps)):
         _good[folder] = found
+    return fault
+
+
+def fault_in_files(folder: Path) -> str | None:
+    """`stages.checkpoint.fault_of`, whose hashing this process does not repeat while the files stay what they were."""
+    stamps = _stamps(folder)
+    if stamps and _whole.get(folder) == stamps:
+        return None
+    fault = fault_of(folder)
+    if fault is None and is_settled(*(stamp for _, stamp in stamps)):
+        _whole[folder] = stamps
     return fault
 
 

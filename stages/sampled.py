@@ -31,7 +31,7 @@ from stages.evaluate import (
     test_queries,
 )
 from stages.interactions import IntArray, Interactions
-from stages.jobs import BASELINES, Evaluation, Job
+from stages.jobs import BASELINES, Evaluation, Job, Pin
 from stages.metrics import hit_at_k, ndcg_at_k
 from stages.queries import Queries, training_targets
 from stages.ranking import Asking, asking_of, targets_of
@@ -153,13 +153,16 @@ def _strike(keys: npt.NDArray[np.float64], asking: Asking, query: IntArray, item
         keys[line, targets[targets < keys.shape[1]]] = -np.inf
 
 
-def evaluate_sampled(config: Config, workspace: Workspace, evaluation: Evaluation) -> Path | None:
+def evaluate_sampled(
+    config: Config, workspace: Workspace, evaluation: Evaluation, pin: Pin | None = None
+) -> Path | None:
     """Rank the targets of a measured cell among their candidates; written beside the cell, once.
 
     Args:
         config: `evaluation.negatives` says how candidates are drawn; with `off` nothing happens.
         workspace: holds the evaluation and, in `stages/candidates`, the candidate files.
         evaluation: a headline cell.
+        pin: the checkpoint that it measured; absent: the one that `config` gives.
 
     Returns:
         A Parquet file: user, objective and rank of every target (0: in no catalogue the model knew); None with `off`.
@@ -177,7 +180,7 @@ def evaluate_sampled(config: Config, workspace: Workspace, evaluation: Evaluatio
     frames, model = [], None
     for objective in asked_objectives(dataset, job):
         if job.method in BASELINES or model is None:
-            model = recommender(config, workspace, dataset, job, objective)
+            model = recommender(config, workspace, dataset, job, objective, pin)
         users = config.evaluation.users
         queries = test_queries(config, dataset, job, evaluation.tested, users, objective)
         frames.append(_ranked(config, workspace, dataset, job, evaluation.tested, objective, model, queries))

@@ -25,13 +25,14 @@ from stages.errors import UserError
 from stages.file_time import at_files
 from stages.fit import Fit, Progress, drift, moving, reproducible
 from stages.jobs import Checkpoint, Job
-from stages.lineage import Parents, fault_in_lineage, left_out
+from stages.lineage import Parents, fault_in_lineage
 from stages.locks import held
 from stages.memory import forget_peak_memory, peak_memory
 from stages.methods.contract import Schedule, Stateful
 from stages.past import past_of
 from stages.search_examples import query_vocabulary
 from stages.stage_examples import stage_examples
+from stages.stored import Stored, stored
 from stages.workspace import Workspace, digest_of, read_json, sha256_file
 
 
@@ -70,17 +71,7 @@ def lineage_folders(config: Config, workspace: Workspace, dataset: Dataset, job:
     Raises:
         UserError: one is missing or damaged.
     """
-    chain = links(config, dataset, job)
-    folders, parents = folders_of(config, workspace, job, chain), Parents()
-    elsewhere = left_out(workspace.checkpoints)
-    for folder, link in zip(folders, chain, strict=True):
-        if folder.name in elsewhere:
-            parents.note(folder.name, elsewhere[folder.name])
-            continue
-        if fault := fault_in_lineage(folder, link, parents):
-            raise UserError(f"{folder}: {fault}; run the same command again to train this stage")
-        parents.add(folder)
-    return folders
+    return stored(config, workspace, dataset, job).folders
 
 
 def folders_read(config: Config, job: Job, folders: list[Path]) -> list[Path]:
@@ -91,9 +82,13 @@ def folders_read(config: Config, job: Job, folders: list[Path]) -> list[Path]:
 
 def restore_model(config: Config, workspace: Workspace, dataset: Dataset, job: Job) -> GenerativeModel:
     """`job`'s model in eval mode, with its adapter folded in."""
-    model = bare_model(config, dataset, job.seed)
-    folders = lineage_folders(config, workspace, dataset, job)
-    method_of(config, job.method).restore(model, folders)
+    return put_together(stored(config, workspace, dataset, job), dataset, job)
+
+
+def put_together(found: Stored, dataset: Dataset, job: Job) -> GenerativeModel:
+    """The model of verified checkpoints in eval mode, with its adapter folded in."""
+    model = bare_model(found.config, dataset, job.seed)
+    method_of(found.config, job.method).restore(model, found.folders)
     lora.fold(model.stack)
     return model.eval()
 
@@ -258,6 +253,8 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         **report,
         **training,
     }
+    if config.backbone.path is not None:
+        state["backbone_path"] = config.backbone.path
     if dataset.interactions.query is not None:
         state["targets_by_objective"] = examples.targets
     place = folders_of(config, workspace, job, chain)[-1]

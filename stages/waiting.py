@@ -14,6 +14,7 @@ import polars as pl
 from stages.coded import LOG_SCHEMA, ORDER
 from stages.content import content_digest, write_parquet
 from stages.errors import UserError
+from stages.shapes import shaped
 from stages.stage_files import COLUMNS
 from stages.workspace import SCHEMA, Workspace, read_json, sha256_file, write_json
 
@@ -47,7 +48,7 @@ def load_waiting(workspace: Workspace) -> Waiting:
         UserError: a file is missing or damaged.
     """
     path = _manifest(workspace)
-    found: dict[str, Any] = read_json(path) if path.is_file() else {"parts": {}}
+    found = _noted(path)
     tables = {part: _read(workspace, part, found["parts"].get(part)) for part in FOLDERS}
     files = found.get("files", ()) if found.get("stages") == _stages(workspace) else ()
     return Waiting(**tables, files=frozenset(files))
@@ -56,8 +57,8 @@ def load_waiting(workspace: Workspace) -> Waiting:
 def store_waiting(workspace: Workspace, waiting: Waiting) -> None:
     """Replace the stored tables; the same tables again write nothing."""
     path = _manifest(workspace)
-    before = read_json(path) if path.is_file() else {"parts": dict.fromkeys(FOLDERS)}
-    parts = {part: _write(workspace, part, getattr(waiting, part), before["parts"][part]) for part in FOLDERS}
+    before = _noted(path)
+    parts = {part: _write(workspace, part, getattr(waiting, part), before["parts"].get(part)) for part in FOLDERS}
     after = {"schema": SCHEMA, "parts": parts, "stages": _stages(workspace), "files": sorted(waiting.files)}
     if after != before:
         write_json(path, after, seal=True)
@@ -86,6 +87,22 @@ def with_reason(rows: pl.DataFrame, reason: str) -> pl.DataFrame:
 
 def _manifest(workspace: Workspace) -> Path:
     return workspace.root / "open" / "manifest.json"
+
+
+@dataclass(frozen=True)
+class _Table:
+    file: str
+    digest: str
+    sha256: str
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """The manifest; without one no table was written."""
+    found = read_json(path) if path.is_file() else {"parts": {}}
+    parts = found.get("parts") if isinstance(found, dict) else None
+    remedy = "remove it to take its rows from the sources again"
+    shaped(dict[str, _Table | None], parts, path, "not a list of the rows that wait", remedy)
+    return found
 
 
 def _read(workspace: Workspace, part: str, entry: dict[str, Any] | None) -> pl.DataFrame:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from stages.errors import UserError
+from stages.shapes import shaped
 
 SCHEMA = 1
 SEAL = "seal"
@@ -99,7 +100,8 @@ class Workspace:
         """
         marker = self.root / "workspace.json"
         if marker.exists():
-            self._check(read_json(marker), name)
+            remedy = f"write the name of its experiment anew, which is {name!r}, or choose another workspace"
+            self._check(shaped(dict[str, Any], read_json(marker), marker, "not a workspace's name", remedy), name)
             return
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)

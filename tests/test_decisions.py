@@ -18,25 +18,25 @@ class Killed(BaseException):
 
 def test_a_mirror_lacks_what_it_was_not_given(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     for stage in range(3):
-        champion.keep(workspace, {"stage": stage})
+        champion.keep(workspace, {"stage": stage}, None)
     assert [line["stage"] for line in copies.lacking(workspace, "mlflow")] == [0, 1, 2]
     assert [line["stage"] for line in copies.lacking(workspace, "prefect", known=2)] == [2]
-    copies.note(workspace, "mlflow")
+    copies.note(workspace, "mlflow", 3)
     assert not copies.lacking(workspace, "mlflow")
     assert len(copies.lacking(workspace, "prefect")) == 3
-    champion.keep(workspace, {"stage": 3})
+    champion.keep(workspace, {"stage": 3}, None)
     assert [line["stage"] for line in copies.lacking(workspace, "mlflow")] == [3]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
     assert len(copies.lacking(workspace, "mlflow")) == 4
     monkeypatch.undo()
     history.history_file(workspace).unlink()
-    champion.keep(workspace, {"stage": 0})
-    copies.note(workspace, "prefect")
+    champion.keep(workspace, {"stage": 0}, None)
+    copies.note(workspace, "prefect", 1)
     assert [line["stage"] for line in copies.lacking(workspace, "mlflow")] == [0], "it counted lines that are gone"
 
 
 def test_a_decision_whose_recording_a_kill_prevented_is_recorded_by_the_next_run(workspace: Workspace) -> None:
-    champion.keep(workspace, {"stage": 1})
+    champion.keep(workspace, {"stage": 1}, None)
     given: list[Any] = []
 
     class Doing:
@@ -45,7 +45,7 @@ def test_a_decision_whose_recording_a_kill_prevented_is_recorded_by_the_next_run
         @staticmethod
         def mirror(_: Any, line: history.Entry) -> None:
             given.append(line["stage"])
-            copies.note(workspace, "mlflow")
+            copies.note(workspace, "mlflow", copies.count(workspace))
 
     class Plan:
         pass
@@ -64,7 +64,7 @@ def test_a_decision_recorded_by_half_is_completed_and_not_repeated(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = {"stage": 1, "why": "it is no better", "challenger": None, "probe": {"p95_ms": 2.5}}
-    champion.keep(workspace, line)
+    champion.keep(workspace, line, None)
 
     def die(*_: Any, **__: Any) -> None:
         raise Killed

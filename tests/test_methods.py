@@ -155,7 +155,7 @@ def test_a_model_is_put_together_from_what_its_method_says_it_reads(
         shutil.copytree(place, bare.root / place.relative_to(board.root))
     others = {place.name: tensors_digest(place) for place in folders if place not in needed}
     if others:
-        with pytest.raises(UserError, match="run the same command again"):
+        with pytest.raises(UserError, match="no manifest; run `driftrec retrain`, or the command that trained it"):
             model_after(config, bare, own)
     write_json(bare.checkpoints / LEFT_OUT, others)
     assert torch.equal(probe(model_after(config, bare, own)), probe(model_after(config, board, own)))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 from flows.promotion import champion, history
 from flows.promotion.gate import verdict
 from stages import contest
+from stages.config import Config
 from stages.contest import Difference, Probe, differences, mean_scores
 from stages.errors import UserError
 from stages.jobs import Checkpoint, Evaluation, Job
 from stages.retrain_config import GateConfig
-from stages.workspace import Workspace, sha256_file, write_json
+from stages.train import train_stage
+from stages.workspace import Workspace, read_json, sha256_file, write_json
+from tests import tiny
 
 GOOD = Probe(users=50, p50_ms=10.0, p95_ms=20.0, invalid_rate=0.0)
 
@@ -125,65 +129,152 @@ def test_no_test_user_gives_no_number(workspace: Workspace) -> None:
     assert contest._summed_up(means, 100)["all"] == Difference(None, None, None, 0, None, None)
 
 
+def settings() -> Config:
+    training = {**tiny.config().training.model_dump(), "first_epochs": 1, "epochs": 1}
+    return tiny.config(training=training)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Three stages of one lineage, trained."""
+    workspace = tiny.checkerboard(tmp_path_factory.mktemp("made"))
+    train_stage(settings(), workspace, Job("single", 0, "same_stage", 2))
+    return workspace
+
+
+@pytest.fixture
+def shop(made: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of it, to be changed."""
+    shutil.copytree(made.root, tmp_path / "shop")
+    return Workspace(tmp_path / "shop")
+
+
 def committed(workspace: Workspace, stage: int) -> Checkpoint:
-    """A checkpoint folder that verifies."""
-    key = f"same_stage-single-seed0-stage{stage:02d}"
-    folder = workspace.checkpoints / key
-    folder.mkdir(parents=True)
-    write_json(folder / "manifest.json", {"schema": 1, "files": []})
-    job = Job("single", 0, "same_stage", stage)
-    return Checkpoint(job, key, sha256_file(folder / "manifest.json"), 1.0, 1, 1, None, 1, False)
+    return train_stage(settings(), workspace, Job("single", 0, "same_stage", stage))
 
 
-def test_the_champion_moves_by_promotion_and_goes_back_step_by_step(workspace: Workspace) -> None:
-    assert champion.champion(workspace) is None
-    for stage in range(3):
-        champion.promote(workspace, committed(workspace, stage), "promoted" if stage else "first", {"stage": stage})
-    champion.keep(workspace, {"stage": 3})
-    assert champion.champion(workspace) == Job("single", 0, "same_stage", 2)
+def promoted(workspace: Workspace, *stages: int) -> None:
+    """The models of these stages go into service after one another."""
+    for stage in stages:
+        present = champion.settle(workspace)
+        rise = "promoted" if present else "first"
+        assert champion.promote(workspace, committed(workspace, stage), rise, {"stage": stage}, present)
+
+
+def back(workspace: Workspace) -> tuple[champion.Champion, champion.Champion]:
+    return champion.roll_back(settings(), workspace)
+
+
+def test_the_champion_moves_by_promotion_and_goes_back_step_by_step(shop: Workspace) -> None:
+    assert champion.champion(shop) is None
+    promoted(shop, 0, 1, 2)
+    assert champion.keep(shop, {"stage": 3}, champion.in_service(shop))
+    assert champion.champion(shop) == Job("single", 0, "same_stage", 2)
     for stage in (1, 0):
-        assert champion.roll_back(workspace)[1].job.stage == stage
-        assert champion.champion(workspace) == Job("single", 0, "same_stage", stage)
+        assert back(shop)[1].job.stage == stage
+        assert champion.champion(shop) == Job("single", 0, "same_stage", stage)
     with pytest.raises(UserError, match="no earlier champion"):
-        champion.roll_back(workspace)
-    decisions = [line["decision"] for line in history.read_history(workspace)[0]]
+        back(shop)
+    decisions = [line["decision"] for line in history.read_history(shop)[0]]
     assert decisions == ["first", "promoted", "promoted", "kept", "rolled_back", "rolled_back"]
 
 
-def test_champion_json_holds_what_a_service_reads(workspace: Workspace) -> None:
-    made = committed(workspace, 0)
-    champion.promote(workspace, made, "first", {})
-    found = json.loads((workspace.root / "champion.json").read_text())
+def test_a_model_trained_anew_is_laid_on_the_one_it_replaces(shop: Workspace) -> None:
+    promoted(shop, 1)
+    assert champion.promote(shop, committed(shop, 2), "rebuilt", {"stage": 2}, champion.in_service(shop))
+    assert [found.job.stage for found in champion.predecessors(shop)] == [2, 1]
+    assert back(shop)[1].job.stage == 1
+
+
+def test_a_decision_that_another_overtook_is_none(shop: Workspace) -> None:
+    promoted(shop, 0, 1)
+    before = champion.in_service(shop)
+    back(shop)
+    lines = history.history_file(shop).read_bytes()
+    assert champion.promote(shop, committed(shop, 2), "promoted", {"stage": 2}, before) is None
+    assert not champion.keep(shop, {"stage": 2}, before)
+    assert history.history_file(shop).read_bytes() == lines
+    assert champion.champion(shop) == Job("single", 0, "same_stage", 0)
+
+
+def test_champion_json_holds_what_a_service_reads(shop: Workspace) -> None:
+    promoted(shop, 0)
+    made, found = committed(shop, 0), json.loads((shop.root / "champion.json").read_text())
     assert found.pop("since").startswith("20")
+    assert len(found.pop("tensors")) == 64
     job = {"method": "single", "seed": 0, "protocol": "same_stage", "stage": 0}
     assert found == {"schema": 1, "job": job, "key": made.key, "digest": made.digest}
 
 
-def test_a_kill_between_history_and_champion_is_settled(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    champion.promote(workspace, committed(workspace, 0), "first", {})
+def test_a_kill_between_history_and_champion_is_settled(shop: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    promoted(shop, 0)
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(champion, "write_json", die)
     with pytest.raises(KeyboardInterrupt):
-        champion.promote(workspace, committed(workspace, 1), "promoted", {})
+        promoted(shop, 1)
     monkeypatch.undo()
-    assert champion.champion(workspace) == Job("single", 0, "same_stage", 0)
-    settled = champion.settle(workspace)
+    assert champion.champion(shop) == Job("single", 0, "same_stage", 0)
+    settled = champion.settle(shop)
     assert settled is not None
     assert settled.job.stage == 1
-    assert champion.in_service(workspace) == settled
+    assert champion.in_service(shop) == settled
 
 
-def test_no_one_goes_back_to_a_damaged_checkpoint(workspace: Workspace) -> None:
-    for stage in range(2):
-        champion.promote(workspace, committed(workspace, stage), "promoted" if stage else "first", {})
-    (workspace.checkpoints / "same_stage-single-seed0-stage00" / "added.txt").touch()
-    before = (workspace.root / "champion.json").read_bytes()
-    with pytest.raises(UserError, match="files missing or added"):
-        champion.roll_back(workspace)
-    assert (workspace.root / "champion.json").read_bytes() == before
+def test_no_one_goes_back_to_a_lineage_that_is_damaged_anywhere(shop: Workspace) -> None:
+    promoted(shop, 1, 2)
+    before = (shop.root / "champion.json").read_bytes()
+    first = next(shop.checkpoints.glob("*-first-*"))
+    (first / "added.txt").touch()
+    with pytest.raises(UserError, match=r"-first-.*files missing or added: added\.txt.*the champion stays"):
+        back(shop)
+    (first / "added.txt").unlink()
+    tensors = shop.checkpoints / champion.predecessors(shop)[1].key / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"stage01.*altered: adapter_model"):
+        back(shop)
+    assert (shop.root / "champion.json").read_bytes() == before
+
+
+def test_a_checkpoint_trained_again_to_the_same_tensors_can_be_gone_back_to(shop: Workspace) -> None:
+    promoted(shop, 1, 2)
+    folder = shop.checkpoints / champion.predecessors(shop)[1].key
+    manifest = (folder / "manifest.json").read_bytes()
+    (folder / "adapter_model.safetensors").unlink()
+    assert not committed(shop, 1).reused
+    assert (folder / "manifest.json").read_bytes() != manifest, "the seconds of two trainings agree"
+    assert back(shop)[1].job.stage == 1
+
+
+def test_other_tensors_under_the_same_name_are_not_gone_back_to(shop: Workspace) -> None:
+    promoted(shop, 1, 2)
+    folder = shop.checkpoints / champion.predecessors(shop)[1].key
+    path, manifest = folder / "adapter_model.safetensors", read_json(folder / "manifest.json")
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    row = next(row for row in manifest["files"] if row["name"] == path.name)
+    row["sha256"] = sha256_file(path)
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(UserError, match="its tensors are not those that went into service"):
+        back(shop)
+
+
+def test_what_an_earlier_version_decided_is_told_by_the_manifest_alone(shop: Workspace) -> None:
+    promoted(shop, 1, 2)
+    path = history.history_file(shop)
+    old = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in old:
+        line.pop("digest", None)
+        del line["champion"]["tensors"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    folder = shop.checkpoints / old[0]["champion"]["key"]
+    manifest = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.json").write_bytes(manifest + b"\n")
+    with pytest.raises(UserError, match="did not note to which tensors"):
+        back(shop)
+    (folder / "manifest.json").write_bytes(manifest)
+    assert back(shop)[1].job.stage == 1
 
 
 def test_a_torn_last_line_is_passed_over_and_spoils_no_later_one(workspace: Workspace) -> None:
@@ -195,6 +286,44 @@ def test_a_torn_last_line_is_passed_over_and_spoils_no_later_one(workspace: Work
     history.append_line(workspace, {"decision": "kept"})
     lines, torn = history.read_history(workspace)
     assert ([line["decision"] for line in lines], torn) == (["kept", "kept"], 1)
+
+
+def written(workspace: Workspace, *decisions: str) -> Path:
+    """A history of these decisions."""
+    for number, decision in enumerate(decisions):
+        history.append_line(workspace, {"decision": decision, "stage": number})
+    return history.history_file(workspace)
+
+
+@pytest.mark.parametrize("before", [b"promoted", b"kept", b"first", b'"stage": 1', b'{"schema"'])
+def test_one_altered_letter_of_any_line_is_refused(workspace: Workspace, before: bytes) -> None:
+    path = written(workspace, "first", "promoted", "kept")
+    text = path.read_bytes()
+    path.write_bytes(text.replace(before, bytes([before[0] ^ 1]) + before[1:], 1))
+    with pytest.raises(UserError, match=r"history\.jsonl: line \d.* is not what was written; put the file back"):
+        history.read_history(workspace)
+    with pytest.raises(UserError, match="is not what was written"):
+        history.append_line(workspace, {"decision": "kept"})
+    path.write_bytes(text)
+    assert len(history.read_history(workspace)[0]) == 3
+
+
+def test_a_line_taken_out_of_the_middle_is_missed(workspace: Workspace) -> None:
+    path = written(workspace, "first", "promoted", "kept")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[2])
+    with pytest.raises(UserError, match="line 2, or one before it"):
+        history.read_history(workspace)
+
+
+def test_lines_of_an_earlier_version_are_read_and_vouched_for_by_the_next(workspace: Workspace) -> None:
+    path = history.history_file(workspace)
+    path.write_text('{"schema": 1, "decision": "first"}\n{"schema": 1, "decision": "promoted"}\n')
+    assert [line["decision"] for line in history.read_history(workspace)[0]] == ["first", "promoted"]
+    written(workspace, "kept")
+    path.write_bytes(path.read_bytes().replace(b"promoted", b"promotee"))
+    with pytest.raises(UserError, match="line 3, or one before it"):
+        history.read_history(workspace)
 
 
 def test_a_history_that_is_not_there_is_empty(tmp_path: Path) -> None:

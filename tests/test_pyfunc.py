@@ -104,7 +104,7 @@ def test_exporting_leaves_nothing_of_it_in_the_process(trained: Trained, tmp_pat
     before = set(sys.modules)
     export_model(trained.workspace.root, tmp_path / "model")
     assert not [name for name in set(sys.modules) - before if name.startswith(RUN_BY_MLFLOW)]
-    known = [*workspace._hashed, *lineage._good, *checkpoint._tensors]
+    known = [*workspace._hashed, *lineage._good, *lineage._whole, *checkpoint._tensors]
     assert not [path for path in known if path.is_relative_to(tmp_path)]
 
 

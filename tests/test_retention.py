@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from flows import logs, mirror
-from flows.promotion.history import append_line
+from flows.promotion import champion
 from flows.promotion.retention import removable, remove, superseded
-from stages.checkpoint import fault_of
+from stages.checkpoint import fault_of, tensors_digest
 from stages.commit import checkpoint_folders
 from stages.config import Config
 from stages.dataset import load_dataset
@@ -78,25 +78,66 @@ def test_a_broken_mlflow_keeps_its_models_and_nothing_else(copy: Workspace, capl
     assert "MLflow does not say which models it holds" in caplog.text
 
 
-def test_the_champion_s_lineage_and_the_latest_report_stay(copy: Workspace) -> None:
-    superseded = folders(copy, job("single", 1), 1e-3)[1]
-    own = {"method": "single", "seed": 0, "protocol": "same_stage", "stage": 1}
-    write_json(copy.root / "champion.json", {"job": own})
+def crowned(workspace: Workspace, own: Job, rate: float) -> None:
+    """Put a trained model into service."""
+    found = train_stage(config(rate), workspace, own)
+    assert champion.promote(workspace, found, "promoted", {"stage": own.stage}, champion.settle(workspace))
+
+
+def test_the_champion_s_lineage_and_what_a_roll_back_reaches_stay(copy: Workspace) -> None:
+    crowned(copy, job("single", 1), 1e-3)
     assert gone(copy, keep=1) == set()
-    (copy.root / "champion.json").unlink()
+    crowned(copy, job("single", 2), 1e-2)
+    assert gone(copy, keep=1) == set()
+
+
+def test_a_model_that_was_taken_out_of_service_goes(copy: Workspace) -> None:
+    superseded = folders(copy, job("single", 1), 1e-3)[1]
+    crowned(copy, job("single", 2), 1e-2)
+    crowned(copy, job("single", 1), 1e-3)
+    champion.keep(copy, {"stage": 2}, champion.in_service(copy))
+    assert gone(copy, keep=1) == set()
+    champion.roll_back(config(), copy)
+    assert gone(copy, keep=1) == {superseded.name}
+
+
+def test_nothing_goes_while_the_champion_is_not_to_be_found(copy: Workspace) -> None:
+    crowned(copy, job("single", 1), 1e-3)
+    (folders(copy, job("single", 1), 1e-3)[1] / "state.json").write_text("{")
+    with pytest.raises(UserError, match="or damaged; nothing was removed, run `driftrec retrain` first"):
+        removable(copy)
+    shutil.rmtree(folders(copy, job("single", 1), 1e-3)[1])
+    with pytest.raises(UserError, match="not among the checkpoints"):
+        removable(copy)
+
+
+def test_what_the_latest_report_names_stays(copy: Workspace) -> None:
+    superseded = folders(copy, job("single", 1), 1e-3)[1]
     jobs = {"schema": 1, "checkpoints": [{"key": superseded.name}], "evaluations": []}
     write_json(copy.reports / "a" / "jobs.json", jobs, seal=True)
     write_json(copy.reports / "latest.json", {"schema": 1, "report": "a"})
     assert gone(copy, keep=1) == set()
     assert gone(copy, keep=1, reports=True) == {superseded.name}
-    line = {"at": "2026-01-01T00:00:00+00:00", "decision": "promoted", "champion": {"key": superseded.name}}
-    append_line(copy, line)  # a roll back may still want it
-    assert gone(copy, keep=1, reports=True) == set()
-    write_json(copy.root / "champion.json", {"job": {**own, "seed": 9}})
-    with pytest.raises(UserError, match="not among the checkpoints; nothing was removed"):
-        removable(copy)
     with pytest.raises(UserError, match="--keep 0"):
         removable(copy, keep=0)
+
+
+def test_second_moments_go_and_a_stage_that_needs_them_measures_them_again(tmp_path: Path) -> None:
+    workspace = tiny.checkerboard(tmp_path)
+    gems = {"gems": {"method": "gems", "corpus_tokens": 500, "refresh_every": 5}}
+    settings = Config.model_validate({**config().model_dump(), "methods": gems})
+    train_stage(settings, workspace, job("gems", 1))
+    (moments,) = (workspace.root / "null_space").glob("*.safetensors")
+    before, tensors = moments.read_bytes(), tensors_digest(folders_of_last(settings, workspace))
+    assert gone(workspace) == {moments.name}
+    remove(removable(workspace))
+    shutil.rmtree(folders_of_last(settings, workspace))
+    train_stage(settings, workspace, job("gems", 1))
+    assert (moments.read_bytes(), tensors_digest(folders_of_last(settings, workspace))) == (before, tensors)
+
+
+def folders_of_last(settings: Config, workspace: Workspace) -> Path:
+    return checkpoint_folders(settings, workspace, load_dataset(settings, workspace), job("gems", 1))[-1]
 
 
 def test_the_sweep_takes_what_dead_processes_left_and_nothing_else(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from flows.promotion import champion, registry
 from flows.promotion.history import read_history
 from flows.upkeep import gc
 from stages import contest
+from stages.config import load_config
 from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.jobs import Job
@@ -98,7 +99,6 @@ def test_an_open_gate_lets_the_challenger_in_and_a_shut_one_keeps_the_champion(
 
 
 def test_nobody_is_tested_on_what_trained_it(shop: tuple[Path, Workspace, list[str]]) -> None:
-    from stages.config import load_config
     from stages.queries import same_stage_tests, training_targets
 
     config, workspace, _ = shop
@@ -213,11 +213,11 @@ def test_gc_takes_models_out_of_the_registry_but_never_the_one_in_service(
 ) -> None:
     from mlflow import MlflowClient
 
-    _, workspace = copy
+    config, workspace = copy
     (workspace.root / "mlflow.db").unlink()  # its files lie in the shop that this is a copy of
     registry.record_decisions(workspace, "growing")
     assert registry.old_versions(workspace, "growing", keep=1) == []
-    champion.roll_back(workspace)
+    champion.roll_back(load_config(config), workspace)
     registry.record_decisions(workspace, "growing")
     (old,) = registry.old_versions(workspace, "growing", keep=1)
     assert registry.old_versions(workspace, "growing", keep=2) == []
@@ -274,7 +274,11 @@ def test_one_command_goes_back_and_the_history_tells(
 
     _, workspace = copy
     code, out, _ = driftrec(monkeypatch, capsys, "rollback", "-w", workspace.root)
-    assert (code, out) == (0, "single after stage 1 is in service again, single after stage 2 is not")
+    assert (code, out) == (
+        0,
+        "single after stage 1 is in service again, single after stage 2 is not "
+        "the next challenger goes on from the newest stage of single, not from this model",
+    )
     assert champion.champion(workspace) == Job("single", 0, "same_stage", 1)
     version = MlflowClient(workspace.mlflow_uri).get_model_version_by_alias("driftrec-growing", "champion")
     assert version.tags["stage"] == "1"
@@ -336,18 +340,19 @@ def test_a_run_killed_before_its_decision_goes_on_and_decides_the_same(
         assert first == second
 
 
-def test_changed_settings_rebuild_the_champion_in_the_open(copy: tuple[Path, Workspace]) -> None:
+def test_changed_settings_train_the_champion_anew_and_an_open_gate_lets_it_in(copy: tuple[Path, Workspace]) -> None:
     from flows.retrain import retrain
 
     config, workspace = copy
     before = champion.in_service(workspace)
-    config.write_text(config.read_text().replace("[evaluation]", "learning_rate = 0.002\n[evaluation]"))
+    changed = config.read_text().replace("[evaluation]", "learning_rate = 0.002\n[evaluation]")
+    config.write_text(changed.replace("minimum = 1\n", "minimum = -1\n"))
     said = retrain(str(config), workspace=str(workspace.root))
     after = champion.in_service(workspace)
     assert before is not None
     assert after is not None
     assert (after.job, after.key == before.key) == (before.job, False)
-    assert "**rebuilt**: the data or settings of single after stage 2 changed" in said
+    assert "**rebuilt**: single after stage 2, trained anew, goes into service: hit_at_10" in said
 
 
 def test_a_workspace_that_a_comparison_made_begins_with_the_best_method_of_its_report(

@@ -1,23 +1,32 @@
 """The model in service: `champion.json`, moved only by a decision that `history.jsonl` holds already.
 
 The history is written first. A kill between the two leaves a champion.json that is one decision behind, and `settle`
-catches up.
+catches up. Whoever writes either holds `champion.lock`, for as long as that takes and no longer: a roll back waits for
+no training.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flows.promotion.history import Entry, append_line, read_history
-from stages.checkpoint import fault_of
+from flows.promotion.history import Entry, append_line, history_file, read_history
+from stages.checkpoint import MANIFEST
+from stages.config import Config
+from stages.dataset import load_dataset
 from stages.errors import UserError
-from stages.jobs import Checkpoint, Job
+from stages.jobs import Checkpoint, Job, Pin
+from stages.locks import held
+from stages.shapes import shaped
+from stages.stored import stored, tensors_of
 from stages.workspace import Workspace, read_json, sha256_file, write_json
 
 FILE = "champion.json"
+LOCK = "champion.lock"
 RISES = ("first", "promoted", "rebuilt")
 """Decisions that put a model into service; `rolled_back` takes the last one off again, `kept` changes nothing."""
 
@@ -31,12 +40,26 @@ class Champion:
         key: its checkpoint's folder below `runs/checkpoints`.
         digest: SHA-256 of that checkpoint's manifest.
         since: ISO instant of the decision.
+        tensors: digest of the tensors of its whole lineage; None where an earlier version decided.
     """
 
     job: Job
     key: str
     digest: str
     since: str
+    tensors: str | None = None
+
+    @property
+    def pin(self) -> Pin | None:
+        """What it is loaded by; None for one without a checkpoint, such as a baseline."""
+        return Pin(self.key, self.tensors) if self.key else None
+
+    def is_model(self, other: Champion | None) -> bool:
+        """Whether both are the same tensors, whenever they went into service."""
+        if other is None or self.key != other.key:
+            return False
+        noted = None not in (self.tensors, other.tensors)
+        return self.tensors == other.tensors if noted else self.digest == other.digest
 
     def as_json(self) -> dict[str, Any]:
         """The content of champion.json."""
@@ -73,17 +96,49 @@ def settle(workspace: Workspace) -> Champion | None:
 
     Without a history champion.json stands as it is.
     """
+    with _writing(workspace):
+        return _settled(workspace)
+
+
+def _settled(workspace: Workspace) -> Champion | None:
     lines, _ = read_history(workspace)
     if not lines:
         return in_service(workspace)
-    served = _served(lines)
-    decided = _champion(served[-1], Path("history.jsonl")) if served else None
-    if decided is not None and decided != in_service(workspace):
+    stack = served(lines)
+    decided = _champion(stack[-1], history_file(workspace)) if stack else None
+    if decided is not None and decided != _readable(workspace):
         write_json(champion_file(workspace), decided.as_json())
     return decided
 
 
-def promote(workspace: Workspace, checkpoint: Checkpoint, decision: str, line: Entry) -> Champion:
+def _readable(workspace: Workspace) -> Champion | None:
+    """The champion of the file; None where the file is no good: the history writes it anew."""
+    try:
+        return in_service(workspace)
+    except UserError:
+        return None
+
+
+def predecessors(workspace: Workspace) -> list[Champion]:
+    """The model in service and those that a roll back reaches, newest first, each once.
+
+    Raises:
+        UserError: champion.json or the history is unreadable.
+    """
+    present = in_service(workspace)
+    if present is None:
+        return []
+    found = [present]
+    for entry in reversed(served(read_history(workspace)[0])):
+        earlier = _champion(entry, history_file(workspace))
+        if not any(earlier.is_model(other) for other in found):
+            found.append(earlier)
+    return found
+
+
+def promote(
+    workspace: Workspace, checkpoint: Checkpoint, decision: str, line: Entry, instead_of: Champion | None
+) -> Entry | None:
     """Put a committed checkpoint into service.
 
     Args:
@@ -91,45 +146,95 @@ def promote(workspace: Workspace, checkpoint: Checkpoint, decision: str, line: E
         checkpoint: what was trained.
         decision: `first`, `promoted` or `rebuilt`.
         line: more of the decision, for the history.
+        instead_of: the champion that it was held against.
+
+    Returns:
+        The history's line; None where another one is in service by now, and nothing was decided.
     """
-    new = Champion(checkpoint.job, checkpoint.key, checkpoint.digest, now())
-    append_line(workspace, {"at": new.since, "decision": decision, **line, "champion": new.as_json()})
-    write_json(champion_file(workspace), new.as_json())
-    return new
+    with _writing(workspace):
+        if _settled(workspace) != instead_of:
+            return None
+        tensors = tensors_of(workspace.checkpoints / checkpoint.key)
+        new = Champion(checkpoint.job, checkpoint.key, checkpoint.digest, now(), tensors)
+        whole = {"at": new.since, "decision": decision, **line, "champion": new.as_json()}
+        written = append_line(workspace, whole)
+        write_json(champion_file(workspace), new.as_json())
+        return written
 
 
-def keep(workspace: Workspace, line: Entry) -> Champion | None:
-    """Note that the champion stays."""
-    stays = in_service(workspace)
-    shown = None if stays is None else stays.as_json()
-    append_line(workspace, {"at": now(), "decision": "kept", **line, "champion": shown})
-    return stays
+def keep(workspace: Workspace, line: Entry, champion: Champion | None) -> Entry | None:
+    """Note that the champion stays.
+
+    Args:
+        workspace: where.
+        line: more of the decision, for the history.
+        champion: the one that stays.
+
+    Returns:
+        The history's line; None where another one is in service by now, and nothing was decided.
+    """
+    with _writing(workspace):
+        if _settled(workspace) != champion:
+            return None
+        shown = None if champion is None else champion.as_json()
+        return append_line(workspace, {"at": now(), "decision": "kept", **line, "champion": shown})
 
 
-def roll_back(workspace: Workspace) -> tuple[Champion, Champion]:
+def renew(workspace: Workspace) -> None:
+    """Write champion.json once more as it is: services look again, for its checkpoints were mended."""
+    with _writing(workspace):
+        present = in_service(workspace)
+        if present is not None:
+            write_json(champion_file(workspace), present.as_json())
+
+
+def roll_back(config: Config, workspace: Workspace) -> tuple[Champion, Champion]:
     """Put the champion before the present one back into service.
+
+    Args:
+        config: the workspace's.
+        workspace: where.
 
     Returns:
         The champion taken out of service, and the one that is back.
 
     Raises:
-        UserError: there was none before, or its checkpoint is gone or damaged.
+        UserError: there was none before, or it cannot be loaded as it was.
     """
-    present = settle(workspace)
-    served = _served(read_history(workspace)[0])
-    if present is None or len(served) < 2:
-        raise UserError(f"{workspace.root}: no earlier champion to go back to; `driftrec history` lists the decisions")
-    earlier = _champion(served[-2], Path("history.jsonl"))
-    folder = workspace.checkpoints / earlier.key
-    fault = fault_of(folder) or (None if sha256_file(folder / "manifest.json") == earlier.digest else "trained anew")
-    if fault:
-        raise UserError(f"{folder}: {fault}; the champion stays, train that stage again or retrain forward")
-    back = Champion(earlier.job, earlier.key, earlier.digest, now())
-    why = f"asked for by `driftrec rollback`; stage {present.job.stage}'s model was taken out of service"
-    line = {"at": back.since, "decision": "rolled_back", "stage": back.job.stage, "why": why}
-    append_line(workspace, {**line, "challenger": None, "champion": back.as_json()})
-    write_json(champion_file(workspace), back.as_json())
-    return present, back
+    with _writing(workspace):
+        present = _settled(workspace)
+        stack = served(read_history(workspace)[0])
+        if present is None or len(stack) < 2:
+            raise UserError(
+                f"{workspace.root}: no earlier champion to go back to; `driftrec history` lists the decisions"
+            )
+        earlier = _champion(stack[-2], history_file(workspace))
+        fault = fault_of(config, workspace, earlier) or _unsure(workspace, earlier)
+        if fault is not None:
+            raise UserError(f"{fault}; the champion stays")
+        back = replace(earlier, since=now())
+        why = f"asked for by `driftrec rollback`; stage {present.job.stage}'s model was taken out of service"
+        line = {"at": back.since, "decision": "rolled_back", "stage": back.job.stage, "why": why}
+        append_line(workspace, {**line, "challenger": None, "champion": back.as_json()})
+        write_json(champion_file(workspace), back.as_json())
+        return present, back
+
+
+def fault_of(config: Config, workspace: Workspace, champion: Champion) -> str | None:
+    """Why a champion cannot be put together from the tensors that went into service, or None."""
+    try:
+        stored(config, workspace, load_dataset(config, workspace), champion.job, champion.pin)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _unsure(workspace: Workspace, champion: Champion) -> str | None:
+    """Why nobody can say whether the tensors are those that served: an earlier version noted the manifest's hash."""
+    folder = workspace.checkpoints / champion.key
+    if champion.tensors is not None or not champion.key or sha256_file(folder / MANIFEST) == champion.digest:
+        return None
+    return f"{folder}: trained anew, and the version that decided did not note to which tensors"
 
 
 def now() -> str:
@@ -137,21 +242,23 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _served(lines: list[Entry]) -> list[dict[str, Any]]:
+def served(lines: list[Entry]) -> list[dict[str, Any]]:
     """The champions that a roll back can reach, the present one last."""
     stack: list[dict[str, Any]] = []
     for line in lines:
         if line["decision"] == "rolled_back":
             stack[-2:] = [line["champion"]]
-        elif line["decision"] == "rebuilt":
-            stack[-1:] = [line["champion"]]
         elif line["decision"] in RISES:
             stack.append(line["champion"])
     return stack
 
 
-def _champion(found: dict[str, Any], path: Path) -> Champion:
-    try:
-        return Champion(Job(**found["job"]), found["key"], found["digest"], found["since"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a champion of this version ({error}); run `driftrec retrain` anew") from None
+@contextmanager
+def _writing(workspace: Workspace) -> Iterator[None]:
+    """Hold history and champion.json for the moment of a decision."""
+    with held(workspace.root / LOCK):
+        yield
+
+
+def _champion(found: Any, path: Path) -> Champion:
+    return shaped(Champion, found, path, "not a champion of this version", "run `driftrec retrain` anew")

@@ -6,12 +6,19 @@ The history is the truth; this notes what is still to be handed over, after a ki
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from flows.promotion.history import Entry, read_history
+from stages.shapes import shaped
 from stages.workspace import Workspace, read_json, write_json
 
 FILE = "copies.json"
+
+
+@dataclass(frozen=True)
+class _Copies:
+    given: dict[str, int]
 
 
 def lacking(workspace: Workspace, mirror: str, known: int = 0) -> list[Entry]:
@@ -27,16 +34,23 @@ def lacking(workspace: Workspace, mirror: str, known: int = 0) -> list[Entry]:
     return lines[given:] if given <= len(lines) else lines
 
 
-def note(workspace: Workspace, mirror: str) -> None:
-    """The mirror has every decision of the history."""
-    found = {**_noted(workspace), _name(mirror): len(read_history(workspace)[0])}
+def note(workspace: Workspace, mirror: str, given: int) -> None:
+    """The mirror has the first `given` decisions of the history: so many there were when it was handed them."""
+    found = {**_noted(workspace), _name(mirror): given}
     if found != _noted(workspace):
         write_json(workspace.root / "runs" / FILE, {"schema": 1, "given": found})
 
 
+def count(workspace: Workspace) -> int:
+    """How many decisions there are; counted before they are handed over, as a roll back may come meanwhile."""
+    return len(read_history(workspace)[0])
+
+
 def _noted(workspace: Workspace) -> dict[str, Any]:
     path = workspace.root / "runs" / FILE
-    return read_json(path)["given"] if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {"given": {}}
+    remedy = "remove it: MLflow and Prefect are asked what they have"
+    return shaped(_Copies, found, path, "not a count of recorded decisions", remedy).given
 
 
 def _name(mirror: str) -> str:

@@ -1,7 +1,8 @@
 """`driftrec gc`: what a workspace no longer needs, and taking it away.
 
 A checkpoint is kept while anything rests on it: the champion, the latest report, a kept checkpoint's own lineage, or
-its place among the newest of its method, seed and protocol. What is left are stages of settings since changed.
+its place among the newest of its method, seed and protocol, and so are those that a roll back reaches. What is left are
+stages of settings since changed, and of models since taken out of service.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.mirror import patience, within
-from flows.promotion.history import read_history
+from flows.promotion.champion import champion_file, predecessors
 from stages.checkpoint import MANIFEST
 from stages.errors import UserError
 from stages.workspace import Workspace, forget, left_overs, read_json
@@ -51,13 +52,13 @@ def removable(workspace: Workspace, keep: int = KEEP, reports: bool = False) -> 
         reports: also what only the latest report names.
 
     Raises:
-        UserError: `keep` below 1, or the champion is named but not to be found.
+        UserError: `keep` below 1, or the champion is named but damaged or not to be found.
     """
     if keep < 1:
         raise UserError(f"--keep {keep}: the newest checkpoint of each lineage stays; give 1 or more")
     states = {path.name: _state(path) for path in sorted(workspace.checkpoints.glob("*")) if (path / MANIFEST).exists()}
     jobs = {} if reports else _latest_jobs(workspace)
-    roots = {row["key"] for row in jobs.get("checkpoints", ())} | _champion(workspace, states) | _newest(states, keep)
+    roots = {row["key"] for row in jobs.get("checkpoints", ())} | _champions(workspace, states) | _newest(states, keep)
     kept = _with_parents(roots, states)
     named = {Path(row["path"]).stem for row in jobs.get("evaluations", ())}
     old = [workspace.checkpoints / name for name in states if name not in kept]
@@ -66,11 +67,13 @@ def removable(workspace: Workspace, keep: int = KEEP, reports: bool = False) -> 
     ]
     aside = sorted((workspace.root / "runs" / "quarantine").glob("*"))
     dead = left_overs(workspace.root)
+    moments = sorted((workspace.root / "null_space").glob("*.safetensors"))
     found = [
         *(Removal(path, _size(path), "no report, champion or newer stage rests on it") for path in old),
         *(Removal(path, _size(path), "not in the latest report") for path in tests if path not in dead),
         *(Removal(path, _size(path), "damaged, made again since") for path in aside),
         *(Removal(path, _size(path), "left by a killed run") for path in dead),
+        *(Removal(path, _size(path), "second moments, measured again where a stage needs them") for path in moments),
     ]
     return sorted(found, key=lambda removal: removal.path)
 
@@ -133,26 +136,15 @@ def _latest_jobs(workspace: Workspace) -> dict[str, Any]:
     return read_json(jobs) if jobs.exists() else {}
 
 
-def _champion(workspace: Workspace, states: Mapping[str, dict[str, Any]]) -> set[str]:
-    """Checkpoints of the model in service, under whatever settings it was trained, and of those a roll back reaches."""
-    marker = workspace.root / "champion.json"
-    earlier = {line["champion"]["key"] for line in read_history(workspace)[0] if line.get("champion")} & states.keys()
-    if not marker.exists():
-        return earlier
-    job = read_json(marker).get("job", {})
-    own = {key: job.get(key) for key in ("method", "seed", "protocol", "stage")}
-    found = {name for name, state in states.items() if _is(state.get("job", {}), own)}
-    if not found:
-        # A frozen champion's files are stage 0's.
-        own |= {"method": "first", "stage": 0}
-        found = {name for name, state in states.items() if _is(state.get("job", {}), own)}
-    if not found:
-        raise UserError(f"{marker}: its model is not among the checkpoints; nothing was removed, run retrain first")
-    return found | earlier
-
-
-def _is(job: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    return all(job.get(key) == value for key, value in wanted.items())
+def _champions(workspace: Workspace, states: Mapping[str, dict[str, Any]]) -> set[str]:
+    """Checkpoints of the model in service and of those that a roll back reaches."""
+    found = predecessors(workspace)
+    if found and found[0].key and not states.get(found[0].key):
+        raise UserError(
+            f"{champion_file(workspace)}: its model {found[0].key} is not among the checkpoints, or damaged; "
+            "nothing was removed, run `driftrec retrain` first"
+        )
+    return {champion.key for champion in found} & states.keys()
 
 
 def _newest(states: Mapping[str, dict[str, Any]], keep: int) -> set[str]:

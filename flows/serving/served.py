@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from flows import machine
 from flows.experiment import remembered_config
 from flows.promotion.champion import FILE
-from flows.recommending import job_in_service
+from flows.recommending import first_that_loads, loaded, models_in_service
 from flows.serving.reasons import Reasons
 from flows.serving.searching import ModelSearch, Past, Ranking, Searcher, TitleWords, listed
 from models.baselines.item_graph import ItemGraph
@@ -24,7 +25,6 @@ from stages.baselines import fit_baseline
 from stages.config import Config
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
-from stages.evaluate import recommender
 from stages.jobs import BASELINES, Job
 from stages.workspace import Workspace
 
@@ -41,13 +41,17 @@ class Served:
     """A model, the log's people and items, and the fallback.
 
     Args:
-        config: the workspace's.
+        config: the workspace's, with the settings that the model was trained under.
         dataset: its prepared log.
         job: what `model` is.
         model: ranks the catalogue known at `job.stage`.
+        fault: why this one stands in for the champion; None where it is the one that was asked for.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, job: Job, model: Recommender) -> None:
+    def __init__(
+        self, config: Config, dataset: Dataset, job: Job, model: Recommender, fault: str | None = None
+    ) -> None:
+        self.fault = fault
         catalogue, events = dataset.catalogue, dataset.interactions
         self.config, self.dataset, self.job, self.model = config, dataset, job, model
         self.limit = config.evaluation.beam
@@ -131,20 +135,19 @@ def one_thread_a_pass(served: Served) -> None:
 def load_served(root: Path, method: str | None = None, seed: int | None = None) -> Served:
     """The model a workspace answers with: the one asked for, else the champion, else the best of the newest report.
 
+    For a champion that cannot be loaded the newest earlier one stands in that can, and its `fault` says so.
+
     Raises:
         UserError: nothing is trained there, or what is there is damaged or being written.
     """
     config, workspace = remembered_config(root)
-    job = job_in_service(workspace, method, seed)
+    chosen = models_in_service(workspace, method, seed)
     dataset = load_dataset(config, workspace)
     events, items = dataset.interactions.items, len(dataset.catalogue.item_ids)
     if len(events) and not 0 <= int(events.min()) <= int(events.max()) < items:
         raise UserError(f"{root}: stages name items that the catalogue lacks; run the command that writes them again")
-    if job.stage >= dataset.stages:
-        raise UserError(
-            f"{root}: the champion has seen stage {job.stage}, the last stage there is {dataset.stages - 1}"
-        )
-    return Served(config, dataset, job, recommender(config, workspace, dataset, job))
+    model, fault = first_that_loads(chosen, partial(loaded, config, workspace, dataset))
+    return Served(model.config, dataset, model.job, model.recommender, fault)
 
 
 class InService:
@@ -170,9 +173,9 @@ class InService:
         self.root, self.method, self.seed, self.load = root, method, seed, load
         self.mark = mark(Workspace(root))
         self.current = load(root, method, seed)
-        self.swaps = self.failures = 0
+        self.swaps, self.failures = 0, int(self.current.fault is not None)
         self._looking = threading.Lock()
-        self.fault: str | None = None
+        self.fault: str | None = self.current.fault
         """Why the newest model could not be loaded; None once one was."""
 
     def look(self) -> bool:
@@ -190,10 +193,13 @@ class InService:
             return False
         try:
             served = self.load(self.root, self.method, self.seed)
+            fault = served.fault  # an earlier champion is no better than the model that answers
         except (UserError, OSError, ValueError) as error:
-            self.mark, self.fault = found, str(error)
+            served, fault = self.current, str(error)
+        if fault is not None:
+            self.mark, self.fault = found, fault
             self.failures += 1
-            log.warning("still serving %s: %s", self.current.job, error)
+            log.warning("still serving %s: %s", self.current.job, fault)
             return False
         if mark(Workspace(self.root)) != found:
             return False  # written meanwhile: the next look loads it anew
