@@ -74,6 +74,13 @@ def take(plan: Plan, new: str | None = None, close_now: bool = False) -> Intake:
     watcher().start("new rows")
     intake = take_new_rows(plan.config, plan.workspace, new, close_now, progress=watcher().say)
     log.info(intake.sentence())
+    if intake.refused:
+        log.warning(
+            "refused rows: %d, most often: %s; %s lists them, and above retrain.refused_share a run fails",
+            intake.refused,
+            intake.reason,
+            plan.workspace.rejects / "retrain.parquet",
+        )
     return intake
 
 

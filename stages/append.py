@@ -24,8 +24,8 @@ from stages.closing import closings
 from stages.config import Config
 from stages.content import content_digest, write_parquet
 from stages.errors import UserError
-from stages.log import Incoming, read_events, read_items
 from stages.packing import encoded, encoded_all
+from stages.reading import Incoming, read_events, read_items
 from stages.split import Stage, described, digest_of_stages, load_stages
 from stages.stage_files import COLUMNS, first_met, read_stages, write_stage
 from stages.waiting import Waiting, in_order, load_waiting, store_waiting, with_reason, without
@@ -38,10 +38,12 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Intake:
-    """What one look at the sources found and did; all but `unread` of the first six count rows.
+    """What one look at the sources found and did; all but `unread` and `reason` of the first eight count rows.
 
     Attributes:
         read: accepted rows of the files read, duplicates dropped.
+        refused: rows of those files that break a rule of the log; they are in `rejects/retrain.parquet`.
+        reason: why most of them do; empty without any.
         unread: files that an earlier look has taken whole.
         taken: rows that came into the open stage (and perhaps into a closed one at once).
         late: rows met for the first time that are older than the last closed stage's end.
@@ -53,6 +55,8 @@ class Intake:
     """
 
     read: int
+    refused: int
+    reason: str
     unread: int
     taken: int
     late: int
@@ -67,9 +71,10 @@ class Intake:
         closed = f"closed stage {', '.join(map(str, self.closed))}" if self.closed else "no stage closed"
         rebuilt = f", rebuilt stage {', '.join(map(str, self.rebuilt))}" if self.rebuilt else ""
         unread = f", {_some(self.unread, 'file')} unchanged" if self.unread else ""
+        refused = f", {self.refused:,} refused (most often: {self.reason})" if self.refused else ""
         return (
-            f"{_some(self.read, 'row')} read{unread}, {self.taken:,} new, {self.late:,} late, {self.held:,} held; "
-            f"{closed}{rebuilt}; {_some(self.open, 'row')} in the open stage from {self.end}"
+            f"{_some(self.read, 'row')} read{refused}{unread}, {self.taken:,} new, {self.late:,} late, "
+            f"{self.held:,} held; {closed}{rebuilt}; {_some(self.open, 'row')} in the open stage from {self.end}"
         )
 
 
@@ -85,7 +90,6 @@ class _Look:
     late: pl.DataFrame
     future: pl.DataFrame
     refused: pl.DataFrame
-    rejects: pl.DataFrame
 
 
 def take_new_rows(
@@ -109,7 +113,8 @@ def take_new_rows(
         progress: receives a line a file.
 
     Raises:
-        UserError: no stages yet, a log without a clock, unreadable sources, or damaged files.
+        UserError: no stages yet, a log without a clock, unreadable sources, more refused rows than
+            `retrain.refused_share` allows, or damaged files.
     """
     if config.log.kind != "events":
         raise UserError(
@@ -120,6 +125,9 @@ def take_new_rows(
     stages, waiting = load_stages(workspace), load_waiting(workspace)
     end = _end_of(stages[-1])
     incoming = _incoming(config, new, progress, waiting.files)
+    if not dry_run:
+        _store_rejects(workspace, incoming.rejects)
+    _see_refused(config, incoming)
     look = _look(config, workspace, incoming, waiting, end, now or datetime.now(UTC))
     opened, after, misplaced = _by_policy(config, look)
     met = pl.concat([waiting.open, waiting.held.select(COLUMNS)])
@@ -133,9 +141,10 @@ def take_new_rows(
         _commit(config, workspace, stages, started, edges, rebuilt)
     if not dry_run:
         store_waiting(workspace, replace(after, open=in_order(rest), files=waiting.files | incoming.clean))
-        _store_rejects(workspace, look.rejects)
     return Intake(
         read=incoming.rows.height,
+        refused=incoming.rejects.height,
+        reason=incoming.often(),
         unread=incoming.unread,
         taken=without(opened, waiting.open).height,
         late=without(look.late, met).height,
@@ -167,6 +176,17 @@ def _incoming(config: Config, new: str | None, progress: Progress, known: frozen
     return read_events(config.model_copy(update={"log": log}), progress, known)
 
 
+def _see_refused(config: Config, incoming: Incoming) -> None:
+    most = config.retrain.refused_share
+    if incoming.refused_share > most:
+        refused, read = incoming.rejects.height, incoming.accepted + incoming.rejects.height
+        raise UserError(
+            f"{refused:,} of {_some(read, 'row')} read were refused (most often: {incoming.often()}; the first is in "
+            f"{incoming.rejects['file'][0]}), more than retrain.refused_share = {most:g}; nothing was taken; mend or "
+            "remove the files, or raise the share"
+        )
+
+
 def _look(
     config: Config,
     workspace: Workspace,
@@ -180,7 +200,7 @@ def _look(
     old, later = pool.filter(pl.col("timestamp") < end), pool.filter(pl.col("timestamp") >= end)
     late = without(old, _committed_rows(workspace, COLUMNS)) if old.height else old
     ahead = pl.col("timestamp") > now + timedelta(hours=config.retrain.future_hours)
-    return _Look(later.filter(~ahead), late, later.filter(ahead), waiting.refused, incoming.rejects)
+    return _Look(later.filter(~ahead), late, later.filter(ahead), waiting.refused)
 
 
 def _committed_rows(workspace: Workspace, columns: tuple[str, ...]) -> pl.DataFrame:

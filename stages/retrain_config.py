@@ -65,6 +65,9 @@ class RetrainConfig(Settings):
     open stage, `reject` lists them in `rejects/` for good, `rebuild` puts them where they belong and trains anew."""
     future_hours: Annotated[float, Field(ge=0)] = 24.0
     """Rows later than the clock by more than this are held: one wrong date must not close a stage."""
+    refused_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Most of the rows of the files it reads that a look may refuse; above it the run fails and takes nothing. 1 never
+    fails: refused rows are then only counted."""
     users: Annotated[int, Field(ge=1)] | None = None
     """Seeded sample of test users; absent: all."""
     gate: GateConfig = GateConfig()

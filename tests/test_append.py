@@ -128,6 +128,36 @@ def test_a_file_taken_whole_is_not_read_again_until_it_or_its_reading_changes(
     assert take(config, workspace).read == 332
 
 
+def test_refused_rows_are_counted_with_their_most_frequent_reason(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    write_rows(events / "night.csv", [*((f"u{row:02d}", "i01", "soon") for row in range(9)), ("", "i01", seconds(15))])
+    found = take(config, workspace)
+    assert (found.read, found.refused) == (320, 10)
+    (reason,) = {row["reason"] for row in pl.read_parquet(workspace.rejects / "retrain.parquet").rows(named=True)[:9]}
+    assert found.reason == reason
+    assert f"320 rows read, 10 refused (most often: {reason})" in found.sentence()
+    (events / "night.csv").unlink()
+    quiet = take(config, workspace)
+    assert (quiet.refused, quiet.reason) == (0, "")
+    assert "refused" not in quiet.sentence()
+
+
+def test_a_look_that_refuses_more_than_its_share_fails_and_takes_nothing(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    take(config, workspace)
+    write_rows(events / "night.csv", [*week(2, users=2), *(("u00", "i01", "soon") for _ in range(2))])
+    config = with_rules(config, refused_share=0.19)  # two of ten rows are refused
+    before = listing(workspace.root)
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match=r"2 of 10 rows .*night\.csv.* retrain\.refused_share = 0\.19; nothing"):
+            take(config, workspace, dry_run=dry_run)
+        after = listing(workspace.root)
+        assert (after.pop("rejects/retrain.parquet", None) is None) == dry_run
+        assert after == before
+    found = take(with_rules(config, refused_share=0.2), workspace)
+    assert (found.taken, found.refused) == (8, 2)
+
+
 @pytest.mark.parametrize("late", ["hold", "next_stage", "reject", "rebuild"])
 def test_reading_only_new_files_ends_like_reading_all_of_them(
     shop: tuple[Config, Workspace, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str
