@@ -96,11 +96,14 @@ def look(plan: Plan, new: str | None = None, close_now: bool = False) -> Intake:
 
 
 def grow(plan: Plan) -> None:
-    """Codes for the items of new stages; nobody's codes move."""
+    """Codes for the items of new stages, and a look whether what follows has room on the disk."""
     from stages.append import grow_catalogue
 
     grow_catalogue(plan.config, plan.workspace)
-    steps.identify(plan)
+    steps.give_ids(plan)
+    anew = outdated(plan)
+    jobs = [*awaited(plan), *([] if anew is None else [anew])]
+    steps.see_room(plan, jobs, exports=jobs)
 
 
 def outdated(plan: Plan) -> Job | None:
@@ -134,18 +137,33 @@ def unrecorded(plan: Plan) -> Entry | None:
 
 def next_match(plan: Plan) -> Match | None:
     """The oldest decision that is due; None where nothing is."""
-    lines, _ = read_history(plan.workspace)
     present = champion.settle(plan.workspace)
-    manifest = read_json(plan.workspace.stages / "manifest.json")
-    last, ahead = len(manifest["stages"]) - 1, int(plan.config.retrain.protocol == "next_stage")
-    if present is None and not lines:
-        return _first(plan, last, ahead)
-    decided = {line["stage"] for line in lines if line["decision"] in ("first", "promoted", "kept")}
+    if present is None and not read_history(plan.workspace)[0]:
+        return _first(plan)
     seen = -1 if present is None else present.job.stage
-    for row in manifest.get("appended", []):
-        if row["index"] not in decided and row["index"] - ahead > seen:
-            return _match(plan, row["index"], _lineage(plan).at(row["index"] - ahead), present and present.job)
-    return None
+    due = _due(plan, seen)
+    return _match(plan, *due[0], present and present.job) if due else None
+
+
+def awaited(plan: Plan) -> list[Job]:
+    """The challengers of all decisions that are due, oldest first."""
+    match = next_match(plan)
+    return [] if match is None else [match.challenger, *(job for _, job in _due(plan, match.challenger.stage))]
+
+
+def _due(plan: Plan, seen: int) -> list[tuple[int, Job]]:
+    """(stage, challenger) for every appended stage nothing is decided on, of challengers newer than stage `seen`."""
+    ahead, lineage = _ahead(plan), _lineage(plan)
+    ruled = ("first", "promoted", "kept")
+    decided = {line["stage"] for line in read_history(plan.workspace)[0] if line["decision"] in ruled}
+    appended = [row["index"] for row in read_json(plan.workspace.stages / "manifest.json").get("appended", [])]
+    open_ones = [index for index in appended if index not in decided and index - ahead > seen]
+    return [(index, lineage.at(index - ahead)) for index in open_ones]
+
+
+def _ahead(plan: Plan) -> int:
+    """How many stages before the one that tests it a challenger ends."""
+    return int(plan.config.retrain.protocol == "next_stage")
 
 
 def _lineage(plan: Plan) -> Lineage:
@@ -161,8 +179,9 @@ def _match(plan: Plan, stage: int, challenger: Job, present: Job | None) -> Matc
     return Match(stage, challenger, present, baselines)
 
 
-def _first(plan: Plan, last: int, ahead: int) -> Match | None:
+def _first(plan: Plan) -> Match | None:
     """A champion to begin with: the best method of the last report, or the configured one trained up to here."""
+    last, ahead = len(read_json(plan.workspace.stages / "manifest.json")["stages"]) - 1, _ahead(plan)
     trained = [job for job in trained_jobs(plan.workspace) if job.protocol == plan.config.retrain.protocol]
     if trained:
         best = favourite(plan.workspace.root, plan.config.retrain.gate.objective)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from benchmarks.growing import listing, seconds, week, write_rows, write_shop
-from flows import cli, crashed, experiment
+from flows import cli, crashed, experiment, retraining, steps
 from flows.plain import run_plainly
 from flows.promotion import champion, registry
 from flows.promotion.history import read_history
@@ -22,6 +22,7 @@ from stages import contest
 from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.jobs import Job
+from stages.space import expected_bytes, exported_bytes
 from stages.split import load_stages
 from stages.workspace import Workspace, read_json
 
@@ -178,6 +179,47 @@ def test_compare_uses_grown_stages_as_they_are(shop: tuple[Path, Workspace, list
     assert steps.split(plan).count == 4
     assert load_stages(workspace) == before
     assert (experiment.read_json(workspace.root / "config.json").get("log_digest")) is not None
+
+
+def test_the_expected_size_of_an_exported_model_is_its_size(
+    shop: tuple[Path, Workspace, list[str]], tmp_path: Path
+) -> None:
+    from flows.exporting import export_model
+
+    _, workspace, _ = shop
+    config, _ = experiment.remembered_config(workspace.root)
+    served = champion.champion(workspace)
+    assert served is not None
+    expected = exported_bytes(config, workspace, load_dataset(config, workspace), served)
+    part = export_model(workspace.root, tmp_path / "model") / "artifacts" / "workspace"
+    size = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
+    assert 0.7 * size < expected < 1.3 * size
+
+
+def test_a_retraining_that_has_no_room_is_refused_before_it_trains(
+    copy: tuple[Path, Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, workspace = copy
+    write_rows(config.parent / "events" / "later.csv", [*week(4), *week(5), ("u00", "i01", seconds(42))])
+    plan = steps.claimed(retraining.retrain_plan(config, workspace.root))
+    retraining.take(plan)
+    due = [Job("single", 0, "same_stage", stage) for stage in (4, 5)]
+    assert retraining.awaited(plan) == due
+    steps.give_ids(plan)
+    dataset, settings = load_dataset(plan.config, workspace), plan.config
+    size = expected_bytes(settings, workspace, dataset, due)
+    assert size > expected_bytes(settings, workspace, dataset, due[:1]) > 0
+    size += sum(exported_bytes(settings, workspace, dataset, job) for job in due)
+    before = listing(workspace.checkpoints)
+    free = shutil.disk_usage(workspace.root)
+    for room in (2 * size - 1, 2 * size):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, room=room: free._replace(free=room))
+        if room < 2 * size:
+            with pytest.raises(UserError, match="free some space"):
+                retraining.grow(plan)
+        else:
+            retraining.grow(plan)
+    assert listing(workspace.checkpoints) == before
 
 
 def test_decisions_that_mlflow_missed_are_recorded_once_when_it_is_back(
