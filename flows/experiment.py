@@ -40,6 +40,22 @@ def open_workspace(config: Config, folder: Path | None) -> tuple[Config, Workspa
     config = config.model_copy(update={"workspace": str(root)})
     workspace = Workspace(root)
     workspace.claim(config.name)
+    found, values = see_fit(config, workspace)
+    write_json(root / "config.json", {**found, "schema": 1, "config": {**values, "workspace": "."}})
+    return config, workspace
+
+
+def see_fit(config: Config, workspace: Workspace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Refuse what `open_workspace` refuses; nothing is written.
+
+    Returns:
+        What of `config.json` stays as it is, and the settings to write into it, places relative to the workspace.
+
+    Raises:
+        UserError: as `open_workspace`.
+    """
+    root = workspace.root
+    workspace.check(config.name)
     values = _with_places(config.model_dump(mode="json"), lambda path: os.path.relpath(path, root.resolve()))
     stored = root / "config.json"
     found = read_json(stored) if stored.exists() else {}
@@ -51,8 +67,7 @@ def open_workspace(config: Config, folder: Path | None) -> tuple[Config, Workspa
         )
     if changed:
         found.pop("log_digest", None)
-    write_json(stored, {**found, "schema": 1, "config": {**values, "workspace": "."}})
-    return config, workspace
+    return found, values
 
 
 def remembered_config(root: Path) -> tuple[Config, Workspace]:

@@ -19,6 +19,7 @@ from flows.recommending import favourite
 from flows.steps import evaluate, train
 from flows.terminal import watcher
 from stages.config import load_config
+from stages.errors import UserError
 from stages.jobs import BASELINES, SEARCH_BASELINES, Checkpoint, Evaluation, Job
 from stages.workspace import Workspace, read_json
 
@@ -56,10 +57,15 @@ def retrain_plan(config: Path, workspace: Path | None = None) -> Plan:
     """The plan of a retraining; nothing is written yet.
 
     Raises:
-        UserError: config or method is not usable.
+        UserError: config or method is not usable, or the gate could never decide.
     """
     settings = load_config(Path(config))
-    own = settings.retrain
+    own, wanted = settings.retrain, settings.search.objectives
+    if wanted is not None and own.gate.objective not in wanted:
+        raise UserError(
+            f'{config}: retrain.gate.objective = "{own.gate.objective}" is not among search.objectives, so that '
+            "nobody is tested on it; name it there, or let the gate look at another"
+        )
     seed = settings.seeds[0] if own.seed is None else own.seed
     return steps.draft_plan(config, workspace, [own.method], [seed], users=own.users, comparison=False)
 
@@ -68,7 +74,7 @@ def take(plan: Plan, new: str | None = None, close_now: bool = False) -> Intake:
     """Read what is new; a workspace without stages is first cut from the log as `compare` would."""
     from stages.append import take_new_rows
 
-    if not (plan.workspace.stages / "manifest.json").exists() and not (plan.workspace.stages / "next.json").exists():
+    if not is_cut(plan.workspace):
         steps.read(plan)
         steps.split(plan)
     watcher().start("new rows")
@@ -84,15 +90,9 @@ def take(plan: Plan, new: str | None = None, close_now: bool = False) -> Intake:
     return intake
 
 
-def look(plan: Plan, new: str | None = None, close_now: bool = False) -> Intake:
-    """What `take` would do; nothing is written.
-
-    Raises:
-        UserError: the workspace has no stages yet.
-    """
-    from stages.append import take_new_rows
-
-    return take_new_rows(plan.config, plan.workspace, new, close_now, dry_run=True, progress=watcher().say)
+def is_cut(workspace: Workspace) -> bool:
+    """Whether the log has been cut into stages, if only by a commit that is still to be ended."""
+    return any((workspace.stages / name).exists() for name in ("manifest.json", "next.json"))
 
 
 def grow(plan: Plan) -> None:

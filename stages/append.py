@@ -21,9 +21,10 @@ import polars as pl
 
 from stages.clock import instant
 from stages.closing import closings
-from stages.config import Config
+from stages.config import Config, expand
 from stages.content import content_digest, write_parquet
 from stages.errors import UserError
+from stages.interactions import used_objectives
 from stages.packing import encoded, encoded_all
 from stages.reading import Incoming, read_events, read_items
 from stages.split import Stage, described, digest_of_stages, load_stages
@@ -113,8 +114,8 @@ def take_new_rows(
         progress: receives a line a file.
 
     Raises:
-        UserError: no stages yet, a log without a clock, unreadable sources, more refused rows than
-            `retrain.refused_share` allows, or damaged files.
+        UserError: no stages yet, a log without a clock or without an event that the gate looks at, unreadable sources,
+            more refused rows than `retrain.refused_share` allows, or damaged files.
     """
     if config.log.kind != "events":
         raise UserError(
@@ -130,6 +131,7 @@ def take_new_rows(
     _see_refused(config, incoming)
     look = _look(config, workspace, incoming, waiting, end, now or datetime.now(UTC))
     opened, after, misplaced = _by_policy(config, look)
+    _see_objective(config, workspace, opened)
     met = pl.concat([waiting.open, waiting.held.select(COLUMNS)])
     started = opened.with_columns(at=pl.max_horizontal("timestamp", pl.lit(end, pl.Datetime("us", "UTC")))).sort(
         "at", maintain_order=True
@@ -171,9 +173,20 @@ def _incoming(config: Config, new: str | None, progress: Progress, known: frozen
             f"--new {new}: needs a config with one log source and without `distinct`, whose form the files have; "
             "put them where log.sources finds them, and leave --new out"
         )
-    source = config.log.sources[0].model_copy(update={"path": os.path.abspath(new)})
+    source = config.log.sources[0].model_copy(update={"path": files_named(new)})
     log = config.log.model_copy(update={"sources": [source]})
     return read_events(config.model_copy(update={"log": log}), progress, known)
+
+
+def files_named(new: str) -> str:
+    """The file, folder or glob given in place of the sources, wherever the run's process works.
+
+    Raises:
+        UserError: an empty text, which would name the working folder with all that lies below it.
+    """
+    if not new.strip():
+        raise UserError(f"--new {new!r}: names nothing; give a file, a folder or a glob, or leave it out")
+    return os.path.abspath(expand(new))
 
 
 def _see_refused(config: Config, incoming: Incoming) -> None:
@@ -184,6 +197,15 @@ def _see_refused(config: Config, incoming: Incoming) -> None:
             f"{refused:,} of {_some(read, 'row')} read were refused (most often: {incoming.often()}; the first is in "
             f"{incoming.rejects['file'][0]}), more than retrain.refused_share = {most:g}; nothing was taken; mend or "
             "remove the files, or raise the share"
+        )
+
+
+def _see_objective(config: Config, workspace: Workspace, opened: pl.DataFrame) -> None:
+    wanted = config.retrain.gate.objective
+    if not (opened["event"] == wanted).any() and wanted not in used_objectives(workspace, None):
+        raise UserError(
+            f'retrain.gate.objective = "{wanted}", but neither the stages nor the new rows hold such an event, so that '
+            "no challenger could ever pass; let the gate look at the other objective"
         )
 
 

@@ -97,19 +97,25 @@ class Workspace:
         Raises:
             UserError: another experiment's or a newer version's workspace, or a folder that cannot be written.
         """
-        marker = self.root / "workspace.json"
-        if marker.exists():
-            self._check(read_json(marker), name)
+        if self.check(name):
             return
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_json(marker, {"schema": SCHEMA, "name": name})
+            write_json(self._marker, {"schema": SCHEMA, "name": name})
         except OSError as error:
             raise UserError(
                 f"{self.root}: cannot write the workspace: {error.strerror}; choose another folder"
             ) from None
 
-    def _check(self, found: dict[str, Any], name: str) -> None:
+    def check(self, name: str) -> bool:
+        """Whether the folder is claimed already; nothing is written.
+
+        Raises:
+            UserError: for another experiment than the one called `name`, or by a newer version.
+        """
+        if not self._marker.exists():
+            return False
+        found = read_json(self._marker)
         if found.get("schema") != SCHEMA:
             raise UserError(
                 f"{self.root}: workspace schema {found.get('schema')}, this version reads {SCHEMA}; "
@@ -119,6 +125,11 @@ class Workspace:
             raise UserError(
                 f"{self.root}: workspace of experiment {found.get('name')!r}, not {name!r}; choose another workspace"
             )
+        return True
+
+    @property
+    def _marker(self) -> Path:
+        return self.root / "workspace.json"
 
 
 def temporary_beside(path: Path) -> Path:

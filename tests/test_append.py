@@ -220,6 +220,44 @@ def test_a_named_file_is_taken_and_the_sources_are_not_looked_at(shop: tuple[Con
     assert take(config, workspace, new=str(elsewhere.with_name("mo*.csv"))).taken == 4  # a glob
 
 
+@pytest.mark.parametrize("new", ["~/named*.csv", "$HOME/named*.csv"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_named_pattern_may_begin_with_the_home_folder(
+    shop: tuple[Config, Workspace, Path], monkeypatch: pytest.MonkeyPatch, new: str, dry_run: bool
+) -> None:
+    config, workspace, events = shop
+    monkeypatch.setenv("HOME", str(events.parent))
+    write_rows(events.parent / "named1.csv", week(2))
+    assert take(config, workspace, new=new, dry_run=dry_run).taken == 160
+
+
+@pytest.mark.parametrize("new", ["", " "])
+def test_an_empty_name_of_new_rows_is_refused_and_the_working_folder_is_not_read(
+    shop: tuple[Config, Workspace, Path], monkeypatch: pytest.MonkeyPatch, new: str
+) -> None:
+    config, workspace, events = shop
+    write_rows(events / "week2.csv", week(2))
+    monkeypatch.chdir(events)
+    with pytest.raises(UserError, match="names nothing; give a file"):
+        take(config, workspace, new=new)
+
+
+def test_a_gate_that_looks_at_events_the_log_has_not_is_refused_before_anything_is_taken(
+    shop: tuple[Config, Workspace, Path],
+) -> None:
+    config, workspace, events = shop
+    config = with_rules(config, gate={"objective": "search"})
+    write_rows(events / "week2.csv", week(2))
+    before = listing(workspace.root)
+    with pytest.raises(UserError, match=r'retrain\.gate\.objective = "search", but neither'):
+        take(config, workspace)
+    assert listing(workspace.root) == before
+    header, *rows = (events / "week2.csv").read_text().splitlines()
+    searched = [f"{header},event,query", *(f"{row},search,red chair" for row in rows)]
+    (events / "week2.csv").write_text("\n".join(searched))
+    assert take(config, workspace).taken == 160
+
+
 LATE_ROW = ("u00", "i05", seconds(8.5))
 
 

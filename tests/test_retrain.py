@@ -309,6 +309,50 @@ def test_a_dry_run_changes_no_file_and_says_what_would_close(
     assert listing(config.parent) == before
 
 
+def test_a_dry_run_in_an_empty_folder_foretells_the_first_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_shop(tmp_path, OPEN_GATE)
+    before = listing(tmp_path)
+    words = ("retrain", "-c", config, "-w", tmp_path / "workspace", "--dry-run")
+    code, out, err = driftrec(monkeypatch, capsys, *words)
+    assert (code, err) == (0, "")
+    assert "the log would be cut into 2 stages; 320 rows read, 0 new" in out
+    assert out.endswith("single would be trained for stage 1; the gate decides afterwards")
+    late = write_rows(tmp_path / "week2.csv", [*week(2), ("u00", "i01", seconds(21))])
+    _, out, _ = driftrec(monkeypatch, capsys, *words, "--new", late)
+    assert "closed stage 2" in out
+    assert out.endswith("single would be trained for stage 2; the gate decides afterwards")
+    late.unlink()
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+def test_a_dry_run_is_refused_where_the_run_would_be(
+    copy: tuple[Path, Workspace], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str]
+) -> None:
+    config, workspace = copy
+    text = config.read_text()
+    monkeypatch.setenv("DRIFTREC_PREFECT", "off")
+
+    def said() -> str:
+        code, _, err = driftrec(monkeypatch, capsys, "retrain", "-c", config, "-w", workspace.root, *words)
+        assert code == 2
+        assert err.count("\n") == 1
+        return err
+
+    config.write_text(text.replace('"growing"', '"other"'))
+    assert "workspace of experiment 'growing', not 'other'" in said()
+    config.write_text(text.replace("codes_per_level = 8", "codes_per_level = 16"))
+    assert "other settings in [items]" in said()
+    config.write_text(text + '\n[search]\nobjectives = ["search"]\n')
+    assert 'retrain.gate.objective = "recommendation" is not among search.objectives' in said()
+    config.write_text(text)
+    marker = workspace.root / "workspace.json"
+    marker.write_text(marker.read_text().replace('"schema": 1', '"schema": 2'))
+    assert "workspace schema 2" in said()
+
+
 def test_one_command_goes_back_and_the_history_tells(
     copy: tuple[Path, Workspace], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -440,8 +484,6 @@ def test_the_doctor_leaves_a_workspace_alone_that_a_run_holds(copy: tuple[Path, 
     with experiment.exclusive(copy[1]):
         (check,) = repaired(copy[1].root)
     assert "in use by process" in check.found
-    with pytest.raises(UserError, match="--workspace"):
-        list(repaired(None))
 
 
 def test_a_retraining_is_refused_while_another_holds_the_workspace(copy: tuple[Path, Workspace]) -> None:
