@@ -7,6 +7,7 @@ Committed stages keep their bytes, hence their digests and checkpoints, unless t
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -29,12 +30,13 @@ from stages.packing import encoded, encoded_all
 from stages.reading import Incoming, read_events, read_items
 from stages.split import Stage, described, digest_of_stages, load_stages
 from stages.stage_files import COLUMNS, first_met, read_stages, write_stage
-from stages.waiting import Waiting, in_order, load_waiting, store_waiting, with_reason, without
+from stages.waiting import Waiting, in_order, load_waiting, set_aside, store_waiting, with_reason, without
 from stages.workspace import Workspace, need_space, read_json, sync_folder, write_json
 
 LATE = "late: older than the last closed stage's end"
 FUTURE = "later than the clock by more than retrain.future_hours"
 Progress = Callable[[str], None]
+log = logging.getLogger("stages.append")
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,10 @@ def take_new_rows(
     if not dry_run:
         finish_commit(workspace)
     stages, waiting = load_stages(workspace), load_waiting(workspace)
+    if waiting.damaged and new is not None:
+        raise UserError(
+            f"{waiting.damaged[0].path}: missing or damaged; run once without --new to take its rows from the sources"
+        )
     end = _end_of(stages[-1])
     incoming = _incoming(config, new, progress, waiting.files)
     if not dry_run:
@@ -141,7 +147,9 @@ def take_new_rows(
     rebuilt = _misplaced_by_stage(stages, misplaced)
     if not dry_run and (edges or rebuilt):
         _commit(config, workspace, stages, started, edges, rebuilt)
+    _tell(waiting, replace(after, open=opened))
     if not dry_run:
+        set_aside(waiting)
         store_waiting(workspace, replace(after, open=in_order(rest), files=waiting.files | incoming.clean))
     return Intake(
         read=incoming.rows.height,
@@ -176,6 +184,12 @@ def _incoming(config: Config, new: str | None, progress: Progress, known: frozen
     source = config.log.sources[0].model_copy(update={"path": files_named(new)})
     log = config.log.model_copy(update={"sources": [source]})
     return read_events(config.model_copy(update={"log": log}), progress, known)
+
+
+def _tell(before: Waiting, after: Waiting) -> None:
+    """Warn of what is lost with damaged files, as far as a count of rows shows it."""
+    for damage in before.damaged:
+        log.warning(damage.sentence(after))
 
 
 def files_named(new: str) -> str:

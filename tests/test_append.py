@@ -390,16 +390,96 @@ def test_a_decided_commit_is_finished_even_if_the_rows_are_gone(shop: tuple[Conf
     assert not (workspace.stages / "next.json").exists()
 
 
-def test_damaged_waiting_rows_are_refused_with_the_way_out(shop: tuple[Config, Workspace, Path]) -> None:
+def spoil(workspace: Workspace, pattern: str) -> Path:
+    """Change the last byte but one of the file."""
+    (file,) = workspace.root.glob(pattern)
+    content = file.read_bytes()
+    file.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    return file
+
+
+@pytest.fixture
+def full(shop: tuple[Config, Workspace, Path]) -> tuple[Config, Workspace, Path]:
+    """A shop with rows in all three tables, 160 open ones from the sources and 30 that were named once."""
     config, workspace, events = shop
-    write_rows(events / "week2.csv", week(2))
+    write_rows(events / "week2.csv", [*week(2), LATE_ROW])
+    take(with_rules(config, late="reject"), workspace)
+    write_rows(events / "late.csv", [("u01", "i05", seconds(8.5)), ("u02", "i05", seconds(8.5))])
+    take(with_rules(config, late="hold"), workspace)
+    named = write_rows(events.parent / "once.csv", [(f"u{user:02d}", "i20", seconds(18)) for user in range(30)])
+    assert take(config, workspace, new=str(named)).open == 190
+    return with_rules(config, late="hold"), workspace, events
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (
+            "open/open-*.parquet",
+            "rows held: 190; from the sources, new ones included: 160; at least 30 are gone",
+        ),
+        ("held/held-*.parquet", "all of its rows (2) came back from the sources"),
+        (
+            "rejects/late-*.parquet",
+            "rows held: 1; from the sources, new ones included: 0; at least 1 are gone",
+        ),
+    ],
+)
+def test_a_damaged_table_is_set_aside_alone_and_its_loss_is_counted(
+    full: tuple[Config, Workspace, Path], caplog: pytest.LogCaptureFixture, pattern: str, said: str
+) -> None:
+    config, workspace, _ = full
+    file = spoil(workspace, pattern)
+    damaged = file.read_bytes()
+    before = {path: path.read_bytes() for path in workspace.root.rglob("*-*.parquet") if path != file}
+    with pytest.raises(UserError, match="run once without --new"):
+        take(config, workspace, new="x.csv")
+    listed = listing(workspace.root)
+    take(config, workspace, dry_run=True)
+    assert listing(workspace.root) == listed
+    caplog.clear()
+    found = take(config, workspace)
+    assert caplog.text.count("WARNING") == 1
+    assert f"{file}: missing or damaged" in caplog.text
+    assert said in caplog.text
+    assert found.open == (160 if "open" in pattern else 190)
+    assert (file.parent / "quarantine" / file.name).read_bytes() == damaged
+    # A row refused for good is late again, and held under the policy of today.
+    kept = [path for path in before if "rejects" not in pattern or path.parent.name != "held"]
+    assert kept
+    assert all(path.read_bytes() == before[path] for path in kept)
+    caplog.clear()
     take(config, workspace)
-    (file,) = (workspace.root / "open").glob("open-*.parquet")
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"remove .*manifest\.json"):
-        load_waiting(workspace)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_without_their_manifest_the_tables_are_known_by_their_names(
+    full: tuple[Config, Workspace, Path], caplog: pytest.LogCaptureFixture, gone: bool
+) -> None:
+    config, workspace, _ = full
+    tables = {path: path.read_bytes() for path in workspace.root.rglob("*-*.parquet")}
+    assert len(tables) == 3
+    if gone:
+        (workspace.root / "open" / "manifest.json").unlink()
+    else:
+        manifest = workspace.root / "open" / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"rows": 190', '"rows": 191'))
+    found = take(config, workspace)
+    assert (found.open, found.held, found.taken) == (190, 2, 0)
+    assert {path: path.read_bytes() for path in workspace.root.rglob("*-*.parquet")} == tables
+    assert ("were found by their names" in caplog.text) == (not gone)
+
+
+def test_a_table_that_is_damaged_and_named_by_no_manifest_is_not_believed(
+    full: tuple[Config, Workspace, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    config, workspace, _ = full
+    file = spoil(workspace, "open/open-*.parquet")
     (workspace.root / "open" / "manifest.json").unlink()
     assert take(config, workspace).open == 160
+    assert "rows held: unknown; from the sources, new ones included: 160; some may be gone" in caplog.text
+    assert (file.parent / "quarantine" / file.name).exists()
 
 
 def test_a_log_without_a_clock_cannot_be_retrained(shop: tuple[Config, Workspace, Path]) -> None:
