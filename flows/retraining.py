@@ -73,11 +73,14 @@ def retrain_plan(config: Path, workspace: Path | None = None) -> Plan:
 def take(plan: Plan, new: str | None = None, close_now: bool = False) -> Intake:
     """Read what is new; a workspace without stages is first cut from the log as `compare` would."""
     from stages.append import take_new_rows
+    from stages.mending import mend_stages
 
     if not is_cut(plan.workspace):
         steps.read(plan)
         steps.split(plan)
     watcher().start("new rows")
+    for stage in mend_stages(plan.config, plan.workspace):
+        log.warning("stage %d was missing or damaged; it is rebuilt, with the same content", stage)
     intake = take_new_rows(plan.config, plan.workspace, new, close_now, progress=watcher().say)
     log.info(intake.sentence())
     if intake.refused:

@@ -128,9 +128,12 @@ def read(plan: Plan) -> None:
 def split(plan: Plan) -> Plan:
     """Cut the log into stages; the plan then knows how many there are."""
     from stages.interactions import used_objectives
-    from stages.split import split_stages
+    from stages.mending import mend_stages
+    from stages.split import is_grown, split_stages
 
     watcher().start("cutting stages")
+    if is_grown(plan.workspace):
+        mend_stages(plan.config, plan.workspace, progress=watcher().say)
     stages = split_stages(plan.config, plan.workspace)
     searches = "search" in used_objectives(plan.workspace, plan.config.search.objectives)
     plan = plan.with_stages(len(stages), searches)
