@@ -174,11 +174,11 @@ def exclusive(workspace: Workspace, reentrant: bool = False) -> Iterator[None]:
         UserError: another process holds it; the message says which. Or the folder cannot be written.
     """
     place = workspace.root.resolve()
-    if reentrant and place in _held:
+    if reentrant and is_held(workspace):
         yield
         return
+    workspace.create()
     try:
-        workspace.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         opened = (workspace.root / "run.lock").open("a+", encoding="utf-8")
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(
@@ -195,6 +195,11 @@ def exclusive(workspace: Workspace, reentrant: bool = False) -> Iterator[None]:
             yield
         finally:
             _held.discard(place)
+
+
+def is_held(workspace: Workspace) -> bool:
+    """Whether this process holds the workspace."""
+    return workspace.root.resolve() in _held
 
 
 def _has_runs(workspace: Workspace) -> bool:

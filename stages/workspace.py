@@ -91,6 +91,20 @@ class Workspace:
         """The events of one stage."""
         return self.stages / f"stage={index:02d}" / "events.parquet"
 
+    def create(self) -> None:
+        """Make the folder, for its user alone.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self.root}: cannot write the workspace: {error.strerror}; choose another folder")
+
     def claim(self, name: str) -> None:
         """Create the folder for the experiment called `name`, or check that it is that experiment's.
 
@@ -103,9 +117,7 @@ class Workspace:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_json(self._marker, {"schema": SCHEMA, "name": name})
         except OSError as error:
-            raise UserError(
-                f"{self.root}: cannot write the workspace: {error.strerror}; choose another folder"
-            ) from None
+            raise self._unwritable(error) from None
 
     def check(self, name: str) -> bool:
         """Whether the folder is claimed already; nothing is written.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import shutil
 import subprocess
 import sys
@@ -476,6 +477,43 @@ def test_runs_that_a_kill_left_running_are_closed_by_the_doctor(copy: tuple[Path
         assert [str(states[run.id].value) for run in (dead, other)] == ["CRASHED", "RUNNING"]
         assert "no flow run is left open" in [check.found for check in repaired(workspace.root)][-1]
         crashed.mark_crashed(str(other.id))
+
+
+def test_a_schedule_that_begins_closes_what_an_earlier_one_left_running(copy: tuple[Path, Workspace]) -> None:
+    """A run that died holds the deployment's only place: every later one would be cancelled."""
+    from prefect.client.orchestration import get_client
+    from prefect.states import Running
+
+    from flows.retrain import retrain
+    from flows.schedule import make_room
+
+    config, workspace = copy
+    with get_client(sync_client=True) as client:
+        dead = client.create_flow_run(
+            retrain, parameters={"config": str(config), "workspace": str(workspace.root)}, state=Running()
+        )
+
+        def state() -> str:
+            return str(client.read_flow_run(dead.id).state_type.value)
+
+        with experiment.exclusive(workspace):
+            make_room(workspace.root)
+        assert state() == "RUNNING"
+        make_room(workspace.root)
+        assert state() == "CRASHED"
+
+
+def test_a_flow_that_others_start_writes_files_for_its_user_alone(copy: tuple[Path, Workspace]) -> None:
+    from flows.retrain import retrain
+
+    config, workspace = copy
+    before = os.umask(0o022)
+    try:
+        retrain(str(config), workspace=str(workspace.root))
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
+    assert (workspace.root / "last_command.json").stat().st_mode & 0o077 == 0
 
 
 def test_the_doctor_leaves_a_workspace_alone_that_a_run_holds(copy: tuple[Path, Workspace]) -> None:
