@@ -75,12 +75,12 @@ def refresh_faults(faults: Path = FAULTS, page: Path = PAGE) -> None:
     found = read_json(faults)
     rows = found["rows"]
     runs, passes = (sum(row[name] for row in rows) for name in ("runs", "passes"))
-    seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
+    seeds, days = (", ".join(sorted({str(row[name]) for row in rows})) for name in ("seed", "date"))
     lines = [
-        f"{passes:,} of {runs:,} runs passed, {found['date']}, seed {seeds}.",
+        f"{passes:,} of {runs:,} runs passed, {days}, seed {seeds}; each row at the commit it names.",
         "",
-        "| | fault | expected | runs | passes | seconds | the injection leaves out |",
-        "|---|---|---|---|---|---|---|",
+        "| | fault | expected | runs | passes | seconds | commit | the injection leaves out |",
+        "|---|---|---|---|---|---|---|---|",
         *(fault_line(row) for row in rows),
     ]
     replace_part(page, "faults", "\n".join([BROKEN, *lines]))
@@ -89,7 +89,8 @@ def refresh_faults(faults: Path = FAULTS, page: Path = PAGE) -> None:
 def fault_line(row: dict[str, Any]) -> str:
     """A row of faults.json as a row of the table."""
     passes = f"{row['passes']}" if row["passes"] == row["runs"] and row["runs"] else f"**{row['passes']}**"
-    texts = [row["row"], row["fault"], row["expectation"], row["runs"], passes, f"{row['seconds']:.0f}", row["note"]]
+    texts = [row["row"], row["fault"], row["expectation"], row["runs"], passes, f"{row['seconds']:.0f}"]
+    texts += [row["commit"], row["note"]]
     return "| " + " | ".join(" ".join(str(text).replace("|", "/").split()) for text in texts) + " |"
 
 

@@ -172,22 +172,33 @@ def carried_moments(
     return first @ turn, two * (spread @ turn.square() + (mean @ turn).square()).abs()
 
 
-def adam(first: Tensor, second: Tensor, gradient: Tensor, steps: int, betas: tuple[float, float], eps: float) -> Tensor:
+def adam(
+    first: Tensor,
+    second: Tensor,
+    gradient: Tensor,
+    steps: int | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> Tensor:
     """Adam (Kingma & Ba, 2015) inside a subspace: updates the moments in place, returns N = M̂ / (√Ŝ + ε).
 
     Args:
         first: (…, r) M; changed.
         second: (…, r) S; changed.
         gradient: (…, r) projected gradient.
-        steps: t_s with this step counted, from 1.
+        steps: t_s with this step counted, from 1; or int64, shaped to broadcast with `first`.
         betas: decay rates.
         eps: outside the root, where small gradients keep their full step.
     """
     one, two = betas
     first.lerp_(gradient, 1 - one)
     second.mul_(two).addcmul_(gradient, gradient, value=1 - two)
-    root = second.div(1 - two**steps).sqrt_().add_(eps)
-    return first.div(root).div_(1 - one**steps)
+    return first.div(second.div(_debias(two, steps)).sqrt_().add_(eps)).div_(_debias(one, steps))
+
+
+def _debias(beta: float, steps: int | Tensor) -> float | Tensor:
+    """1 − β^t, in float64 where t is a tensor: in float32 it loses four digits at t = 1."""
+    return (1 - beta ** steps.double()).float() if isinstance(steps, Tensor) else 1 - beta**steps
 
 
 def shared_weights(kind: str, shares: Sequence[float], loudness: Sequence[float]) -> list[float]:
@@ -197,7 +208,7 @@ def shared_weights(kind: str, shares: Sequence[float], loudness: Sequence[float]
         kind: "sum": 1 (the paper); "pooled": n_j / Σ n; "normalised": 1 / running norm, times the mean of those norms
             so that the sum keeps its size.
         shares: n_j / Σ n, label tokens of each objective in the batch.
-        loudness: running norm of each objective's gradient, > 0.
+        loudness: running norm of each objective's gradient; 0 where it has had none, which then counts 1.
 
     Raises:
         ValueError: an unknown choice.
@@ -208,5 +219,6 @@ def shared_weights(kind: str, shares: Sequence[float], loudness: Sequence[float]
         return [1.0] * len(shares)
     if kind == "pooled":
         return [share / sum(shares) for share in shares]
-    middle = sum(loudness) / len(loudness)
-    return [middle / max(norm, 1e-30) for norm in loudness]
+    known = [norm for norm in loudness if norm > 0]
+    middle = sum(known) / max(1, len(known))
+    return [middle / norm if norm > 0 else 1.0 for norm in loudness]

@@ -132,8 +132,11 @@ class GemsConfig(MethodConfig):
                 'weight_decay = "to_zero" pulls the weights out of the null space at every step; '
                 'use "none" or "to_start_projected", or null_space = "off"'
             )
-        if self.gate == "lookahead" and self.fuse_norm != "none":
-            raise ValueError('gate = "lookahead" corrects an update of fixed parts; use fuse_norm = "none" with it')
+        if self.gate in ("hypergradient", "lookahead") and self.fuse_norm != "none":
+            raise ValueError(
+                f'gate = "{self.gate}" learns from an update that is the sum of its parts; use gate = "constant" or '
+                '"rule" with fuse_norm = "shared", or fuse_norm = "none"'
+            )
         if self.corpus == "off" and self.null_space != "off":
             raise ValueError(
                 f'null_space = "{self.null_space}" needs a corpus; name a text file or "previous_stage", '
@@ -237,5 +240,12 @@ BUILT_IN: dict[str, MethodConfig] = {
     "ortho_lora": SurgeryConfig(method="ortho_lora"),
     "osf": OsfConfig(),
     "lora_moe": LoraMoeConfig(),
-    "galore": GemsConfig(subspaces="one", null_space="off", on_refresh="keep", refresh="svd", stagger=False),
+    "galore": GemsConfig(
+        subspaces="one",
+        shared_grad="pooled",  # the loss that the other methods minimise
+        null_space="off",
+        on_refresh="keep",
+        refresh="svd",
+        stagger=False,
+    ),
 }

@@ -151,18 +151,27 @@ def _waiting_note(states: Iterable[Mapping[str, Any]]) -> list[str]:
     waited = [
         state
         for state in states
-        if (state.get("inputs", {}).get("method") or {}).get("gate") in LEARNED
+        if _has_learning_gate(state.get("inputs", {}).get("method") or {})
         and len(_objectives(state)) == 2
         and state.get("training")
-        and not any(name.startswith(LESSON) for row in state["training"] for name in row)
+        and not any(
+            name.startswith(LESSON) for row in (*state["training"], state.get("every_step", {})) for name in row
+        )
     ]
     if not waited:
         return []
-    steps = max(len(state["training"]) for state in waited)
+    # The rows of a long stage are thinned: their number is not that of its steps.
+    ends = [state["training"][-1]["step"] for state in waited]
+    steps = max(ends + [len(own) for state in waited for own in state.get("every_step", {}).values()])
     return [
-        f"The learning gate of {_methods(waited)} never left its warm-up in a stage of at most {steps} steps: both "
+        f"The learning gate of {_methods(waited)} never left its warm-up in a stage of at most {steps:,} steps: both "
         "weights stayed 1/2. Give gate_warmup fewer steps than a stage has."
     ]
+
+
+def _has_learning_gate(method: Mapping[str, Any]) -> bool:
+    """Whether a method weighs paths of two objectives by what it learns; one subspace has nothing to weigh."""
+    return method.get("gate") in LEARNED and method.get("subspaces") != "one"
 
 
 def _objectives(state: Mapping[str, Any]) -> set[str]:

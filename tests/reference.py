@@ -172,6 +172,7 @@ class NaiveGems:
         self.first: dict[tuple[str, str], Tensor] = {}
         self.second: dict[tuple[str, str], Tensor] = {}
         self.counts = dict.fromkeys(("shared", "search", "recommendation"), 0)
+        self.restarts: dict[tuple[str, str], int] = {}
         self.time = 0
         self.phi = None if phi is None else phi.double().clone().requires_grad_(True)
         self.gate_adam = None if self.phi is None else torch.optim.Adam([self.phi], lr=gate_rate, eps=1e-8)
@@ -237,6 +238,7 @@ class NaiveGems:
         blank = torch.zeros((rank, rows) if left else (rows, rank), dtype=torch.float64)
         if old is None or self.on_refresh == "reset":
             self.first[name, kind], self.second[name, kind] = blank, blank.clone()
+            self.restarts[name, kind] = self.counts[kind]
         elif self.on_refresh == "rotate":
             self._rotate(name, kind, new.T @ old)
 
@@ -259,7 +261,7 @@ class NaiveGems:
 
     def _adam(self, name: str, kind: str, reduced: Tensor) -> Tensor:
         """D_s, whole."""
-        place, count = (name, kind), self.counts[kind]
+        place, count = (name, kind), self.counts[kind] - self.restarts[name, kind]
         self.first[place] = 0.9 * self.first[place] + 0.1 * reduced
         self.second[place] = 0.999 * self.second[place] + 0.001 * reduced**2
         move = self.first[place] / (1 - 0.9**count) / ((self.second[place] / (1 - 0.999**count)).sqrt() + 1e-8)

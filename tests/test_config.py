@@ -13,6 +13,7 @@ from stages.errors import UserError
 from stages.jobs import BASELINES
 from stages.method_config import BUILT_IN, PesoConfig
 from stages.retrain_config import RetrainConfig
+from stages.sampled import LAST_CATEGORY
 
 EVENTS = 'name = "shop"\nworkspace = "w"\n[[log.sources]]\npath = "log.csv"\n'
 BASE = 'name = "shop"\nworkspace = "w"\n[log]\nkind = "sequences"\nsequences = "log.txt"\n'
@@ -92,7 +93,7 @@ def test_instants_of_several_offsets_are_put_in_order_by_time_not_by_spelling(tm
 
 
 def test_no_method_is_called_like_a_baseline_or_the_shared_first_stage() -> None:
-    assert set(RESERVED) == {FIRST, *BASELINES}
+    assert set(RESERVED) == {FIRST, *BASELINES, LAST_CATEGORY}
     assert not BUILT_IN.keys() & set(RESERVED)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults.__main__ import line, write
+from benchmarks.faults.__main__ import commit, line, write
 from benchmarks.faults.harness import Bench
 from benchmarks.faults.table import TABLE, tried
 from benchmarks.results import refresh_faults
@@ -62,7 +62,7 @@ def test_the_page_shows_what_failed_and_what_was_not_tried(tmp_path: Path) -> No
     refresh_faults(tmp_path / "f.json", tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "5 of 6 runs passed, " in page
-    assert ", seed 7." in page
-    assert "| 1 | kill | R | 3 | 3 | 1 |  |" in page
-    assert "| 2 | a / b | R | 3 | **2** | 1 | Traceback x / y |" in page
-    assert "| 3 | a / b | R | 0 | **0** | 1 |  |" in page
+    assert ", seed 7; each row at the commit it names." in page
+    assert f"| 1 | kill | R | 3 | 3 | 1 | {commit()} |  |" in page
+    assert f"| 2 | a / b | R | 3 | **2** | 1 | {commit()} | Traceback x / y |" in page
+    assert f"| 3 | a / b | R | 0 | **0** | 1 | {commit()} |  |" in page

@@ -157,6 +157,16 @@ def test_the_gates_slope_is_that_of_the_loss_one_step_later(
         assert logs[f"hypergradient/{objective}"] == pytest.approx(slope, rel=1e-4)
 
 
+@pytest.mark.parametrize("gate", ["hypergradient", "frozen_mlp"])
+def test_only_a_learning_gate_moves_its_weights(gate: Any) -> None:
+    toy = Toy(SHAPES)
+    step = step_of(toy, PLAIN.model_copy(update={"gate": gate, "gate_warmup": 0}))
+    before = step.gate.mlp.phi.clone()
+    for _ in range(3):
+        step(toy.batch())
+    assert torch.equal(step.gate.mlp.phi, before) == (gate == "frozen_mlp")
+
+
 def test_the_gate_rests_at_one_half_while_it_warms_up_and_then_learns() -> None:
     toy = Toy(SHAPES)
     step = step_of(toy, PLAIN.model_copy(update={"gate": "hypergradient", "gate_warmup": 3, "gate_learning_rate": 0.1}))
@@ -376,6 +386,8 @@ def test_a_state_larger_than_adams_is_refused_unless_allowed() -> None:
     ("values", "message"),
     [
         ({"weight_decay": "to_zero"}, "pulls the weights out of the null space"),
+        ({"fuse_norm": "shared"}, 'gate = "hypergradient" learns from an update that is the sum of its parts'),
+        ({"fuse_norm": "shared", "gate": "lookahead"}, "use gate = .constant. or .rule."),
         ({"corpus": "off"}, "needs a corpus; name a text file"),
         ({"rank": 0}, "greater than or equal to 1"),
         ({"gate": "moe"}, "Input should be 'constant', 'released'"),

@@ -100,5 +100,5 @@ def test_in_the_loop_it_sees_batches_of_an_order_of_its_own_and_stays_reproducib
 
 
 def test_a_rescaled_update_cannot_be_corrected() -> None:
-    with pytest.raises(ValidationError, match='use fuse_norm = "none"'):
+    with pytest.raises(ValidationError, match='or fuse_norm = "none"'):
         GemsConfig(gate="lookahead", fuse_norm="shared")

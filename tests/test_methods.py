@@ -173,7 +173,7 @@ def test_training_lowers_the_validation_loss(method: str, board: Workspace) -> N
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "frozen"])
 def test_a_stage_without_usable_events_carries_the_model_over(method: str, tmp_path: Path) -> None:
-    workspace = tiny.checkerboard(tmp_path, stages=2)
+    workspace = tiny.checkerboard(tmp_path, stages=3)
     tiny.write_stage(workspace, 1, [])
     config = tiny.config(**QUICK)
     done = train_stage(config, workspace, job(method, 1))
@@ -187,6 +187,7 @@ def test_a_stage_without_usable_events_carries_the_model_over(method: str, tmp_p
         torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
     result = evaluate_stage(config, workspace, job(method, 1), tested=1)
     assert result.queries == 0
+    assert train_stage(config, workspace, job(method, 2)).targets > 0  # and the one after it trains
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -29,10 +30,11 @@ from stages.errors import UserError
 from stages.jobs import Job
 from stages.method_config import GemsConfig
 from stages.methods.contract import Past
+from stages.methods.gems_step import GemsStep
 from stages.methods.protection import protections
 from stages.past import past_of
 from stages.search_examples import query_vocabulary
-from stages.train import bare_model, restore_model, train_stage, training_log
+from stages.train import bare_model, begin_stage, restore_model, train_stage, training_log
 from stages.workspace import Workspace, read_json, write_json
 from tests import searching, tiny
 
@@ -104,9 +106,9 @@ def test_the_state_says_ranks_bytes_and_what_is_protected(board: Workspace) -> N
 def test_the_previous_stage_is_its_training_windows_without_padding(board: Workspace) -> None:
     config = tiny.config(**QUICK)
     past = past_of(config, board, load_dataset(config, board), job(2), None)
-    batches = list(past.tokens())
+    batches = list(past.tokens[0]())
     assert sum(int(inside.sum()) for _, inside in batches) == 24 * (1 + 7 * 3 - 1)  # 7 of 9 items train
-    again = list(past.tokens())
+    again = list(past.tokens[0]())
     assert all(torch.equal(a.tokens, b.tokens) for (a, _), (b, _) in zip(batches, again, strict=True))
 
 
@@ -117,13 +119,13 @@ def test_what_is_protected_is_computed_once_and_verified_when_read(board: Worksp
 
     def counted() -> object:
         next(passes)
-        return past.tokens()
+        return past.tokens[0]()
 
-    own = Past(tokens=counted, folder=tmp_path)  # type: ignore[arg-type]
+    own = Past(tokens=[counted], folder=tmp_path)  # type: ignore[arg-type]
     first = protections(model, GemsConfig(), own)
     used = next(passes)
     second = protections(model, GemsConfig(), own)
-    assert next(passes) == used + 2  # only to name the corpus
+    assert next(passes) == used + 3  # only to see that it is large enough, and to name it
     assert all(torch.equal(first[name].basis, second[name].basis) for name in first)
     assert first["layers.0.self_attn.q_proj"].basis is first["layers.0.self_attn.v_proj"].basis
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
@@ -132,6 +134,9 @@ def test_what_is_protected_is_computed_once_and_verified_when_read(board: Worksp
         model.input_rows.add_(1e-3)
     protections(model, GemsConfig(), own)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    next(tmp_path.glob("*.json")).unlink()  # a kill between the two files
+    protections(model, GemsConfig(k_value=0.9), own)
+    protections(model, GemsConfig(), own)
     for table in tmp_path.glob("*.json"):
         write_json(table, read_json(table) | {"key": "another"})
     with pytest.raises(UserError, match="not what its name says"):
@@ -155,14 +160,28 @@ def test_a_corpus_that_does_not_fit_is_refused(board: Workspace, settings: GemsC
         protections(model, settings, past)
 
 
-def test_a_corpus_too_small_for_its_inputs_is_refused(board: Workspace) -> None:
+def test_a_small_stage_is_helped_by_those_before_it_and_without_any_nothing_is_protected(
+    board: Workspace, tmp_path: Path
+) -> None:
     model, past = at_start(tiny.config(**QUICK), board, job(1))
-    few = Past(
-        tokens=lambda: ((replace(b, tokens=b.tokens[:1]), m[:1]) for b, m in itertools.islice(past.tokens(), 1)),
-        folder=past.folder,
-    )
-    with pytest.raises(ValueError, match="21 tokens cannot span an input of 32 dimensions"):
-        protections(model, GemsConfig(), few)
+    (whole,) = past.tokens
+
+    def few() -> Iterator[tuple[TokenBatch, Tensor]]:
+        return ((replace(b, tokens=b.tokens[:1]), m[:1]) for b, m in itertools.islice(whole(), 1))
+
+    def both() -> Iterator[tuple[TokenBatch, Tensor]]:
+        return itertools.chain(few(), whole())
+
+    alone = protections(model, GemsConfig(), Past([whole], tmp_path))
+    helped = protections(model, GemsConfig(), Past([few, lambda: iter(()), whole], tmp_path))
+    joined = protections(model, GemsConfig(), Past([both], tmp_path))
+    large = protections(model, GemsConfig(), Past([whole, few], tmp_path))
+    for name, own in joined.items():
+        assert torch.equal(helped[name].basis, own.basis)
+        assert torch.equal(large[name].basis, alone[name].basis)  # a stage that is large enough is read alone
+    assert any(not torch.equal(own.basis, alone[name].basis) for name, own in joined.items())
+    with pytest.warns(UserWarning, match="hold fewer tokens than the 64 dimensions of an input; this stage protects"):
+        assert protections(model, GemsConfig(), Past([few, few], tmp_path)) == {}
     with pytest.raises(ValueError, match="GEMS protects inputs from stage 1 on"):
         protections(model, GemsConfig(), None)
 
@@ -181,11 +200,17 @@ def test_carried_state_goes_on_where_the_stage_before_stopped(board: Workspace) 
     steps = {stage: read_steps(folder(config, board, job(stage, "gems_carry")) / KEPT) for stage in (1, 2)}
     assert steps[1] == 4  # two epochs of 24 windows in batches of 16
     assert steps[2] == 8
+    stored = load_file(folder(config, board, job(1, "gems_carry")) / KEPT)
+    beginning = begin_stage(config, board, load_dataset(config, board), job(2, "gems_carry")).fit.step
+    assert isinstance(beginning, GemsStep)
+    for name, value in beginning.tensors().items():
+        if name.startswith("stack"):
+            assert torch.equal(value, stored[name]), name
+    assert any(float(value.norm()) > 0 for name, value in stored.items() if name.endswith("first"))
+    assert all(all(due) for due in beginning._due())  # the first step turns every basis
 
 
 def read_steps(file: Path) -> int:
-    from safetensors.torch import load_file
-
     return int(load_file(file)["stack0.steps"][0])
 
 
@@ -237,18 +262,18 @@ def walks(root: Path, seed: int) -> Workspace:
 
 def windows(past: Past) -> set[tuple[int, ...]]:
     """Distinct rows of tokens."""
-    return {tuple(row) for batch, _ in past.tokens() for row in batch.tokens.tolist()}
+    return {tuple(row) for batch, _ in past.tokens[0]() for row in batch.tokens.tolist()}
 
 
 def without(seen: set[tuple[int, ...]], past: Past) -> Past:
     """The rows that are not among `seen`."""
 
     def tokens() -> Iterator[tuple[TokenBatch, Tensor]]:
-        for batch, inside in past.tokens():
+        for batch, inside in past.tokens[0]():
             fresh = torch.tensor([tuple(row) not in seen for row in batch.tokens.tolist()])
             yield replace(batch, tokens=batch.tokens[fresh]), inside[fresh]
 
-    return replace(past, tokens=tokens)
+    return replace(past, tokens=[tokens])
 
 
 def output_change(model: GenerativeModel, past: Past, trained: dict[str, Tensor]) -> float:
@@ -260,7 +285,7 @@ def output_change(model: GenerativeModel, past: Past, trained: dict[str, Tensor]
         for name, module in maps.items()
     ]
     with torch.no_grad():
-        for batch, inside in past.tokens():
+        for batch, inside in past.tokens[0]():
             model.eval().hidden(batch.tokens)
             for held in inputs.values():
                 held[-1] = held[-1][inside]
@@ -304,9 +329,9 @@ def test_queries_of_the_stage_before_are_protected_too(ring: Workspace) -> None:
     config = tiny.config(**QUICK)
     dataset = load_dataset(config, ring)
     past = past_of(config, ring, dataset, job(2), query_vocabulary(config, dataset))
-    words = sum(int((batch.tokens > 12).sum()) for batch, _ in past.tokens())  # 9 codes, the opening, two markers
+    words = sum(int((batch.tokens > 12).sum()) for batch, _ in past.tokens[0]())  # 9 codes, the opening, two markers
     assert words > 100
-    assert any(batch.visible is not None for batch, _ in past.tokens())
+    assert any(batch.visible is not None for batch, _ in past.tokens[0]())
     train_stage(config, ring, job(0))
     model, past = at_start(config, ring, job(1))
     assert protections(model, GemsConfig(), past).keys() == linear_maps(model.stack).keys()
@@ -331,7 +356,7 @@ def test_a_pretrained_backbone_protects_the_inputs_of_a_text(reader: Path, board
     text.write_text("\n\n".join(" ".join(f"w{n}" for n in row) for row in numbers.tolist()))
     config = tiny.config(backbone={"path": str(reader)}, **QUICK)
     model = bare_model(config, load_dataset(config, board), 0)
-    past = Past(tokens=lambda: iter(()), folder=tmp_path / "kept")
+    past = Past(tokens=[], folder=tmp_path / "kept")
     seen: list[int] = []
     settings = GemsConfig(corpus=str(text), corpus_tokens=2048, k_rule="fixed", k_value=8)
     kept = protections(model, settings, past, seen.append)
@@ -359,7 +384,7 @@ def test_reading_a_corpus_is_logged_by_tenths(board: Workspace, caplog: pytest.L
 
 def test_a_missing_text_and_a_backbone_without_words_are_said(reader: Path, board: Workspace, tmp_path: Path) -> None:
     config = tiny.config(backbone={"path": str(reader)}, **QUICK)
-    past = Past(tokens=lambda: iter(()), folder=tmp_path / "kept")
+    past = Past(tokens=[], folder=tmp_path / "kept")
     model = bare_model(config, load_dataset(config, board), 0)
     with pytest.raises(ValueError, match=r"corpus = '.*nowhere.txt' is no file; name a text file"):
         protections(model, GemsConfig(corpus=str(tmp_path / "nowhere.txt")), past)

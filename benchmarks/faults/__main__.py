@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -86,10 +87,19 @@ def write(path: Path, results: list[dict[str, Any]], partial: bool) -> None:
     kept: dict[int, dict[str, Any]] = {}
     if partial and path.exists():
         kept = {row["row"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
-    kept |= {result["row"]: result for result in results}
-    when = time.strftime("%Y-%m-%d", time.gmtime())
+    when = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": commit()}
+    kept |= {result["row"]: result | when for result in results}
     rows = [kept[number] for number in sorted(kept)]
-    path.write_text(json.dumps({"schema": 1, "date": when, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"schema": 2, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    """Of the code that is run, with a + where files were changed since; empty outside a repository."""
+    git = ["git", "-C", str(PLACE.parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 if __name__ == "__main__":

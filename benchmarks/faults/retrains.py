@@ -128,10 +128,13 @@ def killed(bench: Bench, count: int, rng: Random) -> Iterator[str]:
 
 
 def killed_until_it_ends(bench: Bench, root: Path, want: Undisturbed, rng: Random) -> str:
-    """Kill retrainings at moments drawn from one and a quarter of the twin's seconds until one ends."""
-    for _ in range(MOST):
+    """Kill retrainings at moments drawn from one and a quarter of the twin's seconds until one ends.
+
+    The span grows by a twentieth at each kill: the machine may have become slower since the twin ran.
+    """
+    for number in range(MOST):
         child = retrain(bench, root)
-        child.process.join(rng.uniform(0, 1.25 * want.seconds))
+        child.process.join(rng.uniform(0, 1.25 * 1.05**number * want.seconds))
         child.signal(KILL)
         code = child.end()
         if code == 0:

@@ -164,7 +164,11 @@ def one_giant(bench: Bench, count: int, rng: Random) -> Iterator[str]:
         shutil.rmtree(root, ignore_errors=True)
 
 
-ABORTS = ("memory allocation of", "cannot allocate memory for thread-local data")
+ABORTS = (
+    "memory allocation of",
+    "cannot allocate memory for thread-local data",
+    "Resource temporarily unavailable",  # a thread that polars could not start
+)
 """Last words of polars and of the C library, which end the process themselves where they get no memory."""
 
 

@@ -7,11 +7,13 @@ its `state.json`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from models import adapter as lora
 from models.generative import GenerativeModel
@@ -20,6 +22,7 @@ from regularizers.subspace import state_floats
 from stages.config import AdapterConfig
 from stages.method_config import GemsConfig
 from stages.methods.contract import Losses, Schedule
+from stages.methods.gems_arrivals import quiet_step
 from stages.methods.gems_stack import default_rank
 from stages.methods.gems_step import GemsStep
 
@@ -36,8 +39,9 @@ class Footprint:
 
     Attributes:
         name: of the way.
-        part: `state`: moments and bases; `gradients`: `.grad` at their largest; `projected`: GEMS's gradients in their
-            subspaces; `adapter`: LoRA's own weights.
+        part: `state`: moments and bases; `gradients`: whole ones at their largest, `first gradients` those of GEMS's
+            first step, when every basis is made; `projected`: GEMS's gradients in their subspaces; `adapter`: LoRA's
+            own weights.
         counted: bytes of the tensors.
         predicted: bytes by the formula.
     """
@@ -70,14 +74,30 @@ def gems_footprint(maps: Mapping[str, nn.Linear], batch: Batch, settings: GemsCo
     """Two steps of GEMS: 4·Σ_s (short·r_s + 2·long·r_s) bytes of state a map, of the subspaces that are open."""
     for module in maps.values():
         module.weight.requires_grad_(True)
-    step = GemsStep(maps, [], settings, rank, {}, SCHEDULE)
     weights = [module.weight for module in maps.values()]
-    peak = _peak(weights, lambda: [step(batch()) for _ in range(2)])
+    held, pieces = list[GemsStep](), list[Losses]()
+
+    def counted() -> Iterator[Losses]:
+        for losses in batch():
+            pieces.append(losses)
+            yield losses
+
+    with _Peak(weights, lambda: sum(step.whole_bytes() for step in held)) as peak:
+        step = GemsStep(maps, [], settings, rank, {}, SCHEDULE)
+        held.append(step)
+        step(counted())
+        first = peak.taken()
+        step.step.fill_(quiet_step(step.stacks, settings))
+        step(batch())
+        later = peak.taken()
+    sizes = [weight.numel() for weight in weights]
+    more = max(sizes) if sum(len(losses) for losses in pieces) > len(step.objectives) else 0  # of the next piece
     state = sum(len(s.names) * state_floats(s.rows, s.cols, s.widths) for s in step.stacks)
     images = sum(len(s.names) * s.rows * s.frame(0).shape[1] for s in step.stacks) * len(step.objectives)
     return [
         Footprint("gems", "state", step.state_bytes(), FLOAT * state),
-        Footprint("gems", "gradients", peak, FLOAT * sum(weight.numel() for weight in weights)),
+        Footprint("gems", "first gradients", first, FLOAT * (len(step.objectives) * sum(sizes) + more)),
+        Footprint("gems", "gradients", later, FLOAT * max(sizes)),
         Footprint("gems", "projected", step.projected_bytes, FLOAT * images),
     ]
 
@@ -117,25 +137,35 @@ def _adamw(parameters: Sequence[Tensor], batch: Batch) -> tuple[int, int]:
         for losses in batch():
             torch.stack(list(losses.values())).sum().backward()
 
-    peak = _peak(parameters, backward)
+    with _Peak(parameters) as held:
+        backward()
+        peak = held.taken()
     optimizer.step()
     moments = [value for state in optimizer.state.values() for value in state.values()]
     optimizer.zero_grad(set_to_none=True)
     return sum(value.nbytes for value in moments if value.dim()), peak  # without the step counts, a number each
 
 
-def _peak(parameters: Sequence[Tensor], work: Callable[[], object]) -> int:
-    """Bytes of `.grad` at their largest while `work` runs."""
-    largest = 0
+class _Peak:
+    """Bytes of whole gradients at their largest: `.grad` of `parameters`, and what else is kept of them."""
 
-    def seen(_: Tensor) -> None:
-        nonlocal largest
-        largest = max(largest, sum(p.grad.nbytes for p in parameters if p.grad is not None))
+    def __init__(self, parameters: Sequence[Tensor], kept: Callable[[], int] = lambda: 0) -> None:
+        self.parameters, self.kept, self.largest = parameters, kept, 0
+        self.handles: list[RemovableHandle] = []
 
-    handles = [parameter.register_post_accumulate_grad_hook(seen) for parameter in parameters]
-    try:
-        work()
-    finally:
-        for handle in handles:
+    def __enter__(self) -> Self:
+        self.handles = [parameter.register_post_accumulate_grad_hook(self._seen) for parameter in self.parameters]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
             handle.remove()
-    return largest
+
+    def _seen(self, _: Tensor) -> None:
+        here = {p.grad.data_ptr(): p.grad.nbytes for p in self.parameters if p.grad is not None}
+        self.largest = max(self.largest, sum(here.values()) + self.kept())
+
+    def taken(self) -> int:
+        """The largest since the last call."""
+        largest, self.largest = self.largest, 0
+        return largest

@@ -66,11 +66,11 @@ class Past:
     """What a stage may look back on besides checkpoints.
 
     Attributes:
-        tokens: the previous stage's training windows as token numbers, in a seeded order.
+        tokens: each earlier stage's training windows as token numbers, in a seeded order; the stage just before first.
         folder: where something computed from them may be stored.
     """
 
-    tokens: TokenStream
+    tokens: Sequence[TokenStream]
     folder: Path
 
 

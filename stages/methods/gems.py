@@ -63,5 +63,5 @@ class Gems:
         kept = lineage[-1] / KEPT
         if self.settings.carry_state and kept.exists():
             state = json.loads((lineage[-1] / "state.json").read_text(encoding="utf-8"))
-            step.load(load_file(kept), state["gems"]["objectives"], carry=True)
+            step.load(load_file(kept), state["gems"]["subspaces"], carry=True)
         return step

@@ -81,6 +81,8 @@ class Stack:
         self.moved: Tensor | None = None
         self.images: dict[str, Tensor] = {}
         self.full: dict[str, dict[int, Tensor]] = {}
+        self.begun: dict[str, set[int]] = {}
+        self.restarts = torch.zeros(len(self.names), 0, dtype=torch.int64)
         self.grow((ranks[0],))
 
     def grow(self, widths: tuple[int, ...]) -> None:
@@ -93,6 +95,7 @@ class Stack:
         self.first, self.second = torch.cat([self.first, blank], dim=2), torch.cat([self.second, blank], dim=2)
         self.steps = torch.cat([self.steps, torch.zeros(count, dtype=torch.int64)])
         self.age = torch.cat([self.age, torch.full((layers, count), -1)], dim=1)
+        self.restarts = torch.cat([self.restarts, torch.zeros(layers, count, dtype=torch.int64)], dim=1)
         self.widths = widths
         for name, image in self.images.items():  # a frame holds the basis, and sometimes the reach after it
             frames = image.split(max(1, sum(widths) - extra), dim=2)
@@ -133,20 +136,32 @@ class Stack:
         """(L, rows, R) of an image: its projections on the reach."""
         return image[..., -sum(self.widths) :]
 
-    def collect(self, objective: str, keep: Sequence[bool]) -> None:
-        """Take the gradients one backward left in `.grad`: project each at once, keep whole those that `keep` names."""
+    def expect(self, objective: str) -> None:
+        """Have room for an objective's gradients."""
         if objective not in self.images:
             self.images[objective] = self.first.new_zeros(len(self.names), self.rows, self.frame(0).shape[1])
-            self.full[objective] = {}
-        whole = self.full[objective]
-        for i, weight in enumerate(self.weights):
-            if weight.grad is None:
-                continue
-            gradient = self.orient(weight.grad)
-            self.images[objective][i].addmm_(gradient, self.frame(i))
-            if keep[i]:
-                whole[i] = whole[i] + gradient if i in whole else gradient
-            weight.grad = None
+            self.full[objective], self.begun[objective] = {}, set()
+
+    @torch.no_grad()
+    def collect(self, objective: str, layer: int, keep: bool) -> None:
+        """Take the gradient a backward has just left in one map's `.grad`: project it at once, and drop it.
+
+        Args:
+            objective: whose it is.
+            layer: number of the map.
+            keep: hold it whole besides; all micro-batches of a step or none, a part of a sum being of no use.
+        """
+        weight, whole, begun = self.weights[layer], self.full[objective], self.begun[objective]
+        if weight.grad is None:
+            return
+        gradient = self.orient(weight.grad)
+        self.images[objective][layer].addmm_(gradient, self.frame(layer))
+        if layer in whole:
+            whole[layer].add_(gradient)
+        elif keep and layer not in begun:
+            whole[layer] = gradient
+        begun.add(layer)
+        weight.grad = None
 
     def orient(self, matrix: Tensor) -> Tensor:
         """The view of a weight-shaped matrix that has the bases on its right, or back."""
@@ -189,6 +204,8 @@ class Stack:
             int(self.steps[number]),
             BETAS,
         )
+        if own.on_refresh == "reset":
+            self.restarts[layer, number] = self.steps[number]
         self.basis[layer][:, part] = new
         self.first[layer][:, part], self.second[layer][:, part] = moments
 
@@ -215,7 +232,7 @@ class Stack:
                 part = self.part(number)
                 self.steps[number] += 1
                 raw[..., part] = subspace.adam(
-                    self.first[..., part], self.second[..., part], gradient, int(self.steps[number]), BETAS,
+                    self.first[..., part], self.second[..., part], gradient, self._counted(number), BETAS,
                     self.settings.eps,
                 )  # fmt: skip
         self.age += (self.age >= 0).long()
@@ -232,6 +249,12 @@ class Stack:
             self._subtract(i, weight, fused[i], rate)
         whole, shared, before = (float(size.sum()) for size in sizes)
         return Fusion(shared if self.settings.fuse_norm == "shared" else whole, whole, shared, before)
+
+    def _counted(self, number: int) -> int | Tensor:
+        """Steps that the moments of a subspace hold: t_s, or with `reset` (L, 1, 1) those since each map's refresh."""
+        if self.settings.on_refresh != "reset":
+            return int(self.steps[number])
+        return (self.steps[number] - self.restarts[:, number]).to(self.device)[:, None, None]
 
     def _subtract(self, layer: int, weight: Tensor, fused: Tensor, rate: float) -> None:
         if self.right:
@@ -274,7 +297,7 @@ class Stack:
 
     def forget_gradients(self) -> None:
         """Drop images and whole gradients of the step that ended."""
-        self.images, self.full = {}, {}
+        self.images, self.full, self.begun = {}, {}, {}
 
     def overlaps(self) -> Tensor:
         """(3,) mean overlap of shared with the first, shared with the second, first with second specific basis."""
@@ -285,6 +308,7 @@ class Stack:
     def tensors(self) -> dict[str, Tensor]:
         """All state."""
         held = {"basis": self.basis, "first": self.first, "second": self.second, "steps": self.steps, "age": self.age}
+        held |= {"restarts": self.restarts}
         return held | ({"moved": self.moved} if self.moved is not None else {})
 
     def load(self, held: Mapping[str, Tensor]) -> None:
@@ -302,7 +326,7 @@ class Stack:
                     f"stored {name} of {self.names[0]} is {tuple(held[name].shape)}, here it is {tuple(value.shape)}; "
                     "keep rank and side, or set carry_state = false"
                 )
-        for name in ("basis", "first", "second", "steps", "age"):
+        for name in ("basis", "first", "second", "steps", "age", "restarts"):
             getattr(self, name).copy_(held[name])
         self.moved = held["moved"].to(self.device, copy=True) if "moved" in held else None
         self.derive(range(len(self.names)))

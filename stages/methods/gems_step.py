@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from regularizers.subspace import caps, shared_weights
 from stages.deltas import in_words, smallest
 from stages.method_config import GemsConfig
 from stages.methods.contract import Losses, Schedule
+from stages.methods.gems_arrivals import Arriving, Listener, due_maps
 from stages.methods.gems_gate import NORM_DECAY, Batch, FusionGate
 from stages.methods.gems_stack import Fusion, make_stacks, mean_overlaps
 from stages.methods.parts import objective_backward, rate_at
@@ -60,11 +62,16 @@ class GemsStep:
             else None
         )
         self.objectives: list[str] = []
+        """Whose the second and third subspaces are; a carried one need not have been met in this stage."""
+        self.met: set[str] = set()
+        self.waiting: set[str] = set()
+        """Objectives whose carried subspace has not been refreshed in this stage."""
         self.saved: dict[str, int] = {}
         self.projected_bytes = 0
         self.step = torch.zeros((), dtype=torch.int64)
         self.norms = torch.zeros(2)
         self.gate = FusionGate(settings, schedule.seed)
+        self.listener = Listener(self.stacks)
 
     def __call__(self, micro_batches: Iterable[Losses]) -> dict[str, float]:
         """Draw the micro-batches, move the weights, return numbers to log."""
@@ -93,10 +100,10 @@ class GemsStep:
         losses, shares = dict[str, float](), dict[str, float]()
         for parameter in self.others:
             parameter.grad = None
-        for name, loss, share in objective_backward(micro_batches):
-            self._collect(name)
+        for name, loss, share in objective_backward(micro_batches, self._expect):
             losses[name] = losses.get(name, 0.0) + loss
             shares[name] = shares.get(name, 0.0) + share
+        self.listener.now = None
         self.projected_bytes = sum(image.nbytes for stack in self.stacks for image in stack.images.values())
         total = sum(shares.values())
         shares = {name: share / total for name, share in shares.items()}
@@ -108,39 +115,43 @@ class GemsStep:
 
     def _meet(self, objective: str) -> None:
         """A second objective opens the specific subspaces; until then the shared one works alone."""
-        if objective in self.objectives:
+        if objective in self.met:
             return
-        if len(self.objectives) == 2:
-            raise ValueError(f"a third objective, {objective!r}: GEMS fuses two, {' and '.join(self.objectives)}")
-        self.objectives = sorted([*self.objectives, objective], reverse=True)  # search, then recommendation
-        if len(self.objectives) == 2:
-            self.norms, self.gate.usual = self.norms.flip(0), self.gate.usual.flip(0)
-            if self.settings.subspaces == "three":
-                for stack in self.stacks:
-                    if len(stack.widths) == 1:
-                        stack.grow((stack.ranks[0], stack.ranks[1], stack.ranks[1]))
+        if objective not in self.objectives:
+            if len(self.objectives) == 2:
+                raise ValueError(f"a third objective, {objective!r}: GEMS fuses two, {' and '.join(self.objectives)}")
+            if self.objectives and objective > self.objectives[0]:  # the one met first moves to the second place
+                self.norms = self.norms.flip(0)
+            self.objectives = sorted([*self.objectives, objective], reverse=True)  # search, then recommendation
+        self.met.add(objective)
+        if self.paired and self.settings.subspaces == "three":
+            for stack in self.stacks:
+                if len(stack.widths) == 1:
+                    stack.grow((stack.ranks[0], stack.ranks[1], stack.ranks[1]))
+
+    @property
+    def paired(self) -> bool:
+        """Whether this stage has met two objectives; before that the shared subspace works alone."""
+        return len(self.met) == 2
 
     @torch.no_grad()
-    def _collect(self, objective: str) -> None:
+    def _expect(self, objective: str) -> None:
+        """A backward of `objective` is about to run: say of each map whether its gradient is kept whole."""
         self._meet(objective)
-        number = self._number(objective)
+        number, keep = self._number(objective), []
         for stack, due in zip(self.stacks, self._due(), strict=True):
-            unborn = not stack.born(0) or (len(stack.widths) > 1 and not stack.born(number))
-            stack.collect(objective, [unborn or one for one in due])
+            stack.expect(objective)
+            specific = self.paired and len(stack.widths) > 1
+            wanted = not stack.born(0) or (specific and (objective in self.waiting or not stack.born(number)))
+            keep.append([wanted or one for one in due])
+        self.listener.now = Arriving(objective, keep)
 
     def _number(self, objective: str) -> int:
         """The objective's subspace: 1 or 2."""
         return 1 + self.objectives.index(objective)
 
     def _due(self) -> list[list[bool]]:
-        """Which maps of each stack refresh at this step."""
-        step, every = int(self.step), self.settings.refresh_every
-        count, place, due = sum(len(stack.names) for stack in self.stacks), 0, []
-        for stack in self.stacks:
-            own = [(place + i) * every // count if self.settings.stagger else 0 for i in range(len(stack.names))]
-            due.append([step == 0 or (step + offset) % every == 0 for offset in own])
-            place += len(stack.names)
-        return due
+        return due_maps(self.stacks, int(self.step), self.settings)
 
     def _check(self, batch: Batch) -> None:
         for name in batch.losses:
@@ -193,13 +204,15 @@ class GemsStep:
                     )
                     stack.refresh(0, i, joint, generator)
                     turned.add(i)
-                for name, whole in wholes.items():
+                for name, whole in wholes.items() if self.paired and len(stack.widths) > 1 else ():
                     number = self._number(name)
-                    if number < len(stack.widths) and (due[i] or int(stack.age[i, number]) < 0):
+                    if due[i] or name in self.waiting or int(stack.age[i, number]) < 0:
                         stack.refresh(number, i, whole, generator)
                         turned.add(i)
             if turned:
                 stack.project_again(sorted(turned))
+        if self.paired:
+            self.waiting -= set(present)
         return time.perf_counter() - started
 
     def _first_norms(self, present: Sequence[str]) -> None:
@@ -214,7 +227,7 @@ class GemsStep:
         """Norm of each objective's gradient inside its own subspace, and their cosine inside the shared one."""
         logs = {}
         for name in present:
-            number = self._number(name)
+            number = self._number(name) if self.paired else 0
             images = [
                 stack.images[name][..., stack.part(number if len(stack.widths) > 1 else 0)] for stack in self.stacks
             ]
@@ -233,7 +246,7 @@ class GemsStep:
 
     def _alpha(self, present: Sequence[str], batch: Batch) -> Tensor:
         """α (2,) in the order of `objectives`; zero for an objective the batch does not hold."""
-        if len(self.objectives) < 2:
+        if not self.paired:
             return torch.zeros(2)
         here = torch.tensor([float(name in present) for name in self.objectives])
         if len(present) < 2:
@@ -254,7 +267,7 @@ class GemsStep:
             gradients: list[Tensor | None] = [shared]
             for name in self.objectives if len(stack.widths) > 1 else ():
                 number = self._number(name)
-                ready = name in present and stack.born(number)
+                ready = self.paired and name in present and stack.born(number)
                 gradients.append(stack.images[name][..., stack.part(number)] if ready else None)
             weights = [scale, *(scale * float(a) for a in alpha)][: len(stack.widths)]
             sizes.append(stack.move(gradients, weights, rate, decay))
@@ -277,8 +290,8 @@ class GemsStep:
         return {"gradient_norm": float(norm)}
 
     def _account(self, alpha: Tensor) -> dict[str, float]:
-        logs = {"single_objective": float(len(self.objectives) < 2), "state_bytes": float(self.state_bytes())}
-        if len(self.objectives) == 2:
+        logs = {"single_objective": float(not self.paired), "state_bytes": float(self.state_bytes())}
+        if self.paired:
             p = alpha.clamp_min(1e-30)
             logs |= {f"alpha/{name}": float(a) for name, a in zip(self.objectives, alpha, strict=True)}
             logs["alpha_entropy"] = float(-(alpha * p.log()).sum())
@@ -295,8 +308,10 @@ class GemsStep:
         return {
             "gems": {
                 "rank": self.rank,
-                "objectives": self.objectives,
-                "single_objective": len(self.objectives) < 2,
+                "corpus": Path(self.settings.corpus).name,
+                "objectives": [name for name in self.objectives if name in self.met],
+                "subspaces": self.objectives,
+                "single_objective": not self.paired,
                 "capped": self.capped,
                 "state_bytes": self.state_bytes(),
                 "protected_bytes": sum({id(one.basis): one.basis.nbytes for one in self.protections.values()}.values()),
@@ -319,6 +334,10 @@ class GemsStep:
         """Bytes of bases and moments, as `state_floats` predicts them."""
         return sum(t.numel() * 4 for stack in self.stacks for t in (stack.basis, stack.first, stack.second))
 
+    def whole_bytes(self) -> int:
+        """Bytes of the whole gradients held now, for bases that are made anew."""
+        return sum(one.nbytes for stack in self.stacks for own in stack.full.values() for one in own.values())
+
     def tensors(self) -> dict[str, Tensor]:
         """All state as tensors; `load` of a step built the same way goes on bit for bit."""
         held: dict[str, Tensor] = {}
@@ -335,7 +354,7 @@ class GemsStep:
 
         Args:
             held: stored tensors.
-            objectives: those the stored step had met.
+            objectives: those of the stored step's subspaces.
             carry: from the stage before: only bases, moments and gate, and steps are counted anew.
 
         Raises:
@@ -348,9 +367,11 @@ class GemsStep:
         self.objectives = list(objectives)
         self.norms = held["norms"].clone()
         if carry:
+            self.waiting = set(objectives)
             for stack in self.stacks:
                 stack.moved = None
             return
+        self.met = set(objectives)
         self.step = held["step"].clone()
         for n, parameter in enumerate(self.others):
             own = f"adamw{n}."

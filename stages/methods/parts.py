@@ -119,8 +119,14 @@ def adamw_step(parameters: Sequence[nn.Parameter], schedule: Schedule, penalty: 
     return step
 
 
-def objective_backward(micro_batches: Iterable[Losses]) -> Iterator[tuple[str, float, float]]:
+def objective_backward(
+    micro_batches: Iterable[Losses], before: Callable[[str], object] = lambda _: None
+) -> Iterator[tuple[str, float, float]]:
     """One backward an objective and micro-batch; the consumer takes what it left in `.grad` before the next.
+
+    Args:
+        micro_batches: losses by objective.
+        before: told the objective whose backward is about to run.
 
     Yields:
         Objective, loss, and the share of the batch's targets it stands for (alike for all where the loop does not say).
@@ -128,6 +134,7 @@ def objective_backward(micro_batches: Iterable[Losses]) -> Iterator[tuple[str, f
     for losses in micro_batches:
         shares = losses.shares if isinstance(losses, SharedLosses) else dict.fromkeys(losses, 1 / len(losses))
         for place, (objective, loss) in enumerate(losses.items()):
+            before(objective)
             loss.backward(retain_graph=place + 1 < len(losses))  # two losses may share a forward pass
             yield objective, float(loss.detach()), shares[objective]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,15 @@ def protections(
     Args:
         model: the one the stage starts from.
         settings: corpus, its size and the rule for k.
-        past: the previous stage's windows, and the folder results are kept in.
+        past: earlier stages' windows, and the folder results are kept in.
         progress: called with the corpus tokens seen; absent: every tenth of them is logged.
 
     Returns:
-        Empty where `null_space = "off"`.
+        Empty where `null_space = "off"`, and with a warning where all earlier stages hold fewer tokens than an input
+        has dimensions.
 
     Raises:
-        ValueError: the corpus is missing, too small, or cannot be read by this backbone; a rule that leaves nothing.
+        ValueError: the text is missing or too small, or cannot be read by this backbone; a rule that leaves nothing.
         UserError: a stored result does not belong to its name.
     """
     if settings.null_space == "off":
@@ -51,7 +53,15 @@ def protections(
     if past is None:
         raise ValueError("GEMS protects inputs from stage 1 on; stage 0 has no model to preserve")
     text = settings.corpus != "previous_stage"
-    stream = text_stream(model, settings) if text else _limited(past.tokens, settings.corpus_tokens)
+    widest = max(module.in_features for module in linear_maps(model.stack).values())
+    stream = text_stream(model, settings) if text else _newest(past.tokens, settings.corpus_tokens, widest)
+    if stream is None:
+        warnings.warn(
+            f"gems: the stages before hold fewer tokens than the {widest} dimensions of an input; this stage protects "
+            "none",
+            stacklevel=2,
+        )
+        return {}
     forward = reads_text(model) if text else reads_items(model)
     key = digest_of(
         {
@@ -62,7 +72,7 @@ def protections(
         }
     )
     file = past.folder / f"{key[:16]}.safetensors"
-    if not file.exists():
+    if not (file.exists() and file.with_suffix(".json").exists()):  # a kill may have come between the two
         training = model.training
         model.eval()
         _store(file, key, _found(model, forward, stream, settings, progress or _logged(settings.corpus_tokens)))
@@ -145,6 +155,30 @@ def _stream_digest(stream: TokenStream) -> str:
 
 def _limited(stream: TokenStream, tokens: int) -> TokenStream:
     return lambda: limited(stream(), tokens)
+
+
+def _newest(streams: Sequence[TokenStream], tokens: int, enough: int) -> TokenStream | None:
+    """The newest stage's windows, with those of stages before it where they hold fewer than `enough` tokens.
+
+    Args:
+        streams: of each stage, the newest first.
+        tokens: read at most.
+        enough: tokens that span every input.
+
+    Returns:
+        None where all of them together are too few.
+    """
+    for count in range(1, len(streams) + 1):
+        stream = _limited(_joined(streams[:count]), tokens)
+        if sum(int(inside.sum()) for _, inside in limited(stream(), enough)) >= enough:
+            if count > 1:
+                log.info("null space: the stage before is small; %d stages are read", count)
+            return stream
+    return None
+
+
+def _joined(streams: Sequence[TokenStream]) -> TokenStream:
+    return lambda: chain.from_iterable(stream() for stream in streams)
 
 
 def reads_items(model: GenerativeModel) -> Callable[[TokenBatch], Tensor]:

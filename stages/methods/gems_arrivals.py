@@ -1,0 +1,69 @@
+"""Which of GEMS's bases are due, and gradients taken while the backward pass that makes them goes on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stages.method_config import GemsConfig
+from stages.methods.gems_stack import Stack
+
+
+def due_maps(stacks: Sequence[Stack], step: int, settings: GemsConfig) -> list[list[bool]]:
+    """Which maps of each stack refresh their bases at `step`, counted from 0: all at the first, then spread over T."""
+    every, place, due = settings.refresh_every, 0, []
+    count = sum(len(stack.names) for stack in stacks)
+    for stack in stacks:
+        own = [(place + i) * every // count if settings.stagger else 0 for i in range(len(stack.names))]
+        due.append([step == 0 or (step + offset) % every == 0 for offset in own])
+        place += len(stack.names)
+    return due
+
+
+def quiet_step(stacks: Sequence[Stack], settings: GemsConfig) -> int:
+    """The first step after 0 that refreshes no basis; 1 where each of them does."""
+    steps = range(1, settings.refresh_every)
+    return next((step for step in steps if not any(map(any, due_maps(stacks, step, settings)))), 1)
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """The backward pass that is running.
+
+    Attributes:
+        objective: whose gradients it makes.
+        keep: by stack and map, whether a gradient is wanted whole.
+    """
+
+    objective: str
+    keep: list[list[bool]]
+
+
+class Listener:
+    """Takes each map's gradient as soon as it is there, so that no whole set of them is ever held.
+
+    The hooks know the listener by a weak reference: weights outlive the step that moves them.
+
+    Args:
+        stacks: whose gradients are taken while `now` is set, and left alone else.
+    """
+
+    def __init__(self, stacks: Sequence[Stack]) -> None:
+        self.stacks = stacks
+        self.now: Arriving | None = None
+        own: weakref.ref[Listener] = weakref.ref(self)
+        for number, stack in enumerate(stacks):
+            for layer, weight in enumerate(stack.weights):
+                weight.register_post_accumulate_grad_hook(_taking(own, number, layer))
+
+
+def _taking(own: weakref.ref[Listener], number: int, layer: int) -> Callable[[Tensor], None]:
+    def arrived(_: Tensor) -> None:
+        listener = own()
+        if listener is not None and (now := listener.now) is not None:
+            listener.stacks[number].collect(now.objective, layer, now.keep[number][layer])
+
+    return arrived
