@@ -11,6 +11,8 @@ STAMP := $(VENV)/.installed
 PYTHON ?=
 TORCH ?=
 WORKSPACE ?= workspace/demo
+PREFECT_PORT ?= 4200
+MLFLOW_PORT ?= 5000
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Waiting threads sleep: where cores are shared, spinning ones make small matrices tens of times slower.
@@ -60,8 +62,8 @@ bench: install ## run the short benchmarks, under 20 minutes, and refresh docs/r
 faults: install ## inject every fault of docs/reliability.md, about half an hour
 	$(BIN)/python -m benchmarks.faults
 
-ui: install ## Prefect on port 4200 and MLflow on port 5000, this machine only, for WORKSPACE
-	@$(BIN)/driftrec ui --workspace "$(WORKSPACE)"
+ui: install ## Prefect on PREFECT_PORT and MLflow on MLFLOW_PORT, this machine only, for WORKSPACE
+	@$(BIN)/driftrec ui --workspace "$(WORKSPACE)" --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
 
 clean: ## remove the environment, caches and builds; workspaces and data stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

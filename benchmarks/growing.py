@@ -62,7 +62,7 @@ def week(number: int, users: int = 40, visits: int = 4, items: int = 12) -> list
     return rows
 
 
-def write_rows(path: Path, rows: list[tuple[str, str, int]]) -> Path:
+def write_rows(path: Path, rows: list[tuple[str, str, int | str]]) -> Path:
     """A file of the log."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [",".join(map(str, row)) for row in rows]

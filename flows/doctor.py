@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from flows import machine
-from stages.workspace import left_overs
+from stages.errors import UserError
+from stages.workspace import Workspace, left_overs
 
 LEAST_DISK = 2 * 2**30
 LEAST_MEMORY = 4 * 2**30
@@ -45,34 +47,58 @@ def examine(root: Path | None = None) -> list[Check]:
 
 
 def repaired(root: Path | None) -> Iterator[Check]:
-    """End what killed runs left behind: flow runs that Prefect believes under way, a commit of stages cut short.
+    """End what killed runs left behind: a commit of stages cut short, flow runs that Prefect believes under way.
 
-    A workspace that a living process holds is left alone.
+    A workspace that a living process holds is left alone; one is repaired itself where Prefect is out of reach.
 
     Raises:
-        UserError: no workspace was named.
+        UserError: no workspace was named, or none is there.
     """
-    from flows import crashed
     from flows.experiment import exclusive
+
+    if root is None:
+        raise UserError("doctor --repair: name the workspace to repair with --workspace")
+    if not (root / "workspace.json").exists():
+        raise UserError(f"{root}: nothing to repair, no workspace is there; check --workspace")
+    workspace = Workspace(root)
+    with ExitStack() as held:
+        try:
+            held.enter_context(exclusive(workspace))
+        except UserError as error:
+            yield Check("advice", "repair", str(error), "repair again once that run has ended")
+            return
+        yield _made_whole(workspace)
+        yield from _closed_runs(workspace)
+
+
+def _made_whole(workspace: Workspace) -> Check:
+    """Everything a kill can leave half done in the workspace itself."""
     from flows.promotion.champion import settle
     from stages.append import finish_commit
-    from stages.errors import UserError
-    from stages.workspace import Workspace
 
-    if root is None or not (root / "workspace.json").exists():
-        raise UserError("doctor --repair: name the workspace to repair with --workspace")
-    workspace = Workspace(root)
+    cut_short = (workspace.stages / "next.json").is_file()
+    finish_commit(workspace)
+    settle(workspace)
+    return Check("ok", "repair", "a commit of stages was ended" if cut_short else "stages and champion are whole")
+
+
+def _closed_runs(workspace: Workspace) -> Iterator[Check]:
+    from flows import crashed
+    from flows.reach import OWN, lost_prefect, server_asked
+
+    server = server_asked()
     try:
-        with exclusive(workspace):
-            finish_commit(workspace)
-            settle(workspace)
-            for identity, name in crashed.dead_runs(workspace):
-                crashed.mark_crashed(identity)
-                yield Check("ok", "repair", f"flow run {name} was left running by a kill; marked as crashed")
-    except UserError as error:
-        yield Check("advice", "repair", str(error), "repair again once that run has ended")
+        for identity, name in crashed.dead_runs(workspace):
+            crashed.mark_crashed(identity)
+            yield Check("ok", "repair", f"flow run {name} was left running by a kill; marked as crashed on {server}")
+    except Exception as error:
+        if not lost_prefect(error):
+            raise
+        found = f"{server} is out of reach; its flow runs were not looked at"
+        yield Check("advice", "repair", found, "start it, or name another with PREFECT_API_URL, and repair again")
         return
-    yield Check("ok", "repair", "no flow run is left open")
+    elsewhere = "where a schedule or a work pool has a server, name that one with PREFECT_API_URL"
+    yield Check("ok", "repair", f"no flow run is left open on {server}", elsewhere if server == OWN else "")
 
 
 def healthy(checks: list[Check]) -> bool:

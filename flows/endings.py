@@ -6,7 +6,8 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flows import logs
@@ -32,6 +33,16 @@ def ended(command: Callable[[], object]) -> None:
         _fail(INTERRUPTED, 130)
     except Exception as error:
         _fail(_machine_fault(error) or _crash(error), 1)
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Within the block new files are the user's alone, in a process that other people's code started, too."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def own_process() -> None:

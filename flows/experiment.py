@@ -41,6 +41,22 @@ def open_workspace(config: Config, folder: Path | None) -> tuple[Config, Workspa
     config = config.model_copy(update={"workspace": str(root)})
     workspace = Workspace(root)
     workspace.claim(config.name)
+    found, values = see_fit(config, workspace)
+    write_json(root / "config.json", {**found, "schema": 1, "config": {**values, "workspace": "."}})
+    return config, workspace
+
+
+def see_fit(config: Config, workspace: Workspace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Refuse what `open_workspace` refuses; nothing is written.
+
+    Returns:
+        What of `config.json` stays as it is, and the settings to write into it, places relative to the workspace.
+
+    Raises:
+        UserError: as `open_workspace`.
+    """
+    root = workspace.root
+    workspace.check(config.name)
     values = _with_places(config.model_dump(mode="json"), lambda path: os.path.relpath(path, root.resolve()))
     stored = root / "config.json"
     found = _settings(stored) if stored.exists() else {}
@@ -52,8 +68,7 @@ def open_workspace(config: Config, folder: Path | None) -> tuple[Config, Workspa
         )
     if changed:
         found.pop("log_digest", None)
-    write_json(stored, {**found, "schema": 1, "config": {**values, "workspace": "."}})
-    return config, workspace
+    return found, values
 
 
 def remembered_config(root: Path) -> tuple[Config, Workspace]:
@@ -205,11 +220,11 @@ def exclusive(workspace: Workspace, reentrant: bool = False) -> Iterator[None]:
         UserError: the folder cannot be written.
     """
     place = workspace.root.resolve()
-    if reentrant and place in _held:
+    if reentrant and is_held(workspace):
         yield
         return
+    workspace.create()
     try:
-        workspace.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         opened = (workspace.root / "run.lock").open("a+", encoding="utf-8")
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(
@@ -258,6 +273,11 @@ def _settings(path: Path) -> dict[str, Any]:
     remedy = "move it away and run the last command again with its config file, which writes it anew"
     shaped(_Settings, found, path, "not the settings of a workspace", remedy)
     return found
+
+
+def is_held(workspace: Workspace) -> bool:
+    """Whether this process holds the workspace."""
+    return workspace.root.resolve() in _held
 
 
 def _has_runs(workspace: Workspace) -> bool:

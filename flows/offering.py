@@ -66,7 +66,7 @@ def ui(
 
     place = Workspace(workspace)
     both = windows(place, prefect_port, mlflow_port)
-    place.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    place.create()
     if not (place.root / "mlflow.db").exists():
         from flows import stores  # Ctrl-C while MLflow's own server made it would leave one that cannot be opened
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow
 
 from flows import artifacts, crashed, retraining, tasks
-from flows.experiment import exclusive
+from flows.endings import private_files
+from flows.experiment import exclusive, is_held
 from flows.plan import Plan
 from flows.promotion.history import Entry
+from flows.reach import lost_prefect
 from flows.retraining import Match
 from flows.steps import claimed
 
@@ -18,11 +21,15 @@ if TYPE_CHECKING:
     from stages.append import Intake
 
 
+log = logging.getLogger("flows.retrain")
+
+
 @flow(name="retrain")
 def retrain(config: str, new: str | None = None, close_now: bool = False, workspace: str | None = None) -> str:
     """Take new rows; for every stage that closed, train a challenger and let the gate decide.
 
-    Run again, it goes on where it was killed: rows, stages, checkpoints and decisions are not made twice.
+    Run again, it goes on where it was killed: rows, stages, checkpoints and decisions are not made twice. Prefect
+    shows and schedules; where its server goes away under a scheduled run the work is done all the same.
 
     Args:
         config: TOML file of the experiment; its table [retrain] has the rules. Text, as a schedule's parameters are: in
@@ -35,13 +42,26 @@ def retrain(config: str, new: str | None = None, close_now: bool = False, worksp
         What was taken and decided, in Markdown.
     """
     plan = retraining.retrain_plan(Path(config), None if workspace is None else Path(workspace))
-    with exclusive(plan.workspace, reentrant=True):
-        crashed.clear_last(plan.workspace)
-        plan = claimed(plan)
-        artifacts.remember(plan, "retrain")
-        intake, lines = work(plan, new, close_now, tasks)
-        artifacts.publish_decisions(plan.workspace, intake, lines)
-        return retraining.summary(intake, lines)
+    by_command = is_held(plan.workspace)
+    with private_files(), exclusive(plan.workspace, reentrant=True):
+        try:
+            return _shown(plan, new, close_now)
+        except Exception as error:
+            # A command goes on by itself; on a schedule nobody else would.
+            if by_command or not lost_prefect(error):
+                raise
+            log.warning("Prefect is out of reach (%s); the run is ended without it", " ".join(str(error).split())[:200])
+            return retraining.summary(*work(claimed(plan), new, close_now, retraining))
+
+
+def _shown(plan: Plan, new: str | None, close_now: bool) -> str:
+    """The retraining with everything that Prefect shows of it."""
+    crashed.clear_last(plan.workspace)
+    plan = claimed(plan)
+    artifacts.remember(plan, "retrain")
+    intake, lines = work(plan, new, close_now, tasks)
+    artifacts.publish_decisions(plan.workspace, intake, lines)
+    return retraining.summary(intake, lines)
 
 
 def work(plan: Plan, new: str | None, close_now: bool, doing: Any) -> tuple[Intake, list[Entry]]:

@@ -70,10 +70,15 @@ def retrain_plan(config: Path, workspace: Path | None = None) -> Plan:
     """The plan of a retraining; nothing is written yet.
 
     Raises:
-        UserError: config or method is not usable.
+        UserError: config or method is not usable, or the gate could never decide.
     """
     settings = load_config(Path(config))
-    own = settings.retrain
+    own, wanted = settings.retrain, settings.search.objectives
+    if wanted is not None and own.gate.objective not in wanted:
+        raise UserError(
+            f'{config}: retrain.gate.objective = "{own.gate.objective}" is not among search.objectives, so that '
+            "nobody is tested on it; name it there, or let the gate look at another"
+        )
     seed = settings.seeds[0] if own.seed is None else own.seed
     return steps.draft_plan(config, workspace, [own.method], [seed], users=own.users, comparison=False)
 
@@ -81,33 +86,40 @@ def retrain_plan(config: Path, workspace: Path | None = None) -> Plan:
 def take(plan: Plan, new: str | None = None, close_now: bool = False) -> Intake:
     """Read what is new; a workspace without stages is first cut from the log as `compare` would."""
     from stages.append import take_new_rows
+    from stages.mending import mend_stages
 
-    if not (plan.workspace.stages / "manifest.json").exists() and not (plan.workspace.stages / "next.json").exists():
+    if not is_cut(plan.workspace):
         steps.read(plan)
         steps.split(plan)
     watcher().start("new rows")
+    for stage in mend_stages(plan.config, plan.workspace):
+        log.warning("stage %d was missing or damaged; it is rebuilt, with the same content", stage)
     intake = take_new_rows(plan.config, plan.workspace, new, close_now, progress=watcher().say)
     log.info(intake.sentence())
+    if intake.refused:
+        log.warning(
+            "refused rows: %d, most often: %s; %s lists them, and above retrain.refused_share a run fails",
+            intake.refused,
+            intake.reason,
+            plan.workspace.rejects / "retrain.parquet",
+        )
     return intake
 
 
-def look(plan: Plan, new: str | None = None, close_now: bool = False) -> Intake:
-    """What `take` would do; nothing is written.
-
-    Raises:
-        UserError: the workspace has no stages yet.
-    """
-    from stages.append import take_new_rows
-
-    return take_new_rows(plan.config, plan.workspace, new, close_now, dry_run=True, progress=watcher().say)
+def is_cut(workspace: Workspace) -> bool:
+    """Whether the log has been cut into stages, if only by a commit that is still to be ended."""
+    return any((workspace.stages / name).exists() for name in ("manifest.json", "next.json"))
 
 
 def grow(plan: Plan) -> None:
-    """Codes for the items of new stages; nobody's codes move."""
+    """Codes for the items of new stages, and a look whether what follows has room on the disk."""
     from stages.append import grow_catalogue
 
     grow_catalogue(plan.config, plan.workspace)
-    steps.identify(plan)
+    steps.give_ids(plan)
+    anew = outdated(plan)
+    jobs = [*awaited(plan), *([] if anew is None else [anew])]
+    steps.see_room(plan, jobs, exports=jobs)
 
 
 def outdated(plan: Plan) -> Job | None:
@@ -177,19 +189,33 @@ def unrecorded(plan: Plan) -> Entry | None:
 
 def next_match(plan: Plan) -> Match | None:
     """The oldest decision that is due; None where nothing is."""
-    lines, _ = read_history(plan.workspace)
     present = champion.settle(plan.workspace)
-    manifest = read_json(plan.workspace.stages / "manifest.json")
-    last, ahead = len(manifest["stages"]) - 1, int(plan.config.retrain.protocol == "next_stage")
-    if present is None and not lines:
-        return _first(plan, last, ahead)
-    judged = (line for line in lines if line["decision"] in ("first", "promoted", "kept") and not line.get("anew"))
-    decided = {line["stage"] for line in judged}
+    if present is None and not read_history(plan.workspace)[0]:
+        return _first(plan)
     seen = -1 if present is None else present.job.stage
-    for row in manifest.get("appended", []):
-        if row["index"] not in decided and row["index"] - ahead > seen:
-            return _match(plan, row["index"], _lineage(plan).at(row["index"] - ahead), present)
-    return None
+    due = _due(plan, seen)
+    return _match(plan, *due[0], present) if due else None
+
+
+def awaited(plan: Plan) -> list[Job]:
+    """The challengers of all decisions that are due, oldest first."""
+    match = next_match(plan)
+    return [] if match is None else [match.challenger, *(job for _, job in _due(plan, match.challenger.stage))]
+
+
+def _due(plan: Plan, seen: int) -> list[tuple[int, Job]]:
+    """(stage, challenger) for every appended stage nothing is decided on, of challengers newer than stage `seen`."""
+    ahead, lineage = _ahead(plan), _lineage(plan)
+    lines, ruled = read_history(plan.workspace)[0], ("first", "promoted", "kept")
+    decided = {line["stage"] for line in lines if line["decision"] in ruled and not line.get("anew")}
+    appended = [row["index"] for row in read_json(plan.workspace.stages / "manifest.json").get("appended", [])]
+    open_ones = [index for index in appended if index not in decided and index - ahead > seen]
+    return [(index, lineage.at(index - ahead)) for index in open_ones]
+
+
+def _ahead(plan: Plan) -> int:
+    """How many stages before the one that tests it a challenger ends."""
+    return int(plan.config.retrain.protocol == "next_stage")
 
 
 def _lineage(plan: Plan) -> Lineage:
@@ -205,8 +231,9 @@ def _match(plan: Plan, stage: int, challenger: Job, present: Champion | None, an
     return Match(stage, challenger, present and _standing(plan), baselines, present, anew)
 
 
-def _first(plan: Plan, last: int, ahead: int) -> Match | None:
+def _first(plan: Plan) -> Match | None:
     """A champion to begin with: the best method of the last report, or the configured one trained up to here."""
+    last, ahead = len(read_json(plan.workspace.stages / "manifest.json")["stages"]) - 1, _ahead(plan)
     trained = [job for job in trained_jobs(plan.workspace) if job.protocol == plan.config.retrain.protocol]
     if trained:
         best = favourite(plan.workspace.root, plan.config.retrain.gate.objective)

@@ -14,14 +14,13 @@ from flows.compare import compare
 from flows.continual import continual
 from flows.crashed import mark_crashed
 from flows.plain import KNOWN, run_plainly
+from flows.reach import lost_prefect
 from flows.retrain import retrain
 from flows.rollback import rollback
 
 FLOWS = {"compare": compare, "continual": continual, "retrain": retrain, "rollback": rollback}
 PATIENCE = 5.0
 """Seconds a Prefect server that the user named has to answer."""
-GONE = ("Failed to reach API", "Timed out while attempting to connect", "ephemeral Prefect API server")
-"""How Prefect says in a bare RuntimeError that there is no server."""
 log = logging.getLogger("flows.running")
 
 
@@ -76,19 +75,3 @@ def _answers(address: str) -> bool:
         return error.code < 500
     except (OSError, ValueError):
         return False
-
-
-def lost_prefect(error: BaseException | None) -> bool:
-    """Whether an error, or one it came from, says that Prefect's server cannot be reached or does not work."""
-    import httpx
-    from prefect.exceptions import PrefectHTTPStatusError
-
-    while error is not None:
-        if isinstance(error, httpx.TransportError):
-            return True
-        if isinstance(error, PrefectHTTPStatusError) and error.response.status_code >= 500:
-            return True
-        if isinstance(error, RuntimeError) and any(words in str(error) for words in GONE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

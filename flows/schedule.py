@@ -10,10 +10,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from flows.experiment import exclusive
+from flows.tether import tethered
 from stages.errors import UserError
+from stages.workspace import Workspace
+
+if TYPE_CHECKING:
+    from prefect.schedules import Schedule
 
 PATIENCE = 180.0
 """Seconds a server may take to answer for the first time; a new database on a slow machine takes most of it."""
@@ -23,7 +31,7 @@ log = logging.getLogger("flows.schedule")
 def serve(
     config: Path, workspace: Path, cron: str | None, every: float | None, timezone: str, port: int = 4200
 ) -> None:
-    """Retrain on a schedule until interrupted; a run that is due while one is under way waits for it.
+    """Retrain on a schedule until interrupted; a run that is due while one is under way is cancelled.
 
     Args:
         config: TOML file.
@@ -34,30 +42,61 @@ def serve(
         port: of the server to look for, or to start, on this machine.
 
     Raises:
-        UserError: PREFECT_API_URL names a server that does not answer, or the cron expression is none.
+        UserError: the cron expression or the time zone is none, said before any server is started; or PREFECT_API_URL
+            names a server that does not answer.
     """
-    with api(workspace, port):
-        # Only now: Prefect reads the server's address when it is imported.
-        from datetime import timedelta
-
-        from prefect.schedules import Cron, Interval
+    Workspace(workspace).create()  # Prefect warns where its own folder cannot be made
+    schedule = _schedule(cron, every, timezone)
+    with api(workspace, port) as address:
+        from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+        from prefect.settings import PREFECT_API_URL, temporary_settings
         from prefect.types.entrypoint import EntrypointType
 
         from flows.retrain import retrain
 
-        try:
-            schedule = Interval(timedelta(seconds=every)) if every is not None else Cron(str(cron), timezone=timezone)
+        # Prefect read the variable when it was imported.
+        with temporary_settings({PREFECT_API_URL: address}):
+            make_room(workspace)
             retrain.serve(
                 name="retrain",
                 schedule=schedule,
                 parameters={"config": str(config), "workspace": str(workspace.resolve())},
-                limit=1,
+                # The server cancels a second run; a limit of this process would let it wait its turn.
+                global_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
                 pause_on_shutdown=False,
                 entrypoint_type=EntrypointType.MODULE_PATH,
                 print_starting_message=False,
             )
-        except ValueError as error:
-            raise UserError(f"serve-flows --cron {cron!r} --timezone {timezone}: {error}") from None
+
+
+def _schedule(cron: str | None, every: float | None, timezone: str) -> Schedule:
+    """When, as Prefect has it.
+
+    Raises:
+        UserError: the cron expression or the time zone is none.
+    """
+    from prefect.client.schemas.schedules import CronSchedule
+    from prefect.schedules import Cron, Interval
+    from pydantic import ValidationError
+
+    if every is not None:
+        return Interval(timedelta(seconds=every))
+    try:
+        CronSchedule(cron=str(cron), timezone=timezone)
+    except ValidationError as error:
+        words = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"serve-flows --cron {cron!r} --timezone {timezone}: {words}") from None
+    return Cron(str(cron), timezone=timezone)
+
+
+def make_room(workspace: Path) -> None:
+    """Close runs that died with an earlier schedule: each would hold the only place, and every run be cancelled."""
+    from flows import crashed
+
+    place = Workspace(workspace)
+    with suppress(UserError), exclusive(place):  # where it is in use, a run is under way
+        for identity, _ in crashed.dead_runs(place):
+            crashed.mark_crashed(identity)
 
 
 @contextmanager
@@ -97,20 +136,11 @@ def server(workspace: Path, port: int) -> Iterator[str]:
     address = f"http://127.0.0.1:{port}/api"
     home = os.environ.get("PREFECT_HOME") or str(workspace.resolve() / "prefect")
     environment = {**os.environ, "PREFECT_HOME": home, "PREFECT_API_URL": address}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    Path(home).mkdir(parents=True, exist_ok=True)
-    with (Path(home) / "server.log").open("ab") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)  # noqa: S603
-        try:
-            _wait_for(address, process, Path(home) / "server.log")
-            yield address
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    words = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
+    output = Path(home) / "server.log"
+    with tethered(words, environment, output, grace=30) as process:
+        _wait_for(address, process, output)
+        yield address
 
 
 def _wait_for(address: str, process: subprocess.Popen[bytes], output: Path) -> None:

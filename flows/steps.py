@@ -128,9 +128,12 @@ def read(plan: Plan) -> None:
 def split(plan: Plan) -> Plan:
     """Cut the log into stages; the plan then knows how many there are."""
     from stages.interactions import used_objectives
-    from stages.split import split_stages
+    from stages.mending import mend_stages
+    from stages.split import is_grown, split_stages
 
     watcher().start("cutting stages")
+    if is_grown(plan.workspace):
+        mend_stages(plan.config, plan.workspace, progress=watcher().say)
     stages = split_stages(plan.config, plan.workspace)
     searches = "search" in used_objectives(plan.workspace, plan.config.search.objectives)
     plan = plan.with_stages(len(stages), searches)
@@ -140,15 +143,30 @@ def split(plan: Plan) -> Plan:
 
 def identify(plan: Plan) -> None:
     """Give every item its semantic ID, and see that the models to come have room on the disk."""
-    from stages.dataset import load_dataset
+    give_ids(plan)
+    see_room(plan, [lineage.at(stage) for lineage in plan.lineages() for stage in plan.trained(lineage)[-1:]])
+
+
+def give_ids(plan: Plan) -> None:
+    """A semantic ID for every item that has none; nobody's codes move."""
     from stages.items import build_semantic_ids
-    from stages.space import check_space
 
     watcher().start("semantic IDs")
     build_semantic_ids(plan.config, plan.workspace, progress=watcher().say)
-    last = [lineage.at(stage) for lineage in plan.lineages() for stage in plan.trained(lineage)[-1:]]
-    size = check_space(plan.config, plan.workspace, load_dataset(plan.config, plan.workspace), last)
-    log.info("the checkpoints still to come will take about %.0f MiB", size / 2**20)
+
+
+def see_room(plan: Plan, jobs: Sequence[Job], exports: Sequence[Job] = ()) -> None:
+    """Refuse to begin where models still to be trained up to `jobs`, and `exports` in MLflow, have no room on the disk.
+
+    Raises:
+        UserError: too little space, or the device to train on is not there.
+    """
+    from stages.dataset import load_dataset
+    from stages.space import check_space
+
+    size = check_space(plan.config, plan.workspace, load_dataset(plan.config, plan.workspace), jobs, exports)
+    what = "checkpoints and registered models" if exports else "checkpoints"
+    log.info("the %s still to come will take about %.0f MiB", what, size / 2**20)
     log.info(machine.arithmetic(plan.config.backbone.precision, plan.config.backbone.device))
 
 

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows.tether import tethered
 from stages.errors import UserError
 from stages.workspace import Workspace
 
 HOST = "127.0.0.1"
 PATIENCE = 240.0
 """Seconds a server may take to answer for the first time; new databases on a slow machine take most of it."""
-GRACE = 3.0
-"""Seconds each server has to end by itself; both together within what `flows.logs` leaves a command."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,8 @@ class Window:
         health: path that answers once it is up.
         option: of the command line, that names the port.
         output: file for what the server says.
+        well: what it answers there; empty: anything.
+        shared: one that runs already is shown in place of a new one.
     """
 
     name: str
@@ -44,6 +44,8 @@ class Window:
     health: str
     option: str
     output: Path
+    well: bytes = b""
+    shared: bool = False
 
     @property
     def address(self) -> str:
@@ -65,6 +67,8 @@ def windows(workspace: Workspace, prefect: int, mlflow: int) -> tuple[Window, Wi
             "/api/health",
             "--prefect-port",
             root / "prefect" / "server.log",
+            well=b"true",
+            shared=True,
         ),
         Window(
             "MLflow",
@@ -73,6 +77,7 @@ def windows(workspace: Workspace, prefect: int, mlflow: int) -> tuple[Window, Wi
             "/health",
             "--mlflow-port",
             root / "mlflow-server.log",
+            well=b"OK",
         ),
     )
 
@@ -80,16 +85,21 @@ def windows(workspace: Workspace, prefect: int, mlflow: int) -> tuple[Window, Wi
 def show(both: tuple[Window, ...], say: Callable[[str], None]) -> None:
     """Start the servers, say where they are once they answer, and stop them when this process is told to end.
 
+    A Prefect server that answers on its port already, such as that of `driftrec serve-flows`, is used and left running.
+
     Raises:
         UserError: a port is taken, or a server does not come up or ends by itself; none is left running.
     """
-    for window in both:
+    there = [window for window in both if window.shared and _answers(window)]
+    ours = [window for window in both if window not in there]
+    for window in ours:
         _see_free(window)
     with ExitStack() as stack, suppress(KeyboardInterrupt):
         try:
-            running = [(window, stack.enter_context(_started(window, both[0].address))) for window in both]
+            running = [(window, stack.enter_context(_started(window, both[0].address))) for window in ours]
             _wait_for(running)
-            say("    ".join([*(f"{window.name} {window.address}" for window in both), "Ctrl-C stops both"]))
+            shown = [f"{each.name} {each.address}{' (was running)' if each in there else ''}" for each in both]
+            say("    ".join([*shown, f"Ctrl-C stops {ours[0].name if there else 'both'}"]))
             while True:
                 _see_alive(running)
                 time.sleep(0.5)
@@ -108,35 +118,11 @@ def _see_free(window: Window) -> None:
         ) from None
 
 
-@contextmanager
-def _started(window: Window, prefect: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The server in a process group of its own, all of which is gone when the block ends."""
+def _started(window: Window, prefect: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """The server, with all that it starts gone when the block ends."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # MLflow looks for uvicorn there
     environment = {**os.environ, "PATH": path, "PREFECT_API_URL": f"{prefect}/api"}
-    window.output.parent.mkdir(parents=True, exist_ok=True)
-    with window.output.open("ab") as output:
-        process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", *window.command],
-            env=environment,
-            stdout=output,
-            stderr=output,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            yield process
-        finally:
-            _stop(process)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    return tethered(window.command, environment, window.output)
 
 
 def _wait_for(running: list[tuple[Window, subprocess.Popen[bytes]]]) -> None:
@@ -158,6 +144,6 @@ def _see_alive(running: list[tuple[Window, subprocess.Popen[bytes]]]) -> None:
 def _answers(window: Window) -> bool:
     try:
         with urllib.request.urlopen(f"{window.address}{window.health}", timeout=2) as reply:  # noqa: S310
-            return reply.status == 200
+            return reply.status == 200 and window.well in reply.read(1000)
     except (urllib.error.URLError, OSError, ValueError):
         return False

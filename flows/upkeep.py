@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from flows.environment import started_in
 from stages.errors import UserError
-
-if TYPE_CHECKING:
-    from flows.plan import Plan
 
 app = typer.Typer()
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="TOML file of the experiment.")]
@@ -36,7 +33,9 @@ def retrain(
 
     plan = retraining.retrain_plan(config, started_in(_place(config, workspace)))
     if dry_run:
-        terminal.stdout().print(_foretold(plan, new, close_now), soft_wrap=True)
+        from flows.foretelling import foretold
+
+        terminal.stdout().print(foretold(plan, new, close_now), soft_wrap=True, markup=False)
     else:
         run_retrain(config, plan.workspace.root, new, close_now)
 
@@ -45,6 +44,7 @@ def run_retrain(config: Path, workspace: Path, new: str | None = None, close_now
     """Run the flow while holding the workspace, and print what it took and decided."""
     from flows import terminal
     from flows.experiment import exclusive
+    from stages.append import files_named
     from stages.workspace import Workspace
 
     with exclusive(Workspace(workspace)), terminal.watching() as watcher:
@@ -52,19 +52,10 @@ def run_retrain(config: Path, workspace: Path, new: str | None = None, close_now
         watcher.expect(0)
         from flows.running import run
 
-        given = str(Path(new).expanduser().absolute()) if new is not None else None
+        given = None if new is None else files_named(new)
         arguments = {"config": str(config.resolve()), "new": given, "close_now": close_now}
         said = run("retrain", {**arguments, "workspace": str(workspace)})
     terminal.stdout().print(said, soft_wrap=True, markup=False)
-
-
-def _foretold(plan: Plan, new: str | None, close_now: bool) -> str:
-    from flows import retraining
-
-    intake = retraining.look(plan, new, close_now)
-    method = plan.methods[0]
-    due = [f"{method} would be trained for stage {stage}; the gate decides afterwards" for stage in intake.closed]
-    return "\n".join([f"dry run, nothing was changed: {intake.sentence()}", *due])
 
 
 @app.command()

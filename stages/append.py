@@ -7,6 +7,7 @@ Committed stages keep their bytes, hence their digests and checkpoints, unless t
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -21,27 +22,31 @@ import polars as pl
 
 from stages.clock import instant
 from stages.closing import closings
-from stages.config import Config
+from stages.config import Config, expand
 from stages.content import content_digest, write_parquet
 from stages.errors import UserError
-from stages.log import Incoming, read_events, read_items
+from stages.interactions import used_objectives
 from stages.packing import encoded, encoded_all
+from stages.reading import Incoming, read_events, read_items
 from stages.split import Stage, described, digest_of_stages, load_stages
 from stages.stage_files import COLUMNS, first_met, read_stages, write_stage
-from stages.waiting import Waiting, in_order, load_waiting, store_waiting, with_reason, without
+from stages.waiting import Waiting, in_order, load_waiting, set_aside, store_waiting, with_reason, without
 from stages.workspace import Workspace, need_space, read_json, sync_folder, write_json
 
 LATE = "late: older than the last closed stage's end"
 FUTURE = "later than the clock by more than retrain.future_hours"
 Progress = Callable[[str], None]
+log = logging.getLogger("stages.append")
 
 
 @dataclass(frozen=True)
 class Intake:
-    """What one look at the sources found and did; all but `unread` of the first six count rows.
+    """What one look at the sources found and did; all but `unread` and `reason` of the first eight count rows.
 
     Attributes:
         read: accepted rows of the files read, duplicates dropped.
+        refused: rows of those files that break a rule of the log; they are in `rejects/retrain.parquet`.
+        reason: why most of them do; empty without any.
         unread: files that an earlier look has taken whole.
         taken: rows that came into the open stage (and perhaps into a closed one at once).
         late: rows met for the first time that are older than the last closed stage's end.
@@ -53,6 +58,8 @@ class Intake:
     """
 
     read: int
+    refused: int
+    reason: str
     unread: int
     taken: int
     late: int
@@ -67,9 +74,10 @@ class Intake:
         closed = f"closed stage {', '.join(map(str, self.closed))}" if self.closed else "no stage closed"
         rebuilt = f", rebuilt stage {', '.join(map(str, self.rebuilt))}" if self.rebuilt else ""
         unread = f", {_some(self.unread, 'file')} unchanged" if self.unread else ""
+        refused = f", {self.refused:,} refused (most often: {self.reason})" if self.refused else ""
         return (
-            f"{_some(self.read, 'row')} read{unread}, {self.taken:,} new, {self.late:,} late, {self.held:,} held; "
-            f"{closed}{rebuilt}; {_some(self.open, 'row')} in the open stage from {self.end}"
+            f"{_some(self.read, 'row')} read{refused}{unread}, {self.taken:,} new, {self.late:,} late, "
+            f"{self.held:,} held; {closed}{rebuilt}; {_some(self.open, 'row')} in the open stage from {self.end}"
         )
 
 
@@ -85,7 +93,6 @@ class _Look:
     late: pl.DataFrame
     future: pl.DataFrame
     refused: pl.DataFrame
-    rejects: pl.DataFrame
 
 
 def take_new_rows(
@@ -109,7 +116,8 @@ def take_new_rows(
         progress: receives a line a file.
 
     Raises:
-        UserError: no stages yet, a log without a clock, unreadable sources, or damaged files.
+        UserError: no stages yet, a log without a clock or without an event that the gate looks at, unreadable sources,
+            more refused rows than `retrain.refused_share` allows, or damaged files.
     """
     if config.log.kind != "events":
         raise UserError(
@@ -118,10 +126,18 @@ def take_new_rows(
     if not dry_run:
         finish_commit(workspace)
     stages, waiting = load_stages(workspace), load_waiting(workspace)
+    if waiting.damaged and new is not None:
+        raise UserError(
+            f"{waiting.damaged[0].path}: missing or damaged; run once without --new to take its rows from the sources"
+        )
     end = _end_of(stages[-1])
     incoming = _incoming(config, new, progress, waiting.files)
+    if not dry_run:
+        _store_rejects(workspace, incoming.rejects)
+    _see_refused(config, incoming)
     look = _look(config, workspace, incoming, waiting, end, now or datetime.now(UTC))
     opened, after, misplaced = _by_policy(config, look)
+    _see_objective(config, workspace, opened)
     met = pl.concat([waiting.open, waiting.held.select(COLUMNS)])
     started = opened.with_columns(at=pl.max_horizontal("timestamp", pl.lit(end, pl.Datetime("us", "UTC")))).sort(
         "at", maintain_order=True
@@ -131,11 +147,14 @@ def take_new_rows(
     rebuilt = _misplaced_by_stage(stages, misplaced)
     if not dry_run and (edges or rebuilt):
         _commit(config, workspace, stages, started, edges, rebuilt)
+    _tell(waiting, replace(after, open=opened))
     if not dry_run:
+        set_aside(waiting)
         store_waiting(workspace, replace(after, open=in_order(rest), files=waiting.files | incoming.clean))
-        _store_rejects(workspace, look.rejects)
     return Intake(
         read=incoming.rows.height,
+        refused=incoming.rejects.height,
+        reason=incoming.often(),
         unread=incoming.unread,
         taken=without(opened, waiting.open).height,
         late=without(look.late, met).height,
@@ -162,9 +181,46 @@ def _incoming(config: Config, new: str | None, progress: Progress, known: frozen
             f"--new {new}: needs a config with one log source and without `distinct`, whose form the files have; "
             "put them where log.sources finds them, and leave --new out"
         )
-    source = config.log.sources[0].model_copy(update={"path": os.path.abspath(new)})
+    source = config.log.sources[0].model_copy(update={"path": files_named(new)})
     log = config.log.model_copy(update={"sources": [source]})
     return read_events(config.model_copy(update={"log": log}), progress, known)
+
+
+def _tell(before: Waiting, after: Waiting) -> None:
+    """Warn of what is lost with damaged files, as far as a count of rows shows it."""
+    for damage in before.damaged:
+        log.warning(damage.sentence(after))
+
+
+def files_named(new: str) -> str:
+    """The file, folder or glob given in place of the sources, wherever the run's process works.
+
+    Raises:
+        UserError: an empty text, which would name the working folder with all that lies below it.
+    """
+    if not new.strip():
+        raise UserError(f"--new {new!r}: names nothing; give a file, a folder or a glob, or leave it out")
+    return os.path.abspath(expand(new))
+
+
+def _see_refused(config: Config, incoming: Incoming) -> None:
+    most = config.retrain.refused_share
+    if incoming.refused_share > most:
+        refused, read = incoming.rejects.height, incoming.accepted + incoming.rejects.height
+        raise UserError(
+            f"{refused:,} of {_some(read, 'row')} read were refused (most often: {incoming.often()}; the first is in "
+            f"{incoming.rejects['file'][0]}), more than retrain.refused_share = {most:g}; nothing was taken; mend or "
+            "remove the files, or raise the share"
+        )
+
+
+def _see_objective(config: Config, workspace: Workspace, opened: pl.DataFrame) -> None:
+    wanted = config.retrain.gate.objective
+    if not (opened["event"] == wanted).any() and wanted not in used_objectives(workspace, None):
+        raise UserError(
+            f'retrain.gate.objective = "{wanted}", but neither the stages nor the new rows hold such an event, so that '
+            "no challenger could ever pass; let the gate look at the other objective"
+        )
 
 
 def _look(
@@ -180,7 +236,7 @@ def _look(
     old, later = pool.filter(pl.col("timestamp") < end), pool.filter(pl.col("timestamp") >= end)
     late = without(old, _committed_rows(workspace, COLUMNS)) if old.height else old
     ahead = pl.col("timestamp") > now + timedelta(hours=config.retrain.future_hours)
-    return _Look(later.filter(~ahead), late, later.filter(ahead), waiting.refused, incoming.rejects)
+    return _Look(later.filter(~ahead), late, later.filter(ahead), waiting.refused)
 
 
 def _committed_rows(workspace: Workspace, columns: tuple[str, ...]) -> pl.DataFrame:

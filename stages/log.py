@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,28 +12,18 @@ import polars as pl
 from stages.category_queries import with_category_queries
 from stages.clock import Window, window
 from stages.coded import LOG_SCHEMA, ORDER, Coded, Coder
-from stages.config import Config, Source
+from stages.config import Config
 from stages.content import content_digest, digest_and_sink, write_parquet
 from stages.errors import UserError
-from stages.files import File, shown, source_files
+from stages.files import shown
 from stages.log_files import NUMBERS_FILE, checked_manifest, store_manifest
-from stages.long_files import raw_file
 from stages.published import read_blocks, read_sequences
-from stages.rows import EVENT_FIELDS, INSTANT, ITEM_FIELDS, Sifted, sift_events, sift_items
-from stages.scan import KEY, raw_rows
-from stages.spool import ahead
-from stages.taken import file_key
+from stages.reading import Table, counted, event_table, item_table, silent
+from stages.rows import INSTANT
 from stages.workspace import Workspace, replacing
 
 FEWEST_EVENTS = 3
 REJECT_COLUMNS = ("file", "row", "reason")
-ITEM_SCHEMA = {
-    "item_id": pl.String(),
-    "title": pl.String(),
-    "text": pl.String(),
-    "categories": pl.List(pl.String),
-    "timestamp": INSTANT,
-}
 
 
 @dataclass(frozen=True)
@@ -81,36 +70,6 @@ class LogReport:
 
 
 @dataclass(frozen=True)
-class Incoming:
-    """What the files of the log hold now.
-
-    Attributes:
-        rows: accepted ones of the files read, each once and in the log's order.
-        rejects: refused ones with file, row number and reason.
-        clean: `stages.taken.file_key` of the files that were read and of which no row was refused.
-        unread: how many files were known already.
-    """
-
-    rows: pl.DataFrame
-    rejects: pl.DataFrame
-    clean: frozenset[str]
-    unread: int
-
-
-@dataclass(frozen=True)
-class _Table:
-    """What became of all files of a table; the accepted rows themselves are elsewhere."""
-
-    accepted: int
-    rejects: pl.DataFrame
-    rows: int
-    filtered: int
-    units: dict[str, str | None]
-    clean: tuple[tuple[Source, File], ...] = ()
-    unread: int = 0
-
-
-@dataclass(frozen=True)
 class _Met:
     """How many users and items the log has, and how many of the users are short (see `LogReport`)."""
 
@@ -119,14 +78,10 @@ class _Met:
     short: int
 
 
-def _silent(message: str) -> None:
-    """Progress for callers that want none."""
-
-
 def read_log(
     config: Config,
     workspace: Workspace,
-    progress: Callable[[str], None] = _silent,
+    progress: Callable[[str], None] = silent,
     expected: str | None = None,
 ) -> LogReport:
     """Read, check and store the log and the item table of `config`.
@@ -152,7 +107,7 @@ def read_log(
             reasons = _reasons(table) or "its files hold no rows"
             raise UserError(f"the log has no acceptable row: {reasons}; check log.sources")
         met, bought = _met(log, short), log.height
-        items, catalogue = _catalogue(config, plausible, progress)
+        items, catalogue = item_table(config, plausible, progress)
         if config.log.queries == "categories":
             log = _with_made_searches(log, catalogue, config.catalogue.level_separator)
         with replacing(workspace.log) as text:
@@ -171,33 +126,6 @@ def read_log(
     return report
 
 
-def read_events(config: Config, progress: Callable[[str], None], known: Collection[str] = frozenset()) -> Incoming:
-    """The events of `config.log.sources` as they are now; nothing is stored.
-
-    Args:
-        config: names the sources.
-        progress: receives one line a file.
-        known: keys of files to leave unread.
-
-    Raises:
-        UserError: a file that is missing, empty, unreadable or inconsistent.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / NUMBERS_FILE
-        table, log, _ = _events(config, window(config.log.earliest, config.log.latest), progress, path, known)
-        keys = {file_key(config, *each) for each in table.clean} - {None}
-        return Incoming(log.whole().drop("block"), table.rejects, frozenset(map(str, keys)), table.unread)
-
-
-def read_items(config: Config, progress: Callable[[str], None] = _silent) -> pl.DataFrame:
-    """The rows of `config.catalogue.sources` as they are now; nothing is stored.
-
-    Raises:
-        UserError: as `read_events`.
-    """
-    return _catalogue(config, window(config.log.earliest, config.log.latest), progress)[1]
-
-
 def load_log(workspace: Workspace) -> tuple[pl.DataFrame, LogReport]:
     """The stored log and its report, after checking the file against its hash.
 
@@ -206,38 +134,6 @@ def load_log(workspace: Workspace) -> tuple[pl.DataFrame, LogReport]:
     """
     report = LogReport(**checked_manifest(workspace))
     return pl.read_parquet(workspace.log), report
-
-
-def _events(
-    config: Config, plausible: Window, progress: Callable[[str], None], path: Path, known: Collection[str] = ()
-) -> tuple[_Table, Coded, int | None]:
-    required = ("user_id", "item_id", "timestamp")
-
-    def sift(source: Source, file: File) -> Iterable[Sifted]:
-        raw = raw_file(source, file, EVENT_FIELDS, required)
-        return sift_events(raw, source.event, source.time_unit, plausible, str(file.path))
-
-    coder, keyed = Coder(path.parent), []
-    by_key = any(source.distinct for source in config.log.sources)
-    keep = keyed.append if by_key else coder.add
-
-    def is_known(source: Source, file: File) -> bool:
-        return bool(known) and file_key(config, source, file) in known
-
-    table = _collected(config.log.sources, sift, EVENT_FIELDS, keep, progress, is_known)
-    if not by_key:
-        return table, coder.sorted_distinct(path), None
-    coder.add(_earliest_of_a_key(pl.concat(keyed, how="diagonal")))
-    return table, coder.as_met(path), None
-
-
-def _earliest_of_a_key(frame: pl.DataFrame) -> pl.DataFrame:
-    """Rows in canonical order, each once: the earliest of a `__key` where its source gives one, else by all fields."""
-    ordered = frame.sort(*ORDER, KEY, nulls_last=False)
-    fresh = ~pl.all_horizontal(pl.col(name).eq_missing(pl.col(name).shift(1)) for name in ordered.columns)
-    # Shifting makes the first row's predecessor null, and no accepted row is null throughout.
-    fresh = pl.when(pl.col(KEY).is_null()).then(fresh).otherwise(pl.col(KEY).is_first_distinct())
-    return ordered.filter(fresh).drop(KEY)
 
 
 def _with_made_searches(log: Coded, catalogue: pl.DataFrame, separator: str) -> Coded:
@@ -258,55 +154,21 @@ def _met(log: Coded, short: int | None) -> _Met:
     return _Met(int(np.count_nonzero(visits)), int(np.count_nonzero(demand)), int(few))
 
 
-def _collected(
-    sources: list[Source],
-    sift: Callable[[Source, File], Iterable[Sifted]],
-    fields: tuple[str, ...],
-    keep: Callable[[pl.DataFrame], object],
-    progress: Callable[[str], None],
-    is_known: Callable[[Source, File], bool] = lambda *_: False,
-) -> _Table:
-    """Sift every file that is not known, hand its accepted rows on, part by part, while the next part is sifted."""
-
-    def handed_on(part: Sifted) -> Sifted:
-        keep(part.accepted)
-        return part
-
-    files = [(source, file) for source in sources for file in source_files(source.path)]
-    names = shown([file.path for _, file in files])
-    rejects, units, accepted, rows, filtered = [], {}, 0, 0, 0
-    wanted, clean = [each for each in files if not is_known(*each)], []
-    for source, file in wanted:
-        name = names[file.path]
-        good = bad = left_out = 0
-        for part in ahead(sift(source, file), handed_on):
-            rejects.append(part.rejects.select(pl.lit(name).alias("file"), pl.all()))
-            units[name] = part.unit
-            good, bad, left_out = good + part.accepted.height, bad + part.rejects.height, left_out + part.filtered
-        clean += [] if bad else [(source, file)]
-        accepted, filtered, rows = accepted + good, filtered + left_out, rows + left_out + good + bad
-        unit = "" if units[name] is None else f", times in {units[name]}"
-        progress(f"{name}: {good:,} rows{unit}, {left_out:,} filtered, {bad:,} rejected")
-    schema = {"file": pl.String, "row": pl.Int64, "reason": pl.String, **dict.fromkeys(fields, pl.String)}
-    refused = pl.concat(rejects) if rejects else pl.DataFrame(schema=schema)
-    return _Table(accepted, refused, rows, filtered, units, tuple(clean), len(files) - len(wanted))
-
-
 def _blocks(
     config: Config, plausible: Window, progress: Callable[[str], None], path: Path
-) -> tuple[_Table, Coded, int | None]:
+) -> tuple[Table, Coded, int | None]:
     return _published(read_blocks(str(config.log.blocks), config.log.index), progress, path)
 
 
 def _sequences(
     config: Config, plausible: Window, progress: Callable[[str], None], path: Path
-) -> tuple[_Table, Coded, int | None]:
+) -> tuple[Table, Coded, int | None]:
     return _published(read_sequences(str(config.log.sequences)), progress, path)
 
 
 def _published(
     read: tuple[pl.DataFrame, list[Path], int], progress: Callable[[str], None], path: Path
-) -> tuple[_Table, Coded, int | None]:
+) -> tuple[Table, Coded, int | None]:
     frame, paths, short = read
     names = shown(paths)
     coder = Coder(path.parent)
@@ -317,36 +179,18 @@ def _published(
     )
     progress(f"{len(paths)} file(s): {frame.height:,} events, no clock, {short:,} visits of fewer than three items")
     rejects = pl.DataFrame(schema=dict.fromkeys(REJECT_COLUMNS, pl.String))
-    table = _Table(frame.height, rejects, frame.height, 0, dict.fromkeys(names.values()))
+    table = Table(frame.height, rejects, frame.height, 0, dict.fromkeys(names.values()))
     return table, coder.as_met(path), short
 
 
-READERS = {"events": _events, "blocks": _blocks, "sequences": _sequences}
-
-
-def _catalogue(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[_Table, pl.DataFrame]:
-    settings = config.catalogue
-
-    def sift(source: Source, file: File) -> Iterable[Sifted]:
-        raw = raw_rows(source, file, ITEM_FIELDS, ("item_id",))
-        return [sift_items(raw, settings.category_separator, source.time_unit, plausible, str(file.path))]
-
-    accepted: list[pl.DataFrame] = []
-    table = _collected(settings.sources, sift, ITEM_FIELDS, accepted.append, progress)
-    frame = pl.concat(accepted, how="diagonal") if accepted else pl.DataFrame(schema=ITEM_SCHEMA)
-    if KEY in frame.columns:
-        frame = frame.sort(KEY, "timestamp", *ITEM_FIELDS[:3], nulls_last=True)
-        frame = frame.filter(pl.col(KEY).is_null() | pl.col(KEY).is_first_distinct())
-    listed = pl.col("categories").list.join("\0")
-    ordered = frame.select(*ITEM_SCHEMA).sort("item_id", "timestamp", "title", "text", listed, nulls_last=False)
-    return replace(table, accepted=ordered.height), ordered
+READERS = {"events": event_table, "blocks": _blocks, "sequences": _sequences}
 
 
 def _report(
     config: Config,
-    table: _Table,
+    table: Table,
     log: Coded,
-    items: _Table,
+    items: Table,
     catalogue_digest: str,
     met: _Met,
     digest: str,
@@ -357,7 +201,7 @@ def _report(
         kind=config.log.kind,
         rows=table.rows,
         filtered=table.filtered,
-        rejected=_counted(table.rejects),
+        rejected=counted(table.rejects),
         duplicates=table.accepted - log.height + made,
         accepted=log.height,
         users=met.users,
@@ -367,19 +211,15 @@ def _report(
         first=first,
         last=last,
         catalogue_rows=items.accepted,
-        catalogue_rejected=_counted(items.rejects),
+        catalogue_rejected=counted(items.rejects),
         catalogue_digest=catalogue_digest,
         digest=digest,
         made=made,
     )
 
 
-def _counted(rejects: pl.DataFrame) -> dict[str, int]:
-    return dict(rejects["reason"].value_counts().sort("count", "reason", descending=[True, False]).iter_rows())
-
-
-def _reasons(table: _Table) -> str:
-    counts = _counted(table.rejects) | ({"filtered by where": table.filtered} if table.filtered else {})
+def _reasons(table: Table) -> str:
+    counts = counted(table.rejects) | ({"filtered by where": table.filtered} if table.filtered else {})
     return ", ".join(f"{reason} ({count:,})" for reason, count in counts.items())
 
 

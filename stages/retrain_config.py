@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.settings import Settings
 
@@ -46,7 +46,15 @@ class GateConfig(Settings):
     users: Annotated[int, Field(ge=1)] = 30
     """Fewest test users on whom anything is decided; below it the champion stays."""
     latency_ms: Annotated[float, Field(gt=0)] | None = 1000.0
-    """Bound on the 95th percentile of one user's answer in milliseconds; null looks at no latency."""
+    """Bound on the 95th percentile of one user's answer in milliseconds; false or 0 looks at no latency."""
+
+    @field_validator("latency_ms", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        """TOML has no null."""
+        if value is True:
+            raise ValueError("give milliseconds, or false for no bound")
+        return value or None
 
 
 class RetrainConfig(Settings):
@@ -63,8 +71,12 @@ class RetrainConfig(Settings):
     late: LatePolicy = "hold"
     """Rows older than the last closed stage's end: `hold` keeps them aside in `held/`, `next_stage` puts them into the
     open stage, `reject` lists them in `rejects/` for good, `rebuild` puts them where they belong and trains anew."""
-    future_hours: Annotated[float, Field(ge=0)] = 24.0
-    """Rows later than the clock by more than this are held: one wrong date must not close a stage."""
+    future_hours: Annotated[float, Field(ge=0, le=1_000_000)] = 24.0
+    """Rows later than the clock by more than this are held: one wrong date must not close a stage. A million hours are
+    114 years."""
+    refused_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Most of the rows of the files it reads that a look may refuse; above it the run fails and takes nothing. 1 never
+    fails: refused rows are then only counted."""
     users: Annotated[int, Field(ge=1)] | None = None
     """Seeded sample of test users; absent: all."""
     gate: GateConfig = GateConfig()

@@ -22,7 +22,7 @@ from stages.config import Config, StageConfig
 from stages.errors import UserError
 from stages.log_files import checked_manifest, coded_log
 from stages.stage_files import counted, first_met, write_run
-from stages.workspace import SCHEMA, Workspace, digest_of, need_space, read_json, sha256_file, write_json
+from stages.workspace import SCHEMA, Workspace, digest_of, need_space, read_json, sha256_once, write_json
 
 DEFAULT_FRACTIONS = (0.6, 0.1, 0.1, 0.1, 0.1)
 MOST_STAGES = 1000
@@ -129,14 +129,18 @@ def load_stages(workspace: Workspace) -> list[Stage]:
         raise UserError(
             f"{path}: schema {manifest.get('schema')}, this version reads {SCHEMA}; run driftrec split again"
         )
-    stages = [Stage(**row) for row in manifest["stages"]]
-    for stage in stages:
+    for stage in damaged_stages(workspace):
         file = workspace.root / stage.path
-        if not file.is_file():
-            raise UserError(f"{file}: stage {stage.index} is missing; run driftrec split again")
-        if sha256_file(file) != stage.sha256:
-            raise UserError(f"{file}: stage {stage.index} is not the file that was written; run driftrec split again")
-    return stages
+        fault = "is not the file that was written" if file.is_file() else "is missing"
+        raise UserError(f"{file}: stage {stage.index} {fault}; run driftrec split, which makes it again")
+    return [Stage(**row) for row in manifest["stages"]]
+
+
+def damaged_stages(workspace: Workspace) -> list[Stage]:
+    """Those whose file is missing or not the one that was written."""
+    stages = (Stage(**row) for row in read_json(workspace.stages / "manifest.json")["stages"])
+    files = ((stage, workspace.root / stage.path) for stage in stages)
+    return [stage for stage, file in files if not file.is_file() or sha256_once(file) != stage.sha256]
 
 
 def boundaries(times: pl.Series, rule: StageConfig) -> list[datetime]:

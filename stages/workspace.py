@@ -92,26 +92,44 @@ class Workspace:
         """The events of one stage."""
         return self.stages / f"stage={index:02d}" / "events.parquet"
 
+    def create(self) -> None:
+        """Make the folder, for its user alone.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self.root}: cannot write the workspace: {error.strerror}; choose another folder")
+
     def claim(self, name: str) -> None:
         """Create the folder for the experiment called `name`, or check that it is that experiment's.
 
         Raises:
             UserError: another experiment's or a newer version's workspace, or a folder that cannot be written.
         """
-        marker = self.root / "workspace.json"
-        if marker.exists():
-            remedy = f"write the name of its experiment anew, which is {name!r}, or choose another workspace"
-            self._check(shaped(dict[str, Any], read_json(marker), marker, "not a workspace's name", remedy), name)
+        if self.check(name):
             return
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_json(marker, {"schema": SCHEMA, "name": name})
+            write_json(self._marker, {"schema": SCHEMA, "name": name})
         except OSError as error:
-            raise UserError(
-                f"{self.root}: cannot write the workspace: {error.strerror}; choose another folder"
-            ) from None
+            raise self._unwritable(error) from None
 
-    def _check(self, found: dict[str, Any], name: str) -> None:
+    def check(self, name: str) -> bool:
+        """Whether the folder is claimed already; nothing is written.
+
+        Raises:
+            UserError: for another experiment than the one called `name`, or by a newer version.
+        """
+        if not self._marker.exists():
+            return False
+        remedy = f"write the name of its experiment anew, which is {name!r}, or choose another workspace"
+        found = shaped(dict[str, Any], read_json(self._marker), self._marker, "not a workspace's name", remedy)
         if found.get("schema") != SCHEMA:
             raise UserError(
                 f"{self.root}: workspace schema {found.get('schema')}, this version reads {SCHEMA}; "
@@ -121,6 +139,11 @@ class Workspace:
             raise UserError(
                 f"{self.root}: workspace of experiment {found.get('name')!r}, not {name!r}; choose another workspace"
             )
+        return True
+
+    @property
+    def _marker(self) -> Path:
+        return self.root / "workspace.json"
 
 
 def temporary_beside(path: Path) -> Path:

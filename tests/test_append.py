@@ -128,6 +128,36 @@ def test_a_file_taken_whole_is_not_read_again_until_it_or_its_reading_changes(
     assert take(config, workspace).read == 332
 
 
+def test_refused_rows_are_counted_with_their_most_frequent_reason(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    write_rows(events / "night.csv", [*((f"u{row:02d}", "i01", "soon") for row in range(9)), ("", "i01", seconds(15))])
+    found = take(config, workspace)
+    assert (found.read, found.refused) == (320, 10)
+    (reason,) = {row["reason"] for row in pl.read_parquet(workspace.rejects / "retrain.parquet").rows(named=True)[:9]}
+    assert found.reason == reason
+    assert f"320 rows read, 10 refused (most often: {reason})" in found.sentence()
+    (events / "night.csv").unlink()
+    quiet = take(config, workspace)
+    assert (quiet.refused, quiet.reason) == (0, "")
+    assert "refused" not in quiet.sentence()
+
+
+def test_a_look_that_refuses_more_than_its_share_fails_and_takes_nothing(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    take(config, workspace)
+    write_rows(events / "night.csv", [*week(2, users=2), *(("u00", "i01", "soon") for _ in range(2))])
+    config = with_rules(config, refused_share=0.19)  # two of ten rows are refused
+    before = listing(workspace.root)
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match=r"2 of 10 rows .*night\.csv.* retrain\.refused_share = 0\.19; nothing"):
+            take(config, workspace, dry_run=dry_run)
+        after = listing(workspace.root)
+        assert (after.pop("rejects/retrain.parquet", None) is None) == dry_run
+        assert after == before
+    found = take(with_rules(config, refused_share=0.2), workspace)
+    assert (found.taken, found.refused) == (8, 2)
+
+
 @pytest.mark.parametrize("late", ["hold", "next_stage", "reject", "rebuild"])
 def test_reading_only_new_files_ends_like_reading_all_of_them(
     shop: tuple[Config, Workspace, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str
@@ -188,6 +218,44 @@ def test_a_named_file_is_taken_and_the_sources_are_not_looked_at(shop: tuple[Con
     assert take(config, workspace, new=str(elsewhere.parent)).taken == 8  # a folder
     write_rows(elsewhere.with_name("most.csv"), week(2, users=43))
     assert take(config, workspace, new=str(elsewhere.with_name("mo*.csv"))).taken == 4  # a glob
+
+
+@pytest.mark.parametrize("new", ["~/named*.csv", "$HOME/named*.csv"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_named_pattern_may_begin_with_the_home_folder(
+    shop: tuple[Config, Workspace, Path], monkeypatch: pytest.MonkeyPatch, new: str, dry_run: bool
+) -> None:
+    config, workspace, events = shop
+    monkeypatch.setenv("HOME", str(events.parent))
+    write_rows(events.parent / "named1.csv", week(2))
+    assert take(config, workspace, new=new, dry_run=dry_run).taken == 160
+
+
+@pytest.mark.parametrize("new", ["", " "])
+def test_an_empty_name_of_new_rows_is_refused_and_the_working_folder_is_not_read(
+    shop: tuple[Config, Workspace, Path], monkeypatch: pytest.MonkeyPatch, new: str
+) -> None:
+    config, workspace, events = shop
+    write_rows(events / "week2.csv", week(2))
+    monkeypatch.chdir(events)
+    with pytest.raises(UserError, match="names nothing; give a file"):
+        take(config, workspace, new=new)
+
+
+def test_a_gate_that_looks_at_events_the_log_has_not_is_refused_before_anything_is_taken(
+    shop: tuple[Config, Workspace, Path],
+) -> None:
+    config, workspace, events = shop
+    config = with_rules(config, gate={"objective": "search"})
+    write_rows(events / "week2.csv", week(2))
+    before = listing(workspace.root)
+    with pytest.raises(UserError, match=r'retrain\.gate\.objective = "search", but neither'):
+        take(config, workspace)
+    assert listing(workspace.root) == before
+    header, *rows = (events / "week2.csv").read_text().splitlines()
+    searched = [f"{header},event,query", *(f"{row},search,red chair" for row in rows)]
+    (events / "week2.csv").write_text("\n".join(searched))
+    assert take(config, workspace).taken == 160
 
 
 LATE_ROW = ("u00", "i05", seconds(8.5))
@@ -322,16 +390,97 @@ def test_a_decided_commit_is_finished_even_if_the_rows_are_gone(shop: tuple[Conf
     assert not (workspace.stages / "next.json").exists()
 
 
-def test_damaged_waiting_rows_are_refused_with_the_way_out(shop: tuple[Config, Workspace, Path]) -> None:
+def spoil(workspace: Workspace, pattern: str) -> Path:
+    """Change the last byte but one of the file."""
+    (file,) = workspace.root.glob(pattern)
+    content = file.read_bytes()
+    file.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    return file
+
+
+@pytest.fixture
+def full(shop: tuple[Config, Workspace, Path]) -> tuple[Config, Workspace, Path]:
+    """A shop with rows in all three tables, 160 open ones from the sources and 30 that were named once."""
     config, workspace, events = shop
-    write_rows(events / "week2.csv", week(2))
+    write_rows(events / "week2.csv", [*week(2), LATE_ROW])
+    take(with_rules(config, late="reject"), workspace)
+    write_rows(events / "late.csv", [("u01", "i05", seconds(8.5)), ("u02", "i05", seconds(8.5))])
+    take(with_rules(config, late="hold"), workspace)
+    named = write_rows(events.parent / "once.csv", [(f"u{user:02d}", "i20", seconds(18)) for user in range(30)])
+    assert take(config, workspace, new=str(named)).open == 190
+    return with_rules(config, late="hold"), workspace, events
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (
+            "open/open-*.parquet",
+            "rows held: 190; from the sources, new ones included: 160; at least 30 are gone",
+        ),
+        ("held/held-*.parquet", "all of its rows (2) came back from the sources"),
+        (
+            "rejects/late-*.parquet",
+            "rows held: 1; from the sources, new ones included: 0; at least 1 are gone",
+        ),
+    ],
+)
+def test_a_damaged_table_is_set_aside_alone_and_its_loss_is_counted(
+    full: tuple[Config, Workspace, Path], caplog: pytest.LogCaptureFixture, pattern: str, said: str
+) -> None:
+    config, workspace, _ = full
+    file = spoil(workspace, pattern)
+    damaged = file.read_bytes()
+    before = {path: path.read_bytes() for path in workspace.root.rglob("*-*.parquet") if path != file}
+    with pytest.raises(UserError, match="run once without --new"):
+        take(config, workspace, new="x.csv")
+    listed = listing(workspace.root)
+    take(config, workspace, dry_run=True)
+    assert listing(workspace.root) == listed
+    caplog.clear()
+    found = take(config, workspace)
+    assert caplog.text.count("WARNING") == 1
+    assert f"{file}: missing or damaged" in caplog.text
+    assert said in caplog.text
+    assert found.open == (160 if "open" in pattern else 190)
+    assert (file.parent / "quarantine" / file.name).read_bytes() == damaged
+    # A row refused for good is late again, and held under the policy of today.
+    kept = [path for path in before if "rejects" not in pattern or path.parent.name != "held"]
+    assert kept
+    assert all(path.read_bytes() == before[path] for path in kept)
+    caplog.clear()
     take(config, workspace)
-    (file,) = (workspace.root / "open").glob("open-*.parquet")
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"remove .*manifest\.json"):
-        load_waiting(workspace)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("content", [None, "altered", "{}", '{"parts": {"open": {}}}'])
+def test_without_their_manifest_the_tables_are_known_by_their_names(
+    full: tuple[Config, Workspace, Path], caplog: pytest.LogCaptureFixture, content: str | None
+) -> None:
+    config, workspace, _ = full
+    tables = {path: path.read_bytes() for path in workspace.root.rglob("*-*.parquet")}
+    assert len(tables) == 3
+    manifest = workspace.root / "open" / "manifest.json"
+    if content is None:
+        manifest.unlink()
+    else:
+        altered = manifest.read_text().replace('"rows": 190', '"rows": 191')
+        manifest.write_text(altered if content == "altered" else content)
+    found = take(config, workspace)
+    assert (found.open, found.held, found.taken) == (190, 2, 0)
+    assert {path: path.read_bytes() for path in workspace.root.rglob("*-*.parquet")} == tables
+    assert ("were found by their names" in caplog.text) == (content is not None)
+
+
+def test_a_table_that_is_damaged_and_named_by_no_manifest_is_not_believed(
+    full: tuple[Config, Workspace, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    config, workspace, _ = full
+    file = spoil(workspace, "open/open-*.parquet")
     (workspace.root / "open" / "manifest.json").unlink()
     assert take(config, workspace).open == 160
+    assert "rows held: unknown; from the sources, new ones included: 160; some may be gone" in caplog.text
+    assert (file.parent / "quarantine" / file.name).exists()
 
 
 def test_a_log_without_a_clock_cannot_be_retrained(shop: tuple[Config, Workspace, Path]) -> None:

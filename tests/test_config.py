@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from stages.config import RESERVED, Config, load_config
 from stages.errors import UserError
 from stages.jobs import BASELINES
 from stages.method_config import BUILT_IN, PesoConfig
+from stages.retrain_config import RetrainConfig
 from stages.sampled import LAST_CATEGORY
 
 EVENTS = 'name = "shop"\nworkspace = "w"\n[[log.sources]]\npath = "log.csv"\n'
@@ -54,11 +56,28 @@ def refused(tmp_path: Path, text: str) -> str:
         ('[methods.scale]\nmethod = "peso"\nstrenght = 1.0\n', "strenght'; did you mean 'strength'?"),
         ('[items]\nindex = "shipped"\n', 'items.index = "shipped" needs log.index'),
         ("[training]\nepochs = 2\nepoch = 3\n", "unknown key 'training.epoch'; did you mean 'epochs'?"),
+        ("[retrain]\nfuture_hours = 1e300\n", "retrain.future_hours: Input should be less than or equal to 1000000"),
+        ("[retrain]\nrefused_share = 1.5\n", "retrain.refused_share: Input should be less than or equal to 1"),
+        ("[retrain.gate]\nlatency_ms = -1\n", "retrain.gate.latency_ms: Input should be greater than 0"),
+        ("[retrain.gate]\nlatency_ms = true\n", "retrain.gate.latency_ms: give milliseconds, or false"),
         ("[training]\nlearning_rate = -1e-3\n", "training.learning_rate: Input should be greater than 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_rule(tmp_path: Path, tail: str, said: str) -> None:
     assert said in refused(tmp_path, BASE + tail)
+
+
+@pytest.mark.parametrize(("written", "bound"), [("false", None), ("0", None), ("0.5", 0.5)])
+def test_the_gate_s_bound_on_latency_can_be_left_out_in_toml(tmp_path: Path, written: str, bound: float | None) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(BASE + f"[retrain.gate]\nlatency_ms = {written}\n")
+    assert load_config(path).retrain.gate.latency_ms == bound
+
+
+def test_the_longest_allowed_future_is_a_time_that_can_be_computed() -> None:
+    field = RetrainConfig.model_fields["future_hours"]
+    longest = next(rule.le for rule in field.metadata if hasattr(rule, "le"))
+    assert datetime.now(UTC) + timedelta(hours=longest) < datetime.max.replace(tzinfo=UTC)
 
 
 def test_unknown_keys_in_lists_of_tables_are_met_with_the_nearest_known_one(tmp_path: Path) -> None:

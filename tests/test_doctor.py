@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.growing import opened
 from flows import doctor, machine
 from flows.doctor import Check, examine, healthy, pin
+from stages.errors import UserError
 from stages.workspace import Workspace
+from tests.test_schedule import alone, free_port
 
 
 def named(checks: list[Check], subject: str) -> Check:
@@ -64,6 +67,43 @@ def test_left_overs_of_dead_processes_are_named_and_those_of_living_ones_are_not
     assert "left-overs" not in {check.subject for check in examine(workspace.root)}
     (workspace.root / f".tmp-report.json-{gone.pid}-00ff").touch()
     assert f".tmp-report.json-{gone.pid}" in named(examine(workspace.root), "left-overs").found
+
+
+def repaired(root: Path | str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What `driftrec doctor --repair` says, with no Prefect server but the one named."""
+    words = ["doctor", "-w", str(root), "--repair"]
+    command, env = [sys.executable, "-m", "flows.cli", *words], alone(Path(root)) | variables
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_doctor_repairs_the_workspace_itself_where_prefect_is_down(tmp_path: Path) -> None:
+    _, workspace = opened(tmp_path)
+    manifest = workspace.stages / "manifest.json"
+    (workspace.stages / "next.json").write_bytes(manifest.read_bytes())
+    address = f"http://127.0.0.1:{free_port()}/api"
+    done = repaired(workspace.root, PREFECT_API_URL=address)
+    said = " ".join(done.stdout.split())
+    assert "a commit of stages was ended" in said
+    assert f"the Prefect server at {address} is out of reach; its flow runs were not looked at" in said
+    assert "no flow run is left open" not in said
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert not (workspace.stages / "next.json").exists()
+
+
+def test_the_doctor_says_which_server_it_asked_for_open_runs(tmp_path: Path) -> None:
+    _, workspace = opened(tmp_path)
+    said = " ".join(repaired(workspace.root).stdout.split())
+    assert "stages and champion are whole" in said
+    assert "no flow run is left open on a Prefect server of this command's own" in said
+    assert "name that one with PREFECT_API_URL" in said
+
+
+def test_the_doctor_repairs_only_a_workspace_that_is_named_and_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="name the workspace to repair with --workspace"):
+        list(doctor.repaired(None))
+    with pytest.raises(UserError, match=r"typo: nothing to repair, no workspace is there"):
+        list(doctor.repaired(tmp_path / "typo"))
+    assert not (tmp_path / "typo").exists()
 
 
 def test_the_processor_s_features_decide_the_precision_line(monkeypatch: pytest.MonkeyPatch) -> None:

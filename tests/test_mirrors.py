@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from flows import running
+from flows.reach import lost_prefect
 from stages.errors import UserError
 
 
@@ -38,7 +39,7 @@ def wrapped(inner: BaseException) -> RuntimeError:
     ],
 )
 def test_only_what_says_that_prefect_is_gone_counts_as_that(error: BaseException | None, lost: bool) -> None:
-    assert running.lost_prefect(error) is lost
+    assert lost_prefect(error) is lost
 
 
 def test_a_flow_that_loses_prefect_is_finished_plainly_and_another_error_is_not(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from benchmarks.growing import listing, seconds, week, write_rows, write_shop
-from flows import cli, crashed, experiment
+from flows import cli, crashed, experiment, retraining, steps
 from flows.plain import run_plainly
 from flows.promotion import champion, registry
 from flows.promotion.history import read_history
@@ -23,6 +24,7 @@ from stages.config import load_config
 from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.jobs import Job
+from stages.space import expected_bytes, exported_bytes
 from stages.split import load_stages
 from stages.workspace import Workspace, read_json
 
@@ -180,6 +182,47 @@ def test_compare_uses_grown_stages_as_they_are(shop: tuple[Path, Workspace, list
     assert (experiment.read_json(workspace.root / "config.json").get("log_digest")) is not None
 
 
+def test_the_expected_size_of_an_exported_model_is_its_size(
+    shop: tuple[Path, Workspace, list[str]], tmp_path: Path
+) -> None:
+    from flows.exporting import export_model
+
+    _, workspace, _ = shop
+    config, _ = experiment.remembered_config(workspace.root)
+    served = champion.champion(workspace)
+    assert served is not None
+    expected = exported_bytes(config, workspace, load_dataset(config, workspace), served)
+    part = export_model(workspace.root, tmp_path / "model") / "artifacts" / "workspace"
+    size = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
+    assert 0.7 * size < expected < 1.3 * size
+
+
+def test_a_retraining_that_has_no_room_is_refused_before_it_trains(
+    copy: tuple[Path, Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, workspace = copy
+    write_rows(config.parent / "events" / "later.csv", [*week(4), *week(5), ("u00", "i01", seconds(42))])
+    plan = steps.claimed(retraining.retrain_plan(config, workspace.root))
+    retraining.take(plan)
+    due = [Job("single", 0, "same_stage", stage) for stage in (4, 5)]
+    assert retraining.awaited(plan) == due
+    steps.give_ids(plan)
+    dataset, settings = load_dataset(plan.config, workspace), plan.config
+    size = expected_bytes(settings, workspace, dataset, due)
+    assert size > expected_bytes(settings, workspace, dataset, due[:1]) > 0
+    size += sum(exported_bytes(settings, workspace, dataset, job) for job in due)
+    before = listing(workspace.checkpoints)
+    free = shutil.disk_usage(workspace.root)
+    for room in (2 * size - 1, 2 * size):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, room=room: free._replace(free=room))
+        if room < 2 * size:
+            with pytest.raises(UserError, match="free some space"):
+                retraining.grow(plan)
+        else:
+            retraining.grow(plan)
+    assert listing(workspace.checkpoints) == before
+
+
 def test_decisions_that_mlflow_missed_are_recorded_once_when_it_is_back(
     shop: tuple[Path, Workspace, list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -265,6 +308,50 @@ def test_a_dry_run_changes_no_file_and_says_what_would_close(
     assert "closed stage 4" in out
     assert "single would be trained for stage 4" in out
     assert listing(config.parent) == before
+
+
+def test_a_dry_run_in_an_empty_folder_foretells_the_first_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_shop(tmp_path, OPEN_GATE)
+    before = listing(tmp_path)
+    words = ("retrain", "-c", config, "-w", tmp_path / "workspace", "--dry-run")
+    code, out, err = driftrec(monkeypatch, capsys, *words)
+    assert (code, err) == (0, "")
+    assert "the log would be cut into 2 stages; 320 rows read, 0 new" in out
+    assert out.endswith("single would be trained for stage 1; the gate decides afterwards")
+    late = write_rows(tmp_path / "week2.csv", [*week(2), ("u00", "i01", seconds(21))])
+    _, out, _ = driftrec(monkeypatch, capsys, *words, "--new", late)
+    assert "closed stage 2" in out
+    assert out.endswith("single would be trained for stage 2; the gate decides afterwards")
+    late.unlink()
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+def test_a_dry_run_is_refused_where_the_run_would_be(
+    copy: tuple[Path, Workspace], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str]
+) -> None:
+    config, workspace = copy
+    text = config.read_text()
+    monkeypatch.setenv("DRIFTREC_PREFECT", "off")
+
+    def said() -> str:
+        code, _, err = driftrec(monkeypatch, capsys, "retrain", "-c", config, "-w", workspace.root, *words)
+        assert code == 2
+        assert err.count("\n") == 1
+        return err
+
+    config.write_text(text.replace('"growing"', '"other"'))
+    assert "workspace of experiment 'growing', not 'other'" in said()
+    config.write_text(text.replace("codes_per_level = 8", "codes_per_level = 16"))
+    assert "other settings in [items]" in said()
+    config.write_text(text + '\n[search]\nobjectives = ["search"]\n')
+    assert 'retrain.gate.objective = "recommendation" is not among search.objectives' in said()
+    config.write_text(text)
+    marker = workspace.root / "workspace.json"
+    marker.write_text(marker.read_text().replace('"schema": 1', '"schema": 2'))
+    assert "workspace schema 2" in said()
 
 
 def test_one_command_goes_back_and_the_history_tells(
@@ -397,14 +484,49 @@ def test_runs_that_a_kill_left_running_are_closed_by_the_doctor(copy: tuple[Path
         crashed.mark_crashed(str(other.id))
 
 
+def test_a_schedule_that_begins_closes_what_an_earlier_one_left_running(copy: tuple[Path, Workspace]) -> None:
+    """A run that died holds the deployment's only place: every later one would be cancelled."""
+    from prefect.client.orchestration import get_client
+    from prefect.states import Running
+
+    from flows.retrain import retrain
+    from flows.schedule import make_room
+
+    config, workspace = copy
+    with get_client(sync_client=True) as client:
+        dead = client.create_flow_run(
+            retrain, parameters={"config": str(config), "workspace": str(workspace.root)}, state=Running()
+        )
+
+        def state() -> str:
+            return str(client.read_flow_run(dead.id).state_type.value)
+
+        with experiment.exclusive(workspace):
+            make_room(workspace.root)
+        assert state() == "RUNNING"
+        make_room(workspace.root)
+        assert state() == "CRASHED"
+
+
+def test_a_flow_that_others_start_writes_files_for_its_user_alone(copy: tuple[Path, Workspace]) -> None:
+    from flows.retrain import retrain
+
+    config, workspace = copy
+    before = os.umask(0o022)
+    try:
+        retrain(str(config), workspace=str(workspace.root))
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
+    assert (workspace.root / "last_command.json").stat().st_mode & 0o077 == 0
+
+
 def test_the_doctor_leaves_a_workspace_alone_that_a_run_holds(copy: tuple[Path, Workspace]) -> None:
     from flows.doctor import repaired
 
     with experiment.exclusive(copy[1]):
         (check,) = repaired(copy[1].root)
     assert "in use by process" in check.found
-    with pytest.raises(UserError, match="--workspace"):
-        list(repaired(None))
 
 
 def test_a_retraining_is_refused_while_another_holds_the_workspace(copy: tuple[Path, Workspace]) -> None:

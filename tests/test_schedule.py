@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -67,7 +70,7 @@ def test_a_scheduled_run_really_executes_and_lands_in_mlflow(tmp_path: Path, whe
 
 def states(address: str) -> set[str]:
     """States of the flow runs that are not waiting for their time."""
-    wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "COMPLETED", "FAILED", "CRASHED"]}}}}
+    wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "COMPLETED", "FAILED", "CRASHED", "CANCELLED"]}}}}
     request = urllib.request.Request(
         f"{address}/flow_runs/filter", json.dumps(wanted).encode(), {"Content-Type": "application/json"}
     )
@@ -97,6 +100,96 @@ def test_a_killed_retraining_ends_in_the_bytes_of_an_undisturbed_one(tmp_path: P
     assert "no flow run is left open" in done.stdout
 
 
+@contextmanager
+def group(words: list[object], environment: dict[str, str], said: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a process group of its own, killed as a whole."""
+    with said.open("ab") as output:
+        command = [sys.executable, "-m", *map(str, words)]
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+class Door:
+    """A port in front of a server, which can be shut and opened at once; a server takes its time.
+
+    Args:
+        port: of the server.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port, self._behind, self._open = free_port(), port, list[socket.socket]()
+
+    def open(self) -> None:
+        listener = socket.create_server(("127.0.0.1", self.port))
+        self._open.append(listener)
+        threading.Thread(target=self._let_in, args=(listener,), daemon=True).start()
+
+    def shut(self) -> None:
+        for each in self._open:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self._open.clear()
+
+    def _let_in(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                caller, _ = listener.accept()
+                behind = socket.create_connection(("127.0.0.1", self._behind))
+                self._open += [caller, behind]
+                for pair in ((caller, behind), (behind, caller)):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.slow
+def test_a_scheduled_run_whose_server_is_killed_does_its_work_and_is_no_failure(tmp_path: Path) -> None:
+    config, place = write_shop(tmp_path, GATE, training="first_epochs = 100\nepochs = 1"), Workspace(tmp_path / "w")
+    port = free_port()
+    door, direct = Door(port), f"http://127.0.0.1:{port}/api"
+    # Prefect's client asks again for 2 + 4 + 8 seconds, give or take a fifth.
+    environment = alone(tmp_path) | {
+        "PREFECT_API_URL": f"http://127.0.0.1:{door.port}/api",
+        "PREFECT_CLIENT_MAX_RETRIES": "3",
+    }
+    (tmp_path / "prefect").mkdir()
+    listen = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    served = ["flows.cli", "serve-flows", "-c", config, "-w", place.root, "--every", "5"]
+    with ExitStack() as stack:
+        with group(listen, environment, tmp_path / "server.txt") as server:
+            wait_for(lambda: schedule.answers(direct), server, 240)
+            door.open()
+            process = stack.enter_context(group(served, environment, tmp_path / "output.txt"))
+            wait_for(lambda: any(place.locks.glob("*")), process, 240)
+            door.shut()
+        assert not read_history(place)[0]
+        server = stack.enter_context(group(listen, environment, tmp_path / "server.txt"))
+        # The decision is in MLflow: next, Prefect would show it.
+        wait_for(lambda: "mlflow" in copies_given(place), process, 240)
+        assert [line["decision"] for line in read_history(place)[0]] == ["first"]
+        time.sleep(28)  # the artifact is given up, the run's end is not yet
+        assert schedule.answers(direct)
+        assert "prefect" not in copies_given(place)
+        door.open()
+        wait_for(lambda: "COMPLETED" in states(direct), process, 60)
+        assert "CANCELLED" in states(direct), "runs that came up meanwhile wait"
+
+
+def copies_given(place: Workspace) -> dict[str, object]:
+    stored = place.root / "runs" / "copies.json"
+    return json.loads(stored.read_text())["given"] if stored.exists() else {}
+
+
 def alone(folder: Path) -> dict[str, str]:
     """An environment in which Prefect has its own folder and no server."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
@@ -122,6 +215,21 @@ def test_a_named_server_that_does_not_answer_is_an_error_before_anything_runs(
     monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}/api")
     with pytest.raises(UserError, match="no server answers there"), schedule.api(tmp_path, free_port()):
         pass
+
+
+@pytest.mark.parametrize(
+    ("cron", "timezone", "said"),
+    [
+        ("0 3 * *", "UTC", 'Invalid cron string: "0 3 * *"'),
+        ("0 3 * * *", "Mars/Phobos", 'Invalid timezone: "Mars/Phobos"'),
+    ],
+)
+def test_a_schedule_that_is_none_is_refused_before_a_server_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cron: str, timezone: str, said: str
+) -> None:
+    monkeypatch.setattr(schedule, "api", lambda *_: pytest.fail("a server was looked for"))
+    with pytest.raises(UserError, match=re.escape(said)):
+        schedule.serve(tmp_path / "shop.toml", tmp_path / "workspace", cron, None, timezone)
 
 
 def test_an_address_that_is_none_answers_nothing() -> None:

@@ -159,7 +159,7 @@ def test_a_damaged_or_missing_stage_is_refused_on_load_and_mended_by_splitting(t
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match="stage 1 is not the file that was written; run driftrec split again"):
+    with pytest.raises(UserError, match="stage 1 is not the file that was written; run driftrec split, which"):
         load_stages(workspace)
     assert split(tmp_path, spread(10)) == stages
     assert load_stages(workspace) == stages

@@ -305,8 +305,6 @@ WRONG = [
     ("workspace.json", "[1]", ("rollback", "-w"), "not a workspace's name"),
     ("last_command.json", "{}", ("resume", "-w"), "not a command"),
     ("last_command.json", '{"command": "retrain", "arguments": {}}', ("resume", "-w"), "not a command"),
-    ("open/manifest.json", "{}", RETRAIN, "not a list of the rows"),
-    ("open/manifest.json", '{"parts": {"open": {}}}', RETRAIN, "not a list of the rows"),
     ("runs/copies.json", "[]", RETRAIN, "not a count"),
     ("runs/trained.json", "{}", ("recommend", "--user", "u03", "-m", "single", "-w"), "not a list of trained"),
 ]

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,74 @@ def test_ctrl_c_and_sigterm_stop_both_servers_with_all_they_started(
     assert gone(windows)
 
 
+SHOW = """
+import sys
+from pathlib import Path
+from flows import ui
+ports = map(int, sys.argv[1:])
+windows = tuple(
+    ui.Window(f"w{port}", port, ("stand_in", str(port)), "/", "--port", Path(f"{port}.log").resolve()) for port in ports
+)
+ui.show(windows, lambda line: print(line, flush=True))
+"""
+
+
+def test_a_killed_command_leaves_no_server_and_nothing_a_server_started(tmp_path: Path) -> None:
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    ports = free_port(), free_port()
+    roots = [str(tmp_path), str(Path(__file__).parent.parent)]
+    command = [sys.executable, "-c", SHOW, *map(str, ports)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(roots)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "Ctrl-C stops both" in process.stdout.readline()
+        family = descendants(process.pid)
+        numbers = [
+            int(word) for port in ports for word in (tmp_path / f"{port}.log").read_text().split("\n")[0].split()
+        ]
+        assert family > set(numbers)
+        process.kill()
+    assert len(numbers) == 4
+    assert ended(family)
+
+
+def test_a_prefect_that_answers_already_is_shown_and_left_running_and_only_the_other_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = stand_ins(tmp_path, monkeypatch)
+    said: list[str] = []
+
+    def stop(line: str) -> None:
+        said.append(line)
+        raise KeyboardInterrupt
+
+    def beside(line: str) -> None:
+        ui.show((replace(first, shared=True, output=tmp_path / "unused.log"), second), stop)
+        said.append("still there" if urllib.request.urlopen(first.address).status == 200 else "gone")
+        with pytest.raises(UserError, match=f"port {first.port} for first: Address already in use"):
+            ui.show((replace(first, shared=True, well=b"true"), second), stop)
+        raise KeyboardInterrupt
+
+    ui.show((first,), beside)
+    assert said == [
+        f"first {first.address} (was running)    second {second.address}    Ctrl-C stops second",
+        "still there",
+    ]
+    assert not (tmp_path / "unused.log").exists()
+    assert gone((first, second))
+
+
+def test_a_file_in_place_of_the_workspace_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = ["ui", "-w", str(tmp_path / "file")]
+    done = subprocess.run([sys.executable, "-m", "flows.cli", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == f"driftrec: {tmp_path / 'file'}: cannot write the workspace: File exists; choose another folder\n"
+    )
+
+
 def test_a_server_that_ends_by_itself_ends_the_other_and_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +186,9 @@ def test_an_occupied_port_is_one_line_and_nothing_is_started(tmp_path: Path) -> 
 def test_both_pages_are_asked_to_listen_on_this_machine_only(tmp_path: Path) -> None:
     for window in ui.windows(Workspace(tmp_path), 4200, 5000):
         assert window.command[window.command.index("--host") + 1] == "127.0.0.1"
-    assert "driftrec ui --workspace" in (Path(__file__).parent.parent / "Makefile").read_text()
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    ports = "--prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)"
+    assert f'driftrec ui --workspace "$(WORKSPACE)" {ports}' in makefile
 
 
 @pytest.mark.slow

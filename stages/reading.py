@@ -1,0 +1,196 @@
+"""From the files of a config's sources to their accepted rows and the refused ones with reasons; nothing is stored."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import polars as pl
+
+from stages.clock import Window, window
+from stages.coded import ORDER, Coded, Coder
+from stages.config import Config, Source
+from stages.files import File, shown, source_files
+from stages.log_files import NUMBERS_FILE
+from stages.long_files import raw_file
+from stages.rows import EVENT_FIELDS, INSTANT, ITEM_FIELDS, Sifted, sift_events, sift_items
+from stages.scan import KEY, raw_rows
+from stages.spool import ahead
+from stages.taken import file_key
+
+ITEM_SCHEMA = {
+    "item_id": pl.String(),
+    "title": pl.String(),
+    "text": pl.String(),
+    "categories": pl.List(pl.String),
+    "timestamp": INSTANT,
+}
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """What the files of the log hold now.
+
+    Attributes:
+        rows: accepted ones of the files read, each once and in the log's order.
+        rejects: refused ones with file, row number and reason.
+        clean: `stages.taken.file_key` of the files that were read and of which no row was refused.
+        unread: how many files were known already.
+        accepted: how many rows were, duplicates included.
+    """
+
+    rows: pl.DataFrame
+    rejects: pl.DataFrame
+    clean: frozenset[str]
+    unread: int
+    accepted: int
+
+    @property
+    def refused_share(self) -> float:
+        """Refused rows, of all rows read that a source's `where` did not leave out; 0 where none was read."""
+        return self.rejects.height / max(1, self.accepted + self.rejects.height)
+
+    def often(self) -> str:
+        """The most frequent reason for refusing a row; empty where none was refused."""
+        return next(iter(counted(self.rejects)), "")
+
+
+@dataclass(frozen=True)
+class Table:
+    """What became of all files of a table; the accepted rows themselves are elsewhere."""
+
+    accepted: int
+    rejects: pl.DataFrame
+    rows: int
+    filtered: int
+    units: dict[str, str | None]
+    clean: tuple[tuple[Source, File], ...] = ()
+    unread: int = 0
+
+
+def silent(message: str) -> None:
+    """Progress for callers that want none."""
+
+
+def read_events(config: Config, progress: Callable[[str], None], known: Collection[str] = frozenset()) -> Incoming:
+    """The events of `config.log.sources` as they are now; nothing is stored.
+
+    Args:
+        config: names the sources.
+        progress: receives one line a file.
+        known: keys of files to leave unread.
+
+    Raises:
+        UserError: a file that is missing, empty, unreadable or inconsistent.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / NUMBERS_FILE
+        table, log, _ = event_table(config, window(config.log.earliest, config.log.latest), progress, path, known)
+        keys = {file_key(config, *each) for each in table.clean} - {None}
+        rows = log.whole().drop("block")
+        return Incoming(rows, table.rejects, frozenset(map(str, keys)), table.unread, table.accepted)
+
+
+def read_items(config: Config, progress: Callable[[str], None] = silent) -> pl.DataFrame:
+    """The rows of `config.catalogue.sources` as they are now; nothing is stored.
+
+    Raises:
+        UserError: as `read_events`.
+    """
+    return item_table(config, window(config.log.earliest, config.log.latest), progress)[1]
+
+
+def event_table(
+    config: Config, plausible: Window, progress: Callable[[str], None], path: Path, known: Collection[str] = ()
+) -> tuple[Table, Coded, int | None]:
+    """The events of the sources as numbers, stored at `path`; nobody has counted the short users (the last part).
+
+    See `read_events` for the other arguments and errors.
+    """
+    required = ("user_id", "item_id", "timestamp")
+
+    def sift(source: Source, file: File) -> Iterable[Sifted]:
+        raw = raw_file(source, file, EVENT_FIELDS, required)
+        return sift_events(raw, source.event, source.time_unit, plausible, str(file.path))
+
+    coder, keyed = Coder(path.parent), []
+    by_key = any(source.distinct for source in config.log.sources)
+    keep = keyed.append if by_key else coder.add
+
+    def is_known(source: Source, file: File) -> bool:
+        return bool(known) and file_key(config, source, file) in known
+
+    table = _collected(config.log.sources, sift, EVENT_FIELDS, keep, progress, is_known)
+    if not by_key:
+        return table, coder.sorted_distinct(path), None
+    coder.add(_earliest_of_a_key(pl.concat(keyed, how="diagonal")))
+    return table, coder.as_met(path), None
+
+
+def _earliest_of_a_key(frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows in canonical order, each once: the earliest of a `__key` where its source gives one, else by all fields."""
+    ordered = frame.sort(*ORDER, KEY, nulls_last=False)
+    fresh = ~pl.all_horizontal(pl.col(name).eq_missing(pl.col(name).shift(1)) for name in ordered.columns)
+    # Shifting makes the first row's predecessor null, and no accepted row is null throughout.
+    fresh = pl.when(pl.col(KEY).is_null()).then(fresh).otherwise(pl.col(KEY).is_first_distinct())
+    return ordered.filter(fresh).drop(KEY)
+
+
+def _collected(
+    sources: list[Source],
+    sift: Callable[[Source, File], Iterable[Sifted]],
+    fields: tuple[str, ...],
+    keep: Callable[[pl.DataFrame], object],
+    progress: Callable[[str], None],
+    is_known: Callable[[Source, File], bool] = lambda *_: False,
+) -> Table:
+    """Sift every file that is not known, hand its accepted rows on, part by part, while the next part is sifted."""
+
+    def handed_on(part: Sifted) -> Sifted:
+        keep(part.accepted)
+        return part
+
+    files = [(source, file) for source in sources for file in source_files(source.path)]
+    names = shown([file.path for _, file in files])
+    rejects, units, accepted, rows, filtered = [], {}, 0, 0, 0
+    wanted, clean = [each for each in files if not is_known(*each)], []
+    for source, file in wanted:
+        name = names[file.path]
+        good = bad = left_out = 0
+        for part in ahead(sift(source, file), handed_on):
+            rejects.append(part.rejects.select(pl.lit(name).alias("file"), pl.all()))
+            units[name] = part.unit
+            good, bad, left_out = good + part.accepted.height, bad + part.rejects.height, left_out + part.filtered
+        clean += [] if bad else [(source, file)]
+        accepted, filtered, rows = accepted + good, filtered + left_out, rows + left_out + good + bad
+        unit = "" if units[name] is None else f", times in {units[name]}"
+        progress(f"{name}: {good:,} rows{unit}, {left_out:,} filtered, {bad:,} rejected")
+    schema = {"file": pl.String, "row": pl.Int64, "reason": pl.String, **dict.fromkeys(fields, pl.String)}
+    refused = pl.concat(rejects) if rejects else pl.DataFrame(schema=schema)
+    return Table(accepted, refused, rows, filtered, units, tuple(clean), len(files) - len(wanted))
+
+
+def item_table(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[Table, pl.DataFrame]:
+    """The item table's rows in canonical order, and what became of its files."""
+    settings = config.catalogue
+
+    def sift(source: Source, file: File) -> Iterable[Sifted]:
+        raw = raw_rows(source, file, ITEM_FIELDS, ("item_id",))
+        return [sift_items(raw, settings.category_separator, source.time_unit, plausible, str(file.path))]
+
+    accepted: list[pl.DataFrame] = []
+    table = _collected(settings.sources, sift, ITEM_FIELDS, accepted.append, progress)
+    frame = pl.concat(accepted, how="diagonal") if accepted else pl.DataFrame(schema=ITEM_SCHEMA)
+    if KEY in frame.columns:
+        frame = frame.sort(KEY, "timestamp", *ITEM_FIELDS[:3], nulls_last=True)
+        frame = frame.filter(pl.col(KEY).is_null() | pl.col(KEY).is_first_distinct())
+    listed = pl.col("categories").list.join("\0")
+    ordered = frame.select(*ITEM_SCHEMA).sort("item_id", "timestamp", "title", "text", listed, nulls_last=False)
+    return replace(table, accepted=ordered.height), ordered
+
+
+def counted(rejects: pl.DataFrame) -> dict[str, int]:
+    """How many rows were refused for which reason, the most frequent first."""
+    return dict(rejects["reason"].value_counts().sort("count", "reason", descending=[True, False]).iter_rows())
