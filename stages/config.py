@@ -30,8 +30,8 @@ PROTOCOLS: tuple[Protocol, ...] = ("same_stage", "next_stage")
 CUTOFFS = (1, 5, 10, 20)
 NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 """Names of experiments and methods: they become names of folders and files."""
-RESERVED = ("first", "popularity", "recent_popularity", "item_graph", "bm25")
-"""What no method may be called: the stage 0 that all methods share, and the baselines."""
+RESERVED = ("first", "popularity", "recent_popularity", "item_graph", "bm25", "last_category")
+"""What no method may be called: the stage 0 that all methods share, and the baselines, that of 99 + 1 included."""
 
 
 class StageConfig(Settings):
@@ -195,8 +195,9 @@ class EvaluationConfig(Settings):
     users: Annotated[int, Field(ge=1)] | None = None
     """Seeded sample of test users for a quick look; every output then says so."""
     bootstrap: Annotated[int, Field(ge=100)] = 10_000
-    negatives: Literal["off", "uniform", "popularity"] = "off"
-    """Rank each target among 99 drawn items besides, as some papers do; shown apart, never in a headline."""
+    negatives: Literal["off", "uniform", "popularity", "bm25_first"] = "off"
+    """Rank each target among 99 drawn items besides, as some papers do; shown apart, never in a headline.
+    `bm25_first`: those whose words match the query best, then uniform; uniform where nothing is searched for."""
 
     @field_validator("protocols")
     @classmethod

@@ -143,7 +143,7 @@ def recommender(
         return as_recommender(stored(config, workspace, dataset, job, pin), dataset, job)
     known = dataset.catalogue.known(job.stage)
     own = config.evaluation
-    documents = _documents(workspace, known) if job.method in SEARCH_BASELINES else ()
+    documents = known_documents(workspace, known) if job.method in SEARCH_BASELINES else ()
     place = (job.stage, job.protocol, job.seed, own.exclude_history)
     return fit_baseline(job.method, dataset.interactions, known, *place, objective, documents)
 
@@ -165,13 +165,18 @@ def as_recommender(found: Stored, dataset: Dataset, job: Job) -> Recommender:
     )
 
 
-def _documents(workspace: Workspace, known: int) -> list[str]:
+def known_documents(workspace: Workspace, known: int) -> list[str]:
     """Text of the known items; empty for one that has none."""
+    return item_documents(known_texts(workspace, known))
+
+
+def known_texts(workspace: Workspace, known: int) -> pl.DataFrame:
+    """Title, text and categories of the known items, by item number; null where there is none."""
     items = pl.read_parquet(workspace.catalogue / "items.parquet").head(known)
     absent = {"title": pl.String, "text": pl.String, "categories": pl.List(pl.String)}
-    return item_documents(
-        items.with_columns(pl.lit(None, kind).alias(name) for name, kind in absent.items() if name not in items.columns)
-    )
+    return items.with_columns(
+        pl.lit(None, kind).alias(name) for name, kind in absent.items() if name not in items.columns
+    ).select(*absent)
 
 
 def test_queries(

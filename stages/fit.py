@@ -5,7 +5,7 @@ Knows neither checkpoints nor lineages; `stages.train` puts a model together bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -30,6 +30,9 @@ from stages.stage_examples import Examples, validation_batches
 Progress = Callable[[Mapping[str, Any]], None]
 TOKEN_ROWS = ("input_rows", "output_rows", "marker_rows")
 """Trained rows of tokens, by name."""
+
+UNTHINNED = ("alpha/", "alpha_entropy", "hypergradient/")
+"""Beginnings of the names whose numbers are kept of every step: a gate's few, about 85 bytes a step in state.json."""
 
 MICRO_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens of a backward pass by device: what a processor's caches hold of `small`, and what fills a GPU."""
@@ -59,7 +62,8 @@ class Fit:
 
         Returns:
             `training`: one row of numbers an optimiser step (thinned to about 200 a stage); `epochs`: validation loss
-            in nats a code token, epoch 0 being the start; `best_epoch`.
+            in nats a code token, epoch 0 being the start; `best_epoch`. Where a step has numbers of `UNTHINNED` names,
+            `every_step`: name -> one number a step, rounded to six digits, None where that step had none.
         """
         log: list[dict[str, float]] = []
         losses = [self.validate()]
@@ -81,7 +85,7 @@ class Fit:
                 break
         _put_back(self.model, best_weights)
         rows = [{"epoch": epoch, "validation_loss": loss} for epoch, loss in enumerate(losses)]
-        return {"training": log[::every], "epochs": rows, "best_epoch": best}
+        return {"training": log[::every], "epochs": rows, "best_epoch": best, **_columns(log)}
 
     def _epoch(self, epoch: int) -> Iterator[dict[str, float]]:
         self.model.train()
@@ -153,6 +157,13 @@ class Fit:
     def _validation_loss(self, objective: str, windows: Windows | SearchWindows) -> float:
         parts = validation_batches(windows, 2 * self.settings.batch_size)
         return sum(float(self._loss(objective, windows, part, 0.0)) for part in parts)
+
+
+def _columns(log: Sequence[Mapping[str, float]]) -> dict[str, dict[str, list[float | None]]]:
+    """`every_step` of the `UNTHINNED` numbers; empty where there are none."""
+    names = dict.fromkeys(name for row in log for name in row if name.startswith(UNTHINNED))
+    columns = {name: [float(f"{row[name]:.6g}") if name in row else None for row in log] for name in names}
+    return {"every_step": columns} if columns else {}
 
 
 @contextmanager

@@ -57,6 +57,7 @@ def omission_notes(
         *_alone_notes(states),
         *_waiting_note(states),
         *_protected_notes(states),
+        *_unprotected_note(states),
     ]
 
 
@@ -151,18 +152,27 @@ def _waiting_note(states: Iterable[Mapping[str, Any]]) -> list[str]:
     waited = [
         state
         for state in states
-        if (state.get("inputs", {}).get("method") or {}).get("gate") in LEARNED
+        if _has_learning_gate(state.get("inputs", {}).get("method") or {})
         and len(_objectives(state)) == 2
         and state.get("training")
-        and not any(name.startswith(LESSON) for row in state["training"] for name in row)
+        and not any(
+            name.startswith(LESSON) for row in (*state["training"], state.get("every_step", {})) for name in row
+        )
     ]
     if not waited:
         return []
-    steps = max(len(state["training"]) for state in waited)
+    # The rows of a long stage are thinned: their number is not that of its steps.
+    ends = [state["training"][-1]["step"] for state in waited]
+    steps = max(ends + [len(own) for state in waited for own in state.get("every_step", {}).values()])
     return [
-        f"The learning gate of {_methods(waited)} never left its warm-up in a stage of at most {steps} steps: both "
+        f"The learning gate of {_methods(waited)} never left its warm-up in a stage of at most {steps:,} steps: both "
         "weights stayed 1/2. Give gate_warmup fewer steps than a stage has."
     ]
+
+
+def _has_learning_gate(method: Mapping[str, Any]) -> bool:
+    """Whether a method weighs paths of two objectives by what it learns; one subspace has nothing to weigh."""
+    return method.get("gate") in LEARNED and method.get("subspaces") != "one"
 
 
 def _objectives(state: Mapping[str, Any]) -> set[str]:
@@ -182,13 +192,33 @@ def _protected_notes(states: Iterable[Mapping[str, Any]]) -> list[str]:
     notes = []
     for corpus, own in by_corpus.items():
         shares = [one["k_over_n"] for state in own for one in state["gems"]["protected"].values()]
-        source = "the stage before" if corpus == "previous_stage" else f"the text {Path(corpus).name}"
+        named = own[0]["gems"].get("corpus", corpus)  # in `inputs` a text goes by its digest
+        source = "the stage before" if corpus == "previous_stage" else f"the text {Path(named).name}"
         span = f"{min(shares):.0%} to {max(shares):.0%}"
         notes.append(
             f"Null space: {_methods(own)} kept what the inputs of {source} give, {span} of the directions a map reads; "
             "k of every map is in its checkpoint's state.json."
         )
     return notes
+
+
+def _unprotected_note(states: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Where GEMS was to leave inputs alone and the stages before held too few tokens to say which."""
+    own = [
+        state
+        for state in states
+        if "gems" in state
+        and (state["inputs"]["method"] or {}).get("null_space", "off") != "off"
+        and not state["gems"]["protected"]
+        and state["job"]["stage"] > 0
+    ]
+    if not own:
+        return []
+    stages = ", ".join(map(str, sorted({state["job"]["stage"] for state in own})))
+    return [
+        f"Null space: {_methods(own)} protected nothing at stage {stages}: the stages before hold fewer tokens than an "
+        "input has dimensions."
+    ]
 
 
 def _methods(states: Iterable[Mapping[str, Any]]) -> str:

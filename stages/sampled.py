@@ -7,6 +7,7 @@ apart, beside a random ranker's, and no headline uses them. One candidate file a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,21 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from models.baselines.bm25 import WordWeights
+from models.baselines.last_category import LastCategory
 from models.generative_recommender import GenerativeRecommender
 from models.recommender import Recommender
 from stages.config import Config
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
-from stages.evaluate import asked_objectives, recommender, rests_on_recommendations, test_queries
+from stages.evaluate import (
+    asked_objectives,
+    known_documents,
+    known_texts,
+    recommender,
+    rests_on_recommendations,
+    test_queries,
+)
 from stages.interactions import IntArray, Interactions
 from stages.jobs import BASELINES, Evaluation, Job, Pin
 from stages.metrics import hit_at_k, ndcg_at_k
@@ -34,6 +44,10 @@ METRICS = ("hit_at_5", "hit_at_10", "ndcg_at_5", "ndcg_at_10")
 RANDOM = {"hit_at_5": 0.05, "hit_at_10": 0.10, "ndcg_at_5": 0.029485, "ndcg_at_10": 0.045436}
 """What a random order of 100 candidates scores."""
 TOLERANCE = 1e-9
+LAST_CATEGORY = "last_category"
+"""A line of this mode alone, where the catalogue has categories: `models.baselines.last_category.LastCategory`."""
+LIFT = 1e3
+"""Above every Gumbel key that can be drawn."""
 ROWS = 256
 """Queries drawn for, or scored, at once."""
 
@@ -79,6 +93,7 @@ def draw_candidates(
     weights: npt.NDArray[np.floating],
     seed: int,
     negatives: int = NEGATIVES,
+    first: Callable[[IntArray], Any] | None = None,
 ) -> tuple[IntArray, IntArray]:
     """Each target's candidates in shuffled order.
 
@@ -92,6 +107,8 @@ def draw_candidates(
         weights: (I,) of every item that may be drawn; an item of weight 0 is drawn when no other is left.
         seed: of the draw.
         negatives: how many.
+        first: numbers of b queries -> (b, I) sparse; items with a score, the best ones first, are taken before any is
+            drawn, equal ones by lot.
 
     Returns:
         Items (M, negatives + 1) and the target's column (M,).
@@ -107,6 +124,9 @@ def draw_candidates(
     for start in range(0, len(query), ROWS):
         own = slice(start, start + ROWS)
         keys = heavy + rng.gumbel(size=(len(query[own]), len(weights)))
+        if first is not None:
+            scored = first(query[own]).tocoo()
+            keys[scored.row, scored.col] = LIFT + scored.data + 1e-9 * keys[scored.row, scored.col]
         _strike(keys, asking, query, item, own)
         if int(np.isfinite(keys).sum(axis=1).min(initial=negatives)) < negatives:
             raise UserError(
@@ -176,7 +196,7 @@ def _ranked(
     job: Job,
     tested: int,
     objective: Objective,
-    model: Recommender,
+    model: Recommender | LastCategory,
     queries: Queries,
 ) -> pl.DataFrame:
     events, known = dataset.interactions, dataset.catalogue.known(job.stage)
@@ -204,16 +224,20 @@ def _candidates(
     item: IntArray,
 ) -> tuple[IntArray, IntArray]:
     """The split's candidate file, drawn by whoever comes first; its name holds all that it depends on."""
-    kind, events = config.evaluation.negatives, dataset.interactions
+    events, known, kind = dataset.interactions, dataset.catalogue.known(job.stage), config.evaluation.negatives
+    if kind == "bm25_first" and objective != "search":
+        kind = "uniform"  # there are no words to match
+    documents = known_documents(workspace, known) if kind == "bm25_first" else None
     seed = derived_seed(0, "candidates", job.protocol, tested, objective)
     asked = np.stack([queries.user[query], queries.cut[query], item], axis=1)
     content = [kind, seed, dataset.digest(max(job.stage, tested)), job.stage, asked.tolist()]
+    content += [] if documents is None else [documents]
     name = f"{job.protocol}-{objective}-on{tested:02d}-{kind}-{digest_of(content)[:16]}.parquet"
     path = workspace.stages / "candidates" / name
     if not path.exists():
-        known = dataset.catalogue.known(job.stage)
         asking = asking_of(events, queries, objective, "both", exclude_history=True)
-        found, place = draw_candidates(asking, query, item, _weights(events, job, known, kind), seed)
+        first = None if documents is None else _by_words(documents, asking)
+        found, place = draw_candidates(asking, query, item, _weights(events, job, known, kind), seed, first=first)
         with replacing(path) as temporary:
             pl.DataFrame({"place": place, "items": pl.Series(found.tolist(), dtype=pl.List(pl.Int64))}).write_parquet(
                 temporary
@@ -227,19 +251,26 @@ def _candidates(
 
 def _weights(events: Interactions, job: Job, known: int, kind: str) -> npt.NDArray[np.float64]:
     """(I,) one each, or how often an item was taken before or in the last stage trained, tests left out."""
-    if kind == "uniform":
+    if kind != "popularity":
         return np.ones(known)
     trained = training_targets(events, range(job.stage + 1), job.protocol, seed=0)
     return np.bincount(events.items[trained], minlength=known).astype(np.float64)[:known]
 
 
+def _by_words(documents: Sequence[str], asking: Asking) -> Callable[[IntArray], Any]:
+    """BM25 of the items' own texts alone: what training searches found would differ between seeds."""
+    words, texts = WordWeights(documents), asking.texts or []
+    return lambda batch: words.scored([texts[number] for number in batch.tolist()])
+
+
 def _scores(
-    model: Recommender, asking: Asking, query: IntArray, candidates: IntArray, known: int
+    model: Recommender | LastCategory, asking: Asking, query: IntArray, candidates: IntArray, known: int
 ) -> npt.NDArray[np.floating]:
     """(M, K) the model's score of every candidate, exactly."""
     score: Callable[..., npt.NDArray[np.floating]]
     size = 16 if isinstance(model, GenerativeRecommender) else ROWS
-    score = model.score if isinstance(model, GenerativeRecommender) else _Listed(model, known).score
+    exact = isinstance(model, GenerativeRecommender | LastCategory)
+    score = model.score if exact else _Listed(model, known).score
     parts = [
         score(asking.histories(query[own]), candidates[own], **asking.request(query[own]))
         for own in np.split(np.arange(len(query)), range(size, len(query), size))
@@ -272,20 +303,53 @@ def sampled_rows(config: Config, workspace: Workspace, evaluations: Sequence[Eva
         path = evaluate_sampled(config, workspace, evaluation)
         if path is None:
             return []
-        for (objective,), part in pl.read_parquet(path).group_by("objective", maintain_order=True):
-            rank, alone = part["rank"].to_numpy(), np.ones(len(part), dtype=np.int64)
-            columns = {f"hit_at_{k}": hit_at_k(rank, alone, k) for k in (5, 10)}
-            columns |= {f"ndcg_at_{k}": ndcg_at_k(rank, alone, k) for k in (5, 10)}
-            means = (
-                part.select("user")
-                .with_columns(**columns)
-                .group_by("user", maintain_order=True)
-                .mean()
-                .select(pl.col(METRICS).mean())
-            )
-            values = {name: float(value) for name, value in zip(METRICS, means.row(0), strict=True)}
-            check_identities(values)
-            job = evaluation.job
-            place = {"method": job.method, "seed": job.seed, "protocol": job.protocol, "objective": objective}
-            rows.append({**place, "stage": evaluation.tested, **values, "targets": len(part)})
+        rows += _means(pl.read_parquet(path), evaluation.job, evaluation.tested)
+    places = {(one.job.protocol, one.job.stage, one.tested): one for one in reversed(evaluations)}
+    for place in sorted(places):
+        rows += last_category_rows(config, workspace, places[place])
     return rows
+
+
+def _means(ranked: pl.DataFrame, job: Job, tested: int) -> list[dict[str, Any]]:
+    """One row an objective of what `evaluate_sampled` writes."""
+    rows: list[dict[str, Any]] = []
+    for (objective,), part in ranked.group_by("objective", maintain_order=True):
+        rank, alone = part["rank"].to_numpy(), np.ones(len(part), dtype=np.int64)
+        columns = {f"hit_at_{k}": hit_at_k(rank, alone, k) for k in (5, 10)}
+        columns |= {f"ndcg_at_{k}": ndcg_at_k(rank, alone, k) for k in (5, 10)}
+        users = part.select("user").with_columns(**columns).group_by("user", maintain_order=True).mean()
+        means = users.select(pl.col(METRICS).mean()).row(0)
+        values = {name: float(value) for name, value in zip(METRICS, means, strict=True)}
+        check_identities(values)
+        place = {"method": job.method, "seed": job.seed, "protocol": job.protocol, "objective": objective}
+        rows.append({**place, "stage": tested, **values, "targets": len(part)})
+    return rows
+
+
+def last_category_rows(config: Config, workspace: Workspace, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The baseline of the last item's category on one cell's candidates; it is quick and leaves no file.
+
+    Args:
+        config: `catalogue.level_separator` empty: an item's categories are one path, and one category.
+        workspace: holds the catalogue.
+        evaluation: names protocol, stages and seed.
+
+    Returns:
+        As `sampled_rows`; none where no item has a category.
+    """
+    dataset, tested = load_dataset(config, workspace), evaluation.tested
+    job = replace(evaluation.job, method="popularity")  # asked and counted as that baseline is
+    known = dataset.catalogue.known(job.stage)
+    paths = known_texts(workspace, known)["categories"].fill_null([]).to_list()
+    if not any(paths):
+        return []
+    one_path = not config.catalogue.level_separator
+    categories = [["\0".join(path)] if one_path and path else path for path in paths]
+    frames = []
+    for objective in dataset.interactions.objectives:
+        own = dataset.interactions.searched == (objective == "search")
+        taken = training_targets(dataset.interactions, range(job.stage + 1), job.protocol, job.seed) & own
+        model = LastCategory(categories, np.bincount(dataset.interactions.items[taken], minlength=known)[:known])
+        queries = test_queries(config, dataset, job, tested, config.evaluation.users, objective)
+        frames.append(_ranked(config, workspace, dataset, job, tested, objective, model, queries))
+    return _means(pl.concat(frames), replace(job, method=LAST_CATEGORY), tested)

@@ -18,7 +18,8 @@ from tests.test_cli import driftrec
 
 VARIANTS = """
 [analysis]
-pairs = 1
+pairs = 3
+update_pairs = 2
 [methods.loud]
 method = "gems"
 scale = 2.0
@@ -70,6 +71,7 @@ def test_a_finished_comparison_is_analysed_drawn_and_recorded(
             assert rho is not None
             assert floor is not None
             assert 0 < rho < 2
+            check_above_floor(insights, method, kind, pairs={"gradient": 3, "update": 2}[kind])
     own = insights.rho("gems", "update_before_fusion")
     assert own is not None
     assert own != insights.rho("gems", "update")
@@ -77,6 +79,8 @@ def test_a_finished_comparison_is_analysed_drawn_and_recorded(
     assert insights.rho("stage 0", "update") is None
     assert insights.flow("single", "search", earlier=True) is not None
     assert insights.flow("single", "search", earlier=False) is not None
+    check_flow(insights.flow("gems", "recommendation", earlier=True))
+    check_flow(insights.flow("gems", "recommendation", earlier=True, trained=1))
     assert set(insights.drift("single", 0).values()) == {0.0}
     assert min(insights.drift("single", 1).values()) > 0
     assert {row["axis"] for row in insights.rows("sensitivity")} == {"scale", "refresh_every", "refresh"}
@@ -120,6 +124,22 @@ def test_an_analysis_of_an_earlier_version_is_still_drawn(compared: Path, tmp_pa
     page = write_page(read_json(copied / "report.json"), copied).read_text(encoding="utf-8")
     assert "ρ, updates before fusion" not in page
     assert "ρ, updates after fusion" in page
+
+
+def check_above_floor(insights: Insights, method: str, kind: str, pairs: int) -> None:
+    above = insights.above_floor(method, kind)
+    rho, floor = insights.rho(method, kind), insights.rho(method, kind, floor=True)
+    assert rho is not None
+    assert floor is not None
+    assert above["value"] == pytest.approx(rho - floor, abs=1e-6)
+    assert above["low"] < above["value"] < above["high"]
+    assert above["pairs"] == pairs
+
+
+def check_flow(flow: dict[str, float] | None) -> None:
+    assert flow is not None
+    assert flow["lost_of_all_low"] <= flow["lost_of_all"] <= flow["lost_of_all_high"]
+    assert 0 <= flow["gained_of_all_low"] <= flow["gained_of_all"] <= flow["gained_of_all_high"] < 1
 
 
 def check_mlflow(root: Path, insights: Insights) -> None:

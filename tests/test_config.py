@@ -11,6 +11,7 @@ from stages.config import RESERVED, Config, load_config
 from stages.errors import UserError
 from stages.jobs import BASELINES
 from stages.method_config import BUILT_IN, PesoConfig
+from stages.sampled import LAST_CATEGORY
 
 EVENTS = 'name = "shop"\nworkspace = "w"\n[[log.sources]]\npath = "log.csv"\n'
 BASE = 'name = "shop"\nworkspace = "w"\n[log]\nkind = "sequences"\nsequences = "log.txt"\n'
@@ -73,7 +74,7 @@ def test_instants_of_several_offsets_are_put_in_order_by_time_not_by_spelling(tm
 
 
 def test_no_method_is_called_like_a_baseline_or_the_shared_first_stage() -> None:
-    assert set(RESERVED) == {FIRST, *BASELINES}
+    assert set(RESERVED) == {FIRST, *BASELINES, LAST_CATEGORY}
     assert not BUILT_IN.keys() & set(RESERVED)
 
 

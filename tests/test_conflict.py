@@ -21,8 +21,10 @@ from stages.analysis.conflict import (
     AFTER_FUSION,
     BEFORE_FUSION,
     BETWEEN,
+    Coefficients,
     Halves,
     Pair,
+    above_floor,
     applied_updates,
     batch_pairs,
     coefficients,
@@ -100,7 +102,8 @@ def test_pairs_are_between_the_objectives_and_the_floor_within_each() -> None:
     assert found["search"].values == pytest.approx((1.0,))
     assert found["recommendation"].values == pytest.approx((1.0,))
     silent = {one.pair: one for one in coefficients(halves([0.0, 0.0], [0.0, 1.0]))}
-    assert silent[BETWEEN].values == pytest.approx((0.0,))  # a zero gradient has no direction
+    assert silent[BETWEEN].values == pytest.approx((math.nan, 0.0), nan_ok=True)  # a zero gradient has no direction
+    assert (silent[BETWEEN].known, silent[BETWEEN].mean) == ([0.0], 0.0)
     assert silent["recommendation"].mean is None
     kinds = coefficients_by_kind({"a": halves_, "b": halves_} for halves_ in halves([-1.0, 0.0], [0.0, 2.0]))
     assert (
@@ -108,6 +111,19 @@ def test_pairs_are_between_the_objectives_and_the_floor_within_each() -> None:
     )
     with pytest.raises(ValueError, match="two objectives, got search"):
         coefficients(iter([{"search": ({}, {})}]))
+
+
+def test_what_lies_above_the_floor_is_taken_pair_by_pair_and_map_by_map() -> None:
+    found = [
+        Coefficients(BETWEEN, "a", (1.5, 1.7, 1.0, math.nan)),
+        Coefficients(BETWEEN, "b", (0.2, 0.4, 1.0, 1.0)),
+        Coefficients("search", "a", (0.5, 0.25)),
+        Coefficients("search", "b", (0.8, math.nan)),
+        Coefficients("recommendation", "a", (0.7, 0.75)),
+        Coefficients("recommendation", "b", (1.0, math.nan)),
+    ]
+    values = above_floor(found)
+    assert values == pytest.approx(np.array([[1.6 - 0.6, 0.3 - 0.9], [1.0 - 0.5, math.nan]]), nan_ok=True)
 
 
 def test_batches_of_a_pair_are_disjoint_and_fewer_where_windows_are(ring: Workspace) -> None:

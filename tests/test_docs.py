@@ -61,3 +61,10 @@ def test_the_readmes_config_is_accepted(tmp_path: Path) -> None:
     config = tmp_path / "shop.toml"
     config.write_text(block, encoding="utf-8")
     assert load_config(config).name == tomllib.loads(block)["name"] == "shop"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_heading_stands_twice_in_a_page(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ .+$", text, re.MULTILINE)
+    assert len(set(headings)) == len(headings) > 0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from scipy import sparse
 
 from flows.reporting import sections
 from flows.reporting.findings import Findings
 from models.backbone import small_backbone
+from models.baselines.last_category import LastCategory
 from models.beam import beam_search
 from models.candidates import score_codes
 from models.generative import GenerativeModel
@@ -21,17 +24,26 @@ from stages.errors import UserError
 from stages.evaluate import evaluate_stage
 from stages.interactions import Interactions
 from stages.items import build_semantic_ids
-from stages.jobs import Job
+from stages.jobs import Evaluation, Job
 from stages.log import read_log
 from stages.metrics import hit_at_k, ndcg_at_k
 from stages.queries import next_stage_tests
 from stages.ranking import asking_of, targets_of
-from stages.sampled import RANDOM, check_identities, draw_candidates, evaluate_sampled, sampled_ranks, sampled_rows
+from stages.sampled import (
+    LAST_CATEGORY,
+    RANDOM,
+    check_identities,
+    draw_candidates,
+    evaluate_sampled,
+    last_category_rows,
+    sampled_ranks,
+    sampled_rows,
+)
 from stages.split import split_stages
 from stages.synthetic import write_demo_log
 from stages.train import train_stage
 from stages.workspace import Workspace
-from tests import conftest
+from tests import conftest, tiny
 
 
 def metrics_of(rank: np.ndarray) -> dict[str, float]:
@@ -110,6 +122,38 @@ def test_candidates_are_drawn_by_their_weights_and_the_targets_place_by_lot() ->
     assert np.bincount(place, minlength=6) / 3000 == pytest.approx(np.full(6, 1 / 6), abs=0.03)
 
 
+def test_the_best_of_the_words_come_first_and_others_are_drawn_to_fill() -> None:
+    log, query, item = drawing([[0]] * 400, [[1]] * 400)
+    asking = asking_of(log, next_stage_tests(log, 1), "recommendation", "both", exclude_history=True)
+    scores = np.array([9.0, 8.0, 0.0, 0.5, 0.25, 0.0, 0.0, 0.25, 0.0])  # of history, target and others
+
+    def first(batch: np.ndarray) -> Any:
+        return sparse.csr_array(np.tile(scores, (len(batch), 1)))
+
+    def chosen(negatives: int) -> np.ndarray:
+        found, place = draw_candidates(asking, query, item, np.ones(9), 0, negatives, first)
+        assert (found[np.arange(400), place] == 1).all()
+        return np.bincount(found.ravel(), minlength=9) / 400
+
+    assert chosen(1) == pytest.approx([0, 1, 0, 1, 0, 0, 0, 0, 0])
+    assert chosen(2) == pytest.approx([0, 1, 0, 1, 0.5, 0, 0, 0.5, 0], abs=0.1)  # equal scores by lot
+    assert chosen(3) == pytest.approx([0, 1, 0, 1, 1, 0, 0, 1, 0])
+    assert chosen(5) == pytest.approx([0, 1, 0.5, 1, 1, 0.5, 0.5, 1, 0.5], abs=0.1)  # filled by lot
+
+
+def test_the_last_items_category_stands_above_popularity_by_hand() -> None:
+    categories = [["a"], ["a", "b"], ["b"], [], ["c"], ["a"]]
+    model = LastCategory(categories, np.array([1, 2, 3, 9, 5, 0]))
+    histories = [np.array(own, dtype=np.int64) for own in ([4, 0], [1], [3], [], [7])]
+    scores = model.score(histories, np.tile(np.arange(6), (5, 1)), queries=["c"] * 5)
+    ranked = [np.argsort(-line, kind="stable").tolist() for line in scores]
+    popular = [3, 4, 2, 1, 0, 5]
+    assert ranked == [[1, 0, 5, 3, 4, 2], [2, 1, 0, 5, 3, 4], popular, popular, popular]
+    assert scores[3].tolist() == [1, 2, 3, 9, 5, 0]
+    few = model.score(histories[:1], np.array([[5, 3]]))
+    assert few[0, 0] > few[0, 1]
+
+
 def test_a_candidates_score_is_the_sum_of_its_codes_log_probabilities() -> None:
     backbone = small_backbone(hidden=16, layers=2, heads=2, feed_forward=32, seed=0)
     model = GenerativeModel(backbone, codes=9, seed=0, full_vocabulary=False, dropout=0.0).eval()
@@ -153,7 +197,7 @@ def test_every_method_ranks_the_same_candidates_and_the_page_shows_them_apart(sh
     rows = sampled_rows(config, workspace, cells)
     assert len(list((workspace.stages / "candidates").glob("*.parquet"))) == 2  # one an objective
     assert {(row["method"], row["objective"]) for row in rows} == {
-        (job.method, kind) for job in jobs for kind in ("recommendation", "search")
+        (name, kind) for name in [*(job.method for job in jobs), LAST_CATEGORY] for kind in ("recommendation", "search")
     } - {("bm25", "recommendation")}
     assert len({row["targets"] for row in rows if row["objective"] == "recommendation"}) == 1
     text = max(rows, key=lambda row: row["hit_at_5"] * (row["objective"] == "search"))
@@ -161,12 +205,40 @@ def test_every_method_ranks_the_same_candidates_and_the_page_shows_them_apart(sh
     report = conftest.invent_report()
     report["sampled"] = {"negatives": "uniform", "count": 99, "random": RANDOM, "rows": rows}
     page = str(sections.sampled(Findings(report)))
+    assert "last_category" in page
+    # Half of what this shop's customers take next is of the category of what they took last.
+    last = {row["objective"]: row["hit_at_5"] for row in rows if row["method"] == LAST_CATEGORY}
+    assert min(last.values()) > 2 * RANDOM["hit_at_5"]
     assert "99 + 1 candidates" in page
     assert "random" in page
     assert "0.0295" in page
     files = {path: path.stat().st_mtime_ns for path in workspace.root.rglob("*.parquet")}
     assert sampled_rows(config, workspace, cells) == rows
     assert {path: path.stat().st_mtime_ns for path in workspace.root.rglob("*.parquet")} == files
+
+
+def test_negatives_by_words_are_hard_for_a_search_and_uniform_for_a_recommendation(
+    shop: tuple[Path, Workspace],
+) -> None:
+    config, workspace = load_config(shop[0]), shop[1]
+    words = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"negatives": "bm25_first"})})
+    cells = [evaluate_stage(config, workspace, Job("bm25", 0, "next_stage", 0), tested=1)]
+    easy, hard = (
+        {(row["method"], row["objective"]): row for row in sampled_rows(own, workspace, cells)}
+        for own in (config, words)
+    )
+    assert easy["bm25", "search"]["targets"] > 20
+    assert hard["bm25", "search"]["ndcg_at_10"] < easy["bm25", "search"]["ndcg_at_10"]
+    assert hard[LAST_CATEGORY, "recommendation"] == easy[LAST_CATEGORY, "recommendation"]
+    drawn = {path.name.rsplit("-", 1)[0] for path in (workspace.stages / "candidates").glob("*.parquet")}
+    assert "next_stage-search-on01-bm25_first" in drawn
+    assert "next_stage-recommendation-on01-bm25_first" not in drawn
+
+
+def test_a_log_without_categories_has_no_line_for_them(tmp_path: Path) -> None:
+    config, workspace = tiny.config(evaluation={"negatives": "uniform"}), tiny.checkerboard(tmp_path, stages=2)
+    cell = Evaluation(Job("popularity", 0, "same_stage", 1), 1, "x.parquet", "d", 1.0, 1, sampled=False)
+    assert last_category_rows(config, workspace, cell) == []
 
 
 def test_the_mode_changes_no_full_ranking_and_is_off_by_default(shop: tuple[Path, Workspace]) -> None:

@@ -352,30 +352,6 @@ def test_what_gems_kept_and_where_it_met_one_objective_is_said_once(space: Works
     assert said[1].startswith("Null space: worded kept what the inputs of the text glosses.txt give, 10% to 20% ")
 
 
-@pytest.mark.parametrize(
-    ("gate", "objectives", "lessons", "said"),
-    [
-        ("hypergradient", ["search", "recommendation"], 0, True),
-        ("hypergradient", ["search", "recommendation"], 1, False),
-        ("hypergradient", ["search"], 0, False),
-        ("constant", ["search", "recommendation"], 0, False),
-    ],
-)
-def test_a_gate_that_never_left_its_warm_up_is_told_of(
-    gate: str, objectives: list[str], lessons: int, said: bool, space: Workspace
-) -> None:
-    job = Job("gems", 0, "same_stage", 1)
-    rows = [{"step": step, "ce": 1.0} for step in range(7)] + [{"step": 7, "hypergradient/search": 0.1}] * lessons
-    own = {"gems": {"objectives": objectives, "protected": {}}, "training": rows}
-    state = {"job": asdict(job), "inputs": {"method": {"method": "gems", "gate": gate}}, **own}
-    write_json(space.checkpoints / "gems1" / "state.json", state)
-    trained = [Checkpoint(job, "gems1", "d", 1.0, 1, 1, None, 1, reused=False)]
-    cells = [measured(space, Job("single", 0, "same_stage", 1), 1, crowd(0.5))]
-    notes = summarise(settings(), space, cells, trained)["notes"]
-    found = [note for note in notes if note.startswith("The learning gate of gems never left its warm-up")]
-    assert [("at most 7 steps" in note, "gate_warmup" in note) for note in found] == [(True, True)] * said
-
-
 def test_what_other_methods_for_two_objectives_did_with_one_is_said_once_a_kind(space: Workspace) -> None:
     trained = []
     for method, kind, stage, objectives in (

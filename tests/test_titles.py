@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from models.generative import GenerativeModel
 from models.titles import title_scores
 from models.words import BackboneVocabulary
 from stages.analysis import preservation, titles
-from stages.analysis.measured import Scope, preservation_rows, title_rows
-from stages.analysis.titles import title_cases, title_hits
+from stages.analysis.measured import Scope, measured, preservation_rows, title_rows
+from stages.analysis.titles import title_cases, title_ranks
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
 from stages.jobs import Job
@@ -128,27 +129,60 @@ def test_a_pretrained_model_is_held_against_its_untuned_self(
     assert found["perplexity"][1]["before"] == found["perplexity"][0]["value"]
     assert {row["value"] for row in found["drift"] if row["stage"] == 0} == {0.0}
     assert notes == []
+    untuned = GenerativeModel(pretrained_backbone(str(backbone)), 4, 0, full_vocabulary=False, dropout=0.0)
+    stream = preservation.held_out_text(untuned, text, config.analysis.text_tokens)
+    head = preservation.own_head(str(backbone))
+    assert found["untuned"] == pytest.approx(preservation.text_perplexity(untuned, head, stream), rel=1e-6)
+    assert found["untuned"] != pytest.approx(found["perplexity"][0]["value"], rel=1e-4)  # stage 0 moved it
     assert title_rows(scope, notes) == []  # sixteen items are no hundred
     assert "Titles were not scored" in notes[0]
     monkeypatch.setattr(titles, "draw_candidates", partial(draw_candidates, negatives=5))
     rows = title_rows(scope, notes)
-    assert [(row["method"], row["objective"], row["cases"]) for row in rows] == [
-        ("single", "recommendation", 4),
-        ("single", "search", 4),
+    assert [(row["objective"], row["cutoff"], row["cases"]) for row in rows] == [
+        (objective, cutoff, 4) for objective in ("recommendation", "search") for cutoff in (5, 10)
     ]
+    assert [row["before"] + row["gained"] - row["lost"] for row in rows if row["cutoff"] == 10] == [4, 4]  # of six
     assert all(row["before"] + row["gained"] <= row["cases"] for row in rows)
     assert title_rows(replace(scope, config=tiny.config()), notes) == []
     assert "reads no titles" in notes[-1]
 
 
-def test_the_likeliest_titles_are_the_hits(backbone: Path, tmp_path: Path) -> None:
+def test_a_text_that_a_method_protected_is_not_held_out(tmp_path: Path) -> None:
+    for name, words in (("kept.txt", "one two"), ("copy.txt", "one two"), ("other.txt", "three")):
+        (tmp_path / name).write_text(words, encoding="utf-8")
+
+    def refused(text: str, **settings: str) -> str | None:
+        own = {"method": "gems", "corpus": str(tmp_path / "kept.txt"), **settings}
+        config = tiny.config(methods={"keeper": own}, analysis={"text": str(tmp_path / text)})
+        nothing = cast(Any, None)
+        scope = Scope(config, nothing, nothing, ("single", "keeper"), 0, "same_stage", 1, (), lambda _: None)
+        try:
+            preservation.refuse_protected(config, scope.methods)
+        except UserError as error:
+            with pytest.raises(UserError, match="not held out"):  # before anything is read
+                measured(scope)
+            return str(error)
+        return None
+
+    for text in ("kept.txt", "copy.txt"):
+        message = refused(text)
+        assert message is not None
+        assert "analysis.text and methods.keeper.corpus are the same text" in message
+        assert message.endswith("name another file in analysis.text")
+    assert refused("other.txt") is refused("none.txt") is refused("kept.txt", null_space="off") is None
+    other = tiny.config(analysis={"text": str(tmp_path / "kept.txt")})
+    preservation.refuse_protected(other, ("single", "gems"))
+
+
+def test_a_titles_rank_counts_the_likelier_ones(backbone: Path, tmp_path: Path) -> None:
     workspace, config = searching.ring(tmp_path, stages=1), tiny.config()
     dataset = many_items(load_dataset(config, workspace))
     cases = title_cases(config, dataset, Job("first", 0, "same_stage", 0), "search", 6)
     model = GenerativeModel(pretrained_backbone(str(backbone)), 4, 0, full_vocabulary=False, dropout=0.0).eval()
     head, vocabulary = preservation.own_head(str(backbone)), BackboneVocabulary(str(backbone))
-    hits = title_hits(model, head, vocabulary, dataset, cases)
-    for hit, prompt, row, place in zip(hits, cases.prompts, cases.candidates, cases.place, strict=True):
+    ranks = title_ranks(model, head, vocabulary, dataset, cases)
+    for rank, prompt, row, place in zip(ranks, cases.prompts, cases.candidates, cases.place, strict=True):
         texts = [vocabulary.encode(f" {dataset.catalogue.titles[item]}") for item in row]
         scores = title_scores(model, head, vocabulary.encode(prompt), texts)
-        assert hit == (int((scores > scores[place]).sum() + (scores[:place] == scores[place]).sum()) < 10)
+        assert rank == 1 + int((scores > scores[place]).sum() + (scores[:place] == scores[place]).sum())
+    assert len(set(ranks.tolist())) > 1

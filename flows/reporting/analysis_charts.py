@@ -124,6 +124,9 @@ def preservation_chart(insights: Insights, theme: Theme) -> Figure | None:
             left.plot([row["stage"] for row in rows], [row["value"] for row in rows], label=plain(method), **pen)
             drift = insights.drift(method, insights.last)
             right.plot(list(drift), list(drift.values()), label=plain(method), **pen)
+        if insights.untuned is not None:
+            left.axhline(insights.untuned, color=theme.faint, linestyle="--", linewidth=0.8)
+            left.annotate("untuned", (0, insights.untuned), color=theme.faint, fontsize=7, va="bottom")
         text = insights.found["preservation"]["text"]
         left.set_title("perplexity of held-out text" if text else "perplexity on the stage before", loc="left")
         left.set_xlabel("after stage")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flows.reporting.insights import KINDS, Insights, mean
+from flows.reporting.insights import CANDIDATES, COUNTS, FLOWS, KINDS, Insights, mean
 from flows.reporting.page import Content, Markup, TableRow, element, join, table
 from flows.reporting.sections import pictures
 
@@ -38,12 +38,14 @@ def _conflict(insights: Insights, figures: dict[str, Path]) -> Markup:
     head: list[Content] = ["at the weights of"]
     kinds = insights.kinds()
     for kind in kinds:
-        head += [f"ρ, {KINDS[kind]}", "noise floor", "below zero"]
+        head += [f"ρ, {KINDS[kind]}", "noise floor", "ρ less its floor", "below zero"]
     rows = []
     for method in methods:
         cells: list[tuple[Content, str]] = []
         for kind in kinds:
             cells += [(two(insights.rho(method, kind)), ""), (two(insights.rho(method, kind, floor=True)), "")]
+            above = insights.above_floor(method, kind)
+            cells.append((sure(above["value"], above["low"], above["high"], "+.3f"), ""))
             cells.append((percent(insights.below_zero(method, kind)), ""))
         rows.append(TableRow(method, cells))
     return join(
@@ -51,9 +53,9 @@ def _conflict(insights: Insights, figures: dict[str, Path]) -> Markup:
         element(
             "p",
             "ρ is 0 where both objectives pull alike, 1 where they are unrelated, 2 where they are opposed. "
-            "Two batches of one objective give the noise floor: only ρ above it is conflict. Before fusion: what each "
-            "objective's own subspace proposes, in GEMS with three subspaces alone; after fusion: what an objective "
-            "adds to the step that is taken.",
+            "Two batches of one objective give the noise floor: only ρ above it is conflict; 95 % intervals over pairs "
+            "of batches and linear maps. Before fusion: what each objective's own subspace proposes (GEMS with three "
+            "subspaces alone); after fusion: what an objective adds to the step that is taken.",
             "faint",
         ),
         table(head, rows),
@@ -69,33 +71,46 @@ def _transitions(insights: Insights, figures: dict[str, Path]) -> Markup:
             for earlier, place in ((True, "earlier stages"), (False, "its own stage")):
                 flow = insights.flow(method, objective, earlier)
                 if flow is not None:
-                    counts = [f"{int(flow[name]):,}" for name in ("cases", "before", "lost", "gained")]
-                    shares = [percent(flow.get(name)) for name in ("lost_share", "lost_of_all", "gained_share")]
-                    rows.append(TableRow(method, [(text, "") for text in (place, *counts, *shares)]))
-        head = ["method", "tests of", "cases", "right before", "lost", "gained"]
-        head += ["lost, of right", "lost, of all", "gained, of wrong"]
+                    rows.append(TableRow(method, [(text, "") for text in (place, *_flow_cells(flow))]))
+        head = ["method", "tests of", *FLOW_HEAD]
         blocks += [element("h3", f"Right before, wrong after: {objective}"), table(head, rows)]
     if not blocks:
         return Markup("")
     blocks += _titles(insights)
-    caption = "Each stage's model beside the one before it on the same test cases; right: the target is in the top 10."
+    caption = (
+        "Each stage's model beside the one before it on the same test cases; right: the target is in the top 10. "
+        "95 % intervals over users."
+    )
     return join(*blocks, pictures(figures, "transitions", "", "Bars of answers lost and gained", caption))
+
+
+FLOW_HEAD = ("cases", "right before", "lost", "gained")
+FLOW_HEAD += ("lost, of right", "lost, of all", "gained, of wrong", "gained, of all")
+
+
+def _flow_cells(flow: dict[str, float]) -> list[Content]:
+    """Counts and shares of answers that turned, below `FLOW_HEAD`."""
+    shares = [sure(flow.get(name), flow.get(f"{name}_low"), flow.get(f"{name}_high"), ".1%") for name in FLOWS]
+    return [*(f"{int(flow[name]):,}" for name in COUNTS), *shares]
 
 
 def _titles(insights: Insights) -> list[Content]:
     """Against the untuned backbone, in words."""
     rows = []
-    for row in insights.rows("titles"):
-        counts = [f"{row[name]:,}" for name in ("cases", "before", "lost", "gained")]
-        share = percent(row["lost"] / row["before"] if row["before"] else None)
-        rows.append(TableRow(row["method"], [(text, "") for text in (row["objective"], *counts, share)]))
+    for objective, method, cutoff in insights.titled():
+        flow = insights.title_flow(method, objective, cutoff)
+        if flow is not None:
+            hits = [percent(flow.get(name)) for name in ("right_before", "right_after")]
+            cells = (objective, f"Hit@{cutoff}", *hits, f"{cutoff / CANDIDATES:.0%}", *_flow_cells(flow))
+            rows.append(TableRow(method, [(text, "") for text in cells]))
     if not rows:
         return []
     intro = (
         f"Against the untuned backbone, which cannot read item codes: each target's title among 99 others, by mean "
-        f"log-likelihood a token; right: among the first 10 (chance 10 %), after stage {insights.last}."
+        f"log-likelihood a token, after stage {insights.last}. Right: among the first 5 (chance 5 %) or the first 10 "
+        "(chance 10 %)."
     )
-    head = ["method", "objective", "cases", "right before", "lost", "gained", "lost, of right"]
+    head = ["method", "objective", "right", "share before", "share after", "by chance", *FLOW_HEAD]
     return [element("h3", "Right before, wrong after: titles"), element("p", intro, "faint"), table(head, rows)]
 
 
@@ -110,6 +125,8 @@ def _preservation(insights: Insights, figures: dict[str, Path]) -> Markup:
         rows.append(TableRow(method, [(cell, "") for cell in cells]))
     if not rows:
         return Markup("")
+    if insights.untuned is not None:
+        rows.insert(0, TableRow("untuned backbone", [(cell, "") for cell in (None, two(insights.untuned), None, None)]))
     text = insights.found["preservation"]["text"]
     head = [
         "method",
@@ -151,6 +168,13 @@ def _memory(insights: Insights, figures: dict[str, Path]) -> Markup:
 def two(value: float | None) -> str | None:
     """Two decimals, or nothing."""
     return None if value is None else f"{value:.2f}"
+
+
+def sure(value: float | None, low: float | None, high: float | None, form: str) -> str | None:
+    """A value and its interval, or either alone, or nothing."""
+    if value is None or low is None or high is None:
+        return None if value is None else f"{value:{form}}"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def percent(value: float | None) -> str | None:

@@ -131,6 +131,11 @@ def _slice_cell(cell: Cell | None, top: float) -> tuple[Content, str]:
     return join(number(cell.value), " ", element("small", f"{cell.users:,}")), best
 
 
+DRAWN = {"uniform": "random items", "popularity": "items drawn by popularity"}
+DRAWN["bm25_first"] = "items (for a search those whose texts match it best, then random ones)"
+"""What the negatives are, by `evaluation.negatives`."""
+
+
 def sampled(findings: Findings) -> Markup:
     """The 99 + 1 mode, beside a random ranker and the full catalogue; nothing where it is off."""
     found = findings.report.get("sampled")
@@ -143,7 +148,7 @@ def sampled(findings: Findings) -> Markup:
                 head = ["method", *map(metric_title, found["random"]), f"full catalogue: {metric_title(HEADLINE[0])}"]
                 title = f"{PROTOCOL_TITLES.get(protocol, protocol)}, {objective}"
                 blocks += [element("h3", title), table(head, rows)]
-    drawn = "items drawn by popularity" if found["negatives"] == "popularity" else "random items"
+    drawn = DRAWN[found["negatives"]]
     intro = (
         f"Each target among {found['count']} {drawn}, mean over the stages after the first: for comparison with tables "
         "made that way. A sample can reverse the order of two models; believe the full ranking."

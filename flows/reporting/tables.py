@@ -158,21 +158,31 @@ def analysis(found: dict[str, Any]) -> list[Table]:
     insights = Insights(found)
     table = _empty(f"Analysis after stage {insights.last}, seed {found['seed']}, {found['protocol'].replace('_', ' ')}")
     parts = {name: None for method in found["methods"] for name, *_ in insights.points(method)}
+    ends = {name for name in parts if name.endswith(("_low", "_high"))}
     table.add_column("", no_wrap=True)
     for method in found["methods"]:
         table.add_column(escaped(method), justify="right")
+    last = {
+        method: {name: value for name, value, stage in insights.points(method) if stage == insights.last}
+        for method in found["methods"]
+    }
     for name in parts:
-        cells = []
-        for method in found["methods"]:
-            values = [value for own, value, stage in insights.points(method) if (own, stage) == (name, insights.last)]
-            cells.append(f"{values[0]:.3f}" if values else "–")
-        table.add_row(name, *cells)
+        if name not in ends:
+            table.add_row(name, *(_measured(last[method], name) for method in found["methods"]))
     memory = _empty("Bytes besides weights and activations")
     for name in ("", "counted", "by formula"):
         memory.add_column(name, justify="right" if name else "left")
     for row in insights.rows("memory"):
         memory.add_row(f"{row['name']}, {row['part']}", f"{row['counted']:,}", f"{row['predicted']:,}")
     return [table, memory]
+
+
+def _measured(points: dict[str, float], name: str) -> str:
+    """A point and its interval, the latter on a line of its own: methods stand side by side."""
+    if name not in points:
+        return "–"
+    low, high = points.get(f"{name}_low"), points.get(f"{name}_high")
+    return f"{points[name]:.3f}" + ("" if low is None or high is None else f"\n\\[{low:.3f}, {high:.3f}]")
 
 
 def recommendations(rows: list[tuple[str, str, float]], title: str) -> Table:

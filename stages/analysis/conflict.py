@@ -25,6 +25,7 @@ from stages.interactions import IntArray
 from stages.jobs import Job
 from stages.methods.contract import SharedLosses
 from stages.methods.gems_paths import own_updates
+from stages.metrics import FloatArray
 from stages.stage_examples import Examples
 from stages.train import begin_stage
 from stages.workspace import Workspace
@@ -55,7 +56,7 @@ class Coefficients:
     Attributes:
         pair: `between` the objectives, or the objective whose batches were compared.
         name: of the linear map.
-        values: one ρ a pair; pairs of which one side was 0 are left out.
+        values: one ρ a pair, in the order of the batches, two `between` the objectives; NaN where one side was 0.
     """
 
     pair: str
@@ -63,14 +64,49 @@ class Coefficients:
     values: tuple[float, ...]
 
     @property
+    def known(self) -> list[float]:
+        """ρ of the pairs both sides of which had a direction."""
+        return [value for value in self.values if not math.isnan(value)]
+
+    @property
     def mean(self) -> float | None:
         """Mean ρ; None where no pair had a direction."""
-        return sum(self.values) / len(self.values) if self.values else None
+        return sum(self.known) / len(self.known) if self.known else None
 
     @property
     def below_zero(self) -> float | None:
         """Share of the pairs whose cosine is negative."""
-        return sum(value > 1 for value in self.values) / len(self.values) if self.values else None
+        return sum(value > 1 for value in self.known) / len(self.known) if self.known else None
+
+
+def above_floor(found: Sequence[Coefficients]) -> FloatArray:
+    """ρ between the objectives less their noise floor, the mean of both.
+
+    Args:
+        found: of every map, as `coefficients` gives them.
+
+    Returns:
+        (pairs of batches, maps); NaN where no ρ is known on one of the sides.
+    """
+    names = list(dict.fromkeys(one.name for one in found))
+    pairs = max((len(one.values) for one in found if one.pair != BETWEEN), default=0)
+    held: dict[tuple[bool, str], list[FloatArray]] = {}
+    for one in found:
+        values = np.asarray(one.values, dtype=np.float64).reshape(pairs, -1)
+        held.setdefault((one.pair == BETWEEN, one.name), []).append(values)
+    between, within = (
+        np.stack([_known_mean(np.concatenate(held[side, name], axis=1)) for name in names], axis=1)
+        for side in (True, False)
+    )
+    return between - within
+
+
+def _known_mean(values: FloatArray) -> FloatArray:
+    """Mean of each row over what is not NaN."""
+    known = np.isfinite(values)
+    count = known.sum(axis=1)
+    total = np.where(known, values, 0.0).sum(axis=1)
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
 def coefficients(found: Iterable[Halves]) -> list[Coefficients]:
@@ -99,7 +135,7 @@ def coefficients_by_kind(found: Iterable[Mapping[str, Halves]]) -> dict[str, lis
         for kind, halves in kinds.items():
             own = values.setdefault(kind, {})
             for place, value in _rhos(halves):
-                own.setdefault(place, []).extend([] if math.isnan(value) else [value])
+                own.setdefault(place, []).append(value)
     return {
         kind: [Coefficients(pair, name, tuple(rhos)) for (pair, name), rhos in own.items()]
         for kind, own in values.items()

@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from models.effective import effective_weights
 from models.generative import GenerativeModel
 from models.words import BackboneVocabulary
 from stages.analysis import conflict, preservation, titles
+from stages.analysis.intervals import Answers, crossed_interval, share_intervals
 from stages.analysis.state_memory import footprints
-from stages.analysis.transitions import stage_transitions, transitions
+from stages.analysis.transitions import stage_answers, transitions
 from stages.commit import FIRST, method_of
 from stages.config import Config, Protocol
 from stages.dataset import Dataset
@@ -84,12 +87,17 @@ def measured(scope: Scope) -> Row:
     """Conflict, transitions, preservation and memory, and what could not be measured and why.
 
     Raises:
-        UserError: a model or file is missing or damaged, or a text cannot be read.
+        UserError: a model or file is missing or damaged, or a text cannot be read or is one that a method protected.
     """
+    preservation.refuse_protected(scope.config, scope.methods)
     notes: list[str] = []
+    conflicts, above = conflict_rows(scope, notes)
+    turns, shares = transition_rows(scope, notes)
     return {
-        "conflict": conflict_rows(scope, notes),
-        "transitions": transition_rows(scope, notes),
+        "conflict": conflicts,
+        "above_floor": above,
+        "transitions": turns,
+        "shares": shares,
         "titles": title_rows(scope, notes),
         "preservation": preservation_rows(scope, notes),
         "memory": memory_rows(scope),
@@ -97,15 +105,18 @@ def measured(scope: Scope) -> Row:
     }
 
 
-def conflict_rows(scope: Scope, notes: list[str]) -> list[Row]:
-    """ρ of every linear map on the last stage's windows, by method and kind; a note where there is none to measure."""
+def conflict_rows(scope: Scope, notes: list[str]) -> tuple[list[Row], list[Row]]:
+    """ρ of every linear map on the last stage's windows, by method and kind; a note where there is none to measure.
+
+    Beside it what lies above the noise floor, over all maps, with its interval.
+    """
     objectives = scope.dataset.interactions.objectives
     if len(objectives) < 2:
         notes.append(
             f"Conflict is between search and recommendation; this log has {''.join(objectives)} events only, so there "
             "is none to measure."
         )
-        return []
+        return [], []
     examples = scope.examples(scope.last)
     size = scope.config.training.batch_size
     pairs = conflict.batch_pairs(examples, scope.config.analysis.pairs, size, scope.seed)
@@ -114,19 +125,24 @@ def conflict_rows(scope: Scope, notes: list[str]) -> list[Row]:
             f"Stage {scope.last} has fewer than two training windows of one objective: no conflict was measured."
         )
     rows: list[Row] = []
+    above: list[Row] = []
+
+    def take(kind: str, found: Sequence[conflict.Coefficients]) -> None:
+        rows.extend(_labelled(method, kind, found))
+        above.append({"method": method, "kind": kind, **_above_floor(found, scope.config.evaluation.bootstrap)})
+
     for method in [START, *scope.methods] if pairs else ():
         scope.say(f"gradients at the weights of {method}")
-        found = conflict.coefficients(
-            conflict.raw_gradients(scope.fit(scope.model(method, scope.last), examples), pairs)
-        )
-        rows += _labelled(method, "gradient", found)
+        fit = scope.fit(scope.model(method, scope.last), examples)
+        take("gradient", conflict.coefficients(conflict.raw_gradients(fit, pairs)))
         if method != START and scope.last and method_of(scope.config, method).data == "stage":
             scope.say(f"updates of {method}")
             job = scope.plain(method, scope.last)
-            steps = conflict.applied_updates(scope.config, scope.workspace, scope.dataset, job, pairs)
+            some = pairs[: scope.config.analysis.update_pairs]
+            steps = conflict.applied_updates(scope.config, scope.workspace, scope.dataset, job, some)
             for kind, found in conflict.coefficients_by_kind(steps).items():
-                rows += _labelled(method, kind, found)
-    return rows
+                take(kind, found)
+    return rows, above
 
 
 def _labelled(method: str, kind: str, found: Sequence[conflict.Coefficients]) -> list[Row]:
@@ -138,10 +154,22 @@ def _labelled(method: str, kind: str, found: Sequence[conflict.Coefficients]) ->
             **dict(zip(("layer", "map"), place_of(one.name), strict=True)),
             "rho": one.mean,
             "below_zero": one.below_zero,
-            "pairs": len(one.values),
+            "pairs": len(one.known),
         }
         for one in found
     ]
+
+
+def _above_floor(found: Sequence[conflict.Coefficients], draws: int) -> Row:
+    """Mean over pairs and maps of ρ less its noise floor, and its interval."""
+    values = conflict.above_floor(found)
+    known = values[np.isfinite(values)]
+    ends = crossed_interval(values, draws)
+    return {
+        "value": float(known.mean()) if len(known) else None,
+        **dict(zip(("low", "high"), ends or (None, None), strict=True)),
+        "pairs": len(values),
+    }
 
 
 def place_of(name: str) -> tuple[int, str]:
@@ -150,22 +178,32 @@ def place_of(name: str) -> tuple[int, str]:
     return next((int(word) for word in words if word.isdecimal()), 0), words[-1]
 
 
-def transition_rows(scope: Scope, notes: list[str]) -> list[Row]:
-    """Each stage's model against the one before it, on the tests of its own and earlier stages."""
+def transition_rows(scope: Scope, notes: list[str]) -> tuple[list[Row], list[Row]]:
+    """Each stage's model against the one before it, on the tests of its own and earlier stages.
+
+    Beside it the intervals of what is shown of them: sums over the earlier stages' tests or the stage's own, after one
+    stage or (`trained` None) after all.
+    """
     rows = []
+    pools: dict[tuple[str, str, bool, int | None], list[Answers]] = {}
     for method in scope.methods:
         for stage in range(1, scope.last + 1):
             for tested in range(stage + 1):
-                tables = stage_transitions(scope.workspace, scope.evaluations, scope.plain(method, stage), tested)
-                for objective, one in tables.items():
+                answers = stage_answers(scope.workspace, scope.evaluations, scope.plain(method, stage), tested)
+                for objective, one in answers.items():
                     place = {"method": method, "objective": objective, "trained": stage, "tested": tested}
-                    rows.append({**place, **asdict(one)})
+                    rows.append({**place, **asdict(transitions(one.before, one.after))})
+                    for trained in (stage, None):
+                        pools.setdefault((method, objective, tested < stage, trained), []).append(one)
     if not rows:
         notes.append(
             "No stage's tests were answered by two models in a row, so no transitions were counted; `driftrec compare` "
             "with evaluation.matrix_users above 0 measures them."
         )
-    return rows
+    found = share_intervals(pools, scope.config.evaluation.bootstrap)
+    names = ("method", "objective", "earlier", "trained")
+    shares = [{**dict(zip(names, pool, strict=True)), "intervals": own} for pool, own in found.items()]
+    return rows, shares
 
 
 def title_rows(scope: Scope, notes: list[str]) -> list[Row]:
@@ -178,25 +216,33 @@ def title_rows(scope: Scope, notes: list[str]) -> list[Row]:
     scope.say("titles as the untuned backbone ranks them")
     vocabulary, head = BackboneVocabulary(own.backbone.path), preservation.own_head(own.backbone.path)
     untuned = bare_model(own, scope.dataset, scope.seed).eval()
-    place = scope.plain(FIRST, scope.last)
-    answers = partial(titles.title_hits, head=head, vocabulary=vocabulary, dataset=scope.dataset)
+    last = scope.plain(FIRST, scope.last)
+    answers = partial(titles.title_ranks, head=head, vocabulary=vocabulary, dataset=scope.dataset)
     rows: list[Row] = []
+    pools: dict[int, list[Answers]] = {}
     for objective in scope.dataset.interactions.objectives:
         try:
-            cases = titles.title_cases(own, scope.dataset, place, objective, own.analysis.titles)
+            cases = titles.title_cases(own, scope.dataset, last, objective, own.analysis.titles)
         except UserError as error:
             notes.append(f"Titles were not scored: {error}")
-            return rows
+            break
         before = answers(untuned, cases=cases)
         for method in scope.methods:
             scope.say(f"titles as {method} ranks them, {objective}")
-            table = transitions(before, answers(scope.model(method, scope.last), cases=cases))
-            rows.append({"method": method, "objective": objective, "stage": scope.last, **asdict(table)})
-    return rows
+            after = answers(scope.model(method, scope.last), cases=cases)
+            for cutoff in titles.CUTOFFS:
+                place = {"method": method, "objective": objective, "stage": scope.last, "cutoff": cutoff}
+                pools[len(rows)] = [Answers(cases.users, before <= cutoff, after <= cutoff)]
+                rows.append({**place, **asdict(transitions(before <= cutoff, after <= cutoff))})
+    found = share_intervals(pools, own.evaluation.bootstrap)
+    return [{**row, "intervals": found[number]} for number, row in enumerate(rows)]
 
 
 def preservation_rows(scope: Scope, notes: list[str]) -> Row:
-    """Perplexity after each stage beside that before it, and every linear map's drift from stage 0."""
+    """Perplexity after each stage beside that before it, and every linear map's drift from stage 0.
+
+    On a text also that of the untuned backbone: stage 0 has moved it already.
+    """
     own = scope.config.analysis
     base = scope.model(START, 0)
     if own.text is not None:
@@ -214,7 +260,10 @@ def preservation_rows(scope: Scope, notes: list[str]) -> Row:
         measure = partial(_on_items, scope)
     scope.say("inputs of stage 0's model")
     start, moments = effective_weights(base.stack), preservation.moments_of(base, stream, own.text is not None)
-    found: Row = {"corpus": corpus, "text": own.text is not None, "perplexity": [], "drift": []}
+    found: Row = {"corpus": corpus, "text": own.text is not None, "untuned": None, "perplexity": [], "drift": []}
+    if own.text is not None:
+        scope.say("what the untuned backbone makes of the text")
+        found["untuned"], _ = measure(bare_model(scope.config, scope.dataset, scope.seed).eval(), 0)
     for method in scope.methods:
         earlier: float | None = None
         for stage in range(scope.last + 1):

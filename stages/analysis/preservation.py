@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -15,11 +15,13 @@ from models.backbone import pretrained_backbone
 from models.effective import effective_weights
 from models.generative import GenerativeModel, TokenBatch
 from models.input_moments import InputMoment, TokenStream, input_moments, linear_maps
+from stages.config import Config
 from stages.errors import UserError
 from stages.fit import Fit
 from stages.method_config import GemsConfig
 from stages.methods.protection import TEXT_LENGTH, reads_items, reads_text, text_stream
 from stages.stage_examples import validation_batches
+from stages.workspace import sha256_once
 
 
 def relative_drift(start: Tensor, now: Tensor, moment: Tensor) -> float:
@@ -86,6 +88,30 @@ def held_out_text(model: GenerativeModel, path: Path, tokens: int) -> TokenStrea
         return text_stream(model, GemsConfig(corpus=str(path), corpus_tokens=tokens))
     except ValueError as error:
         raise UserError(f"analysis.text: {error}") from None
+
+
+def refuse_protected(config: Config, methods: Iterable[str]) -> None:
+    """Refuse to measure what was kept on a text that was given to be kept.
+
+    Args:
+        config: names the held-out text, if any.
+        methods: that are looked at.
+
+    Raises:
+        UserError: `analysis.text` has the bytes of the corpus of one of them.
+    """
+    text = config.analysis.text
+    if text is None or not Path(text).is_file():  # a missing one is told of where it is read
+        return
+    for name in methods:
+        own = config.method(name)
+        if not isinstance(own, GemsConfig) or own.null_space == "off" or not Path(own.corpus).is_file():
+            continue
+        if (digest := sha256_once(Path(text))) == sha256_once(Path(own.corpus)):
+            raise UserError(
+                f"analysis.text and methods.{name}.corpus are the same text ({text}, SHA-256 {digest[:12]}...): what a "
+                "method was told to keep is not held out; name another file in analysis.text"
+            )
 
 
 def own_head(path: str) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 from torch import Tensor
 
 from models.generative import GenerativeModel
@@ -18,15 +19,15 @@ from models.words import Vocabulary
 from stages.config import Config
 from stages.dataset import Dataset
 from stages.evaluate import test_queries
-from stages.interactions import BoolArray, IntArray
+from stages.interactions import IntArray
 from stages.jobs import Job
 from stages.ranking import asking_of, targets_of
 from stages.sampled import draw_candidates, sampled_ranks
 from stages.search_config import Objective
 from stages.train import derived_seed
 
-CUTOFF = 10
-"""Right: the target's title is among the 10 likeliest of 100; chance 10 %."""
+CUTOFFS = (5, 10)
+"""Right: the target's title is among so many likeliest of 100; chance 5 % and 10 %."""
 HISTORY = 10
 """Titles of the newest history items that the prompt names."""
 TITLE_TOKENS = 32
@@ -41,11 +42,13 @@ class Cases:
         prompts: (C,) what the model reads first.
         candidates: (C, 100) item numbers, shuffled.
         place: (C,) the target's column.
+        users: (C,) ids of those who are asked about.
     """
 
     prompts: tuple[str, ...]
     candidates: IntArray
     place: IntArray
+    users: pl.Series
 
 
 def title_cases(config: Config, dataset: Dataset, job: Job, objective: Objective, count: int) -> Cases:
@@ -75,7 +78,8 @@ def title_cases(config: Config, dataset: Dataset, job: Job, objective: Objective
     texts = ["" for _ in query] if asking.texts is None else [asking.texts[number] for number in query]
     histories = asking.histories(query)
     prompts = [_prompt([titles[i] for i in own[-HISTORY:]], text) for own, text in zip(histories, texts, strict=True)]
-    return Cases(tuple(prompts), candidates, place)
+    users = pl.Series(events.user_ids, dtype=pl.String).gather(queries.user[query])
+    return Cases(tuple(prompts), candidates, place, users)
 
 
 def _prompt(history: Sequence[str], query: str) -> str:
@@ -83,10 +87,10 @@ def _prompt(history: Sequence[str], query: str) -> str:
     return f'{past}The customer searched for "{query}" and took:' if query else f"{past}Next, the customer took:"
 
 
-def title_hits(
+def title_ranks(
     model: GenerativeModel, head: Tensor, vocabulary: Vocabulary, dataset: Dataset, cases: Cases
-) -> BoolArray:
-    """(C,) whether the target's title is among the 10 likeliest, each a mean over its tokens.
+) -> IntArray:
+    """(C,) rank of the target's title among the candidates', by log-likelihood, each a mean over its tokens.
 
     Args:
         model: in eval mode, with plain weights; a pretrained backbone.
@@ -104,4 +108,4 @@ def title_hits(
         if read:
             found = title_scores(model, head, vocabulary.encode(prompt), [texts[row[place]] for place in read])
             scores[line, read] = found.numpy()
-    return sampled_ranks(scores, cases.place) <= CUTOFF
+    return sampled_ranks(scores, cases.place)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from stages.analysis.intervals import Answers
 from stages.cells import read_frame
 from stages.errors import UserError
 from stages.interactions import BoolArray
@@ -34,23 +35,6 @@ class Transitions:
     gained: int
     cases: int
 
-    def __add__(self, other: Transitions) -> Transitions:
-        """Both tables together."""
-        return Transitions(
-            self.before + other.before, self.lost + other.lost, self.gained + other.gained, self.cases + other.cases
-        )
-
-    @property
-    def lost_share(self) -> float | None:
-        """Correct before → incorrect after, of what was correct before; None where nothing was."""
-        return self.lost / self.before if self.before else None
-
-    @property
-    def gained_share(self) -> float | None:
-        """Incorrect before → correct after, of what was incorrect before; None where nothing was."""
-        wrong = self.cases - self.before
-        return self.gained / wrong if wrong else None
-
 
 def transitions(before: BoolArray, after: BoolArray) -> Transitions:
     """The table of two models' right and wrong answers to the same cases.
@@ -67,10 +51,8 @@ def transitions(before: BoolArray, after: BoolArray) -> Transitions:
     return Transitions(int(before.sum()), int((before & ~after).sum()), int((~before & after).sum()), len(before))
 
 
-def stage_transitions(
-    workspace: Workspace, evaluations: Sequence[Evaluation], job: Job, tested: int
-) -> dict[str, Transitions]:
-    """`job`'s model against that of the stage before, on the tests of stage `tested`.
+def stage_answers(workspace: Workspace, evaluations: Sequence[Evaluation], job: Job, tested: int) -> dict[str, Answers]:
+    """`job`'s model beside that of the stage before, on the tests of stage `tested`.
 
     Args:
         workspace: holds the evaluation files.
@@ -79,7 +61,7 @@ def stage_transitions(
         tested: stage whose tests both answered.
 
     Returns:
-        Objective -> its table; empty where not both models were measured on the same users there.
+        Objective -> what both answered; empty where not both models were measured on the same users there.
 
     Raises:
         UserError: an evaluation file is missing or altered.
@@ -95,7 +77,7 @@ def stage_transitions(
                 f"{later.path}: its test cases are not those of {earlier.path}; delete both and run `compare` again"
             )
         return {
-            str(objective): transitions(*(_correct(frame, str(objective)) for frame in frames))
+            str(objective): _answers(*(frame.filter(pl.col("objective") == objective) for frame in frames))
             for objective in frames[0]["objective"].unique().sort()
         }
     return {}
@@ -105,5 +87,6 @@ def _cell(evaluations: Iterable[Evaluation], job: Job, tested: int, matrix: bool
     return next((e for e in evaluations if (e.job, e.tested, e.matrix) == (job, tested, matrix)), None)
 
 
-def _correct(frame: pl.DataFrame, objective: str) -> BoolArray:
-    return np.asarray(frame.filter(pl.col("objective") == objective)[METRIC].to_numpy() >= 0.5)
+def _answers(earlier: pl.DataFrame, later: pl.DataFrame) -> Answers:
+    before, after = (np.asarray(frame[METRIC].to_numpy() >= 0.5) for frame in (earlier, later))
+    return Answers(later["user"], before, after)
