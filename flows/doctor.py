@@ -54,7 +54,7 @@ def repaired(root: Path | None) -> Iterator[Check]:
     Raises:
         UserError: no workspace was named, or none is there.
     """
-    from flows.experiment import exclusive
+    from flows.experiment import InUseError, exclusive
 
     if root is None:
         raise UserError("doctor --repair: name the workspace to repair with --workspace")
@@ -64,7 +64,7 @@ def repaired(root: Path | None) -> Iterator[Check]:
     with ExitStack() as held:
         try:
             held.enter_context(exclusive(workspace))
-        except UserError as error:
+        except InUseError as error:
             yield Check("advice", "repair", str(error), "repair again once that run has ended")
             return
         yield _made_whole(workspace)

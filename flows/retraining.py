@@ -198,9 +198,12 @@ def next_match(plan: Plan) -> Match | None:
 
 
 def awaited(plan: Plan) -> list[Job]:
-    """The challengers of all decisions that are due, oldest first."""
-    match = next_match(plan)
-    return [] if match is None else [match.challenger, *(job for _, job in _due(plan, match.challenger.stage))]
+    """The challengers of all decisions that are due, oldest first; asked before new items have their codes."""
+    present = champion.settle(plan.workspace)
+    if present is not None or read_history(plan.workspace)[0]:
+        return [job for _, job in _due(plan, -1 if present is None else present.job.stage)]
+    first = _first(plan)
+    return [] if first is None else [first.challenger, *(job for _, job in _due(plan, first.challenger.stage))]
 
 
 def _due(plan: Plan, seen: int) -> list[tuple[int, Job]]:

@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.experiment import exclusive
+from flows.experiment import InUseError, exclusive
 from flows.tether import tethered
 from stages.errors import UserError
 from stages.workspace import Workspace
@@ -94,7 +94,7 @@ def make_room(workspace: Path) -> None:
     from flows import crashed
 
     place = Workspace(workspace)
-    with suppress(UserError), exclusive(place):  # where it is in use, a run is under way
+    with suppress(InUseError), exclusive(place):  # where it is in use, a run is under way
         for identity, _ in crashed.dead_runs(place):
             crashed.mark_crashed(identity)
 
