@@ -181,7 +181,7 @@ def test_the_whole_history_reaches_the_model(monkeypatch: pytest.MonkeyPatch, tr
             nothing = np.full((1, k), -1)
             return Recommendations(nothing, nothing.astype(np.float32), nothing)
 
-    monkeypatch.setattr("stages.evaluate.recommender", lambda *_: Recorder())
+    monkeypatch.setattr("stages.evaluate.as_recommender", lambda *_: Recorder())
     items = pl.read_parquet(trained.workspace.catalogue / "items.parquet")["item_id"]
     # An item of long ago is not recommended again either, though the model reads only the last few.
     recommend(trained.workspace.root, history=list(items) * 2)

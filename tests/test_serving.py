@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -157,6 +158,10 @@ def test_a_service_told_to_stop_gives_the_last_answer_and_ends_without_a_word(sh
         port = int(process.stdout.readline().rpartition(":")[2])
         body = json.dumps({"user": user_of(shop)}).encode()
         head = f"POST /recommend HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(body)}\r\n"
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{port}/ready", timeout=60
+        ) as up:  # the socket takes calls earlier
+            assert up.status == 200
         with socket.create_connection(("127.0.0.1", port)) as line:
             line.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body[:5])
             time.sleep(0.5)  # it has read the head when it is told
