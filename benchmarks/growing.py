@@ -44,6 +44,14 @@ bootstrap = 100
 method = "{method}"
 """
 TRAINING = "first_epochs = 1\nepochs = 1"
+OPEN_GATE = """
+[retrain.gate]
+minimum = -1
+worst_slice = 1
+users = 1
+latency_ms = 60000
+"""
+"""A gate that every challenger passes."""
 ITEMS = 24
 
 

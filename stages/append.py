@@ -125,11 +125,7 @@ def take_new_rows(
         )
     if not dry_run:
         finish_commit(workspace)
-    stages, waiting = load_stages(workspace), load_waiting(workspace)
-    if waiting.damaged and new is not None:
-        raise UserError(
-            f"{waiting.damaged[0].path}: missing or damaged; run once without --new to take its rows from the sources"
-        )
+    stages, waiting = load_stages(workspace), _sound(load_waiting(workspace), new)
     end = _end_of(stages[-1])
     incoming = _incoming(config, new, progress, waiting.files)
     if not dry_run:
@@ -139,9 +135,7 @@ def take_new_rows(
     opened, after, misplaced = _by_policy(config, look)
     _see_objective(config, workspace, opened)
     met = pl.concat([waiting.open, waiting.held.select(COLUMNS)])
-    started = opened.with_columns(at=pl.max_horizontal("timestamp", pl.lit(end, pl.Datetime("us", "UTC")))).sort(
-        "at", maintain_order=True
-    )
+    started = _started(opened, end)
     edges = closings(started["at"], config.retrain.close, close_now)
     rest = started.filter(pl.col("at") >= edges[-1]).drop("at") if edges else opened
     rebuilt = _misplaced_by_stage(stages, misplaced)
@@ -164,6 +158,21 @@ def take_new_rows(
         rebuilt=tuple(sorted(rebuilt)),
         end=edges[-1].isoformat() if edges else end.isoformat(),
     )
+
+
+def _sound(waiting: Waiting, new: str | None) -> Waiting:
+    """The tables as they are: damaged ones only where the sources are read, which may give their rows back."""
+    if waiting.damaged and new is not None:
+        raise UserError(
+            f"{waiting.damaged[0].path}: missing or damaged; run once without --new to take its rows from the sources"
+        )
+    return waiting
+
+
+def _started(opened: pl.DataFrame, end: datetime) -> pl.DataFrame:
+    """The rows by the time `at` which they count in the open stage: their own, for late ones the stage's beginning."""
+    at = pl.max_horizontal("timestamp", pl.lit(end, pl.Datetime("us", "UTC")))
+    return opened.with_columns(at=at).sort("at", maintain_order=True)
 
 
 def _end_of(stage: Stage) -> datetime:

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
-from benchmarks.growing import listing, seconds, week, write_rows, write_shop
+from benchmarks.growing import OPEN_GATE, listing, seconds, week, write_rows, write_shop
 from flows import cli, crashed, experiment, retraining, steps
 from flows.plain import run_plainly
 from flows.promotion import champion, registry
@@ -30,14 +30,6 @@ from stages.workspace import Workspace, read_json
 
 if TYPE_CHECKING:
     from conftest import Trained
-
-OPEN_GATE = """
-[retrain.gate]
-minimum = -1
-worst_slice = 1
-users = 1
-latency_ms = 60000
-"""
 
 
 HOLD = """

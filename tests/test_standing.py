@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.growing import listing, seconds, week, write_rows, write_shop
+from benchmarks.growing import OPEN_GATE, listing, seconds, week, write_rows, write_shop
 from flows import cli, experiment, retrain, retraining, steps
 from flows.experiment import exclusive
 from flows.promotion import champion, copies
@@ -19,14 +19,6 @@ from flows.recommending import recommend
 from flows.serving.served import InService, load_served
 from stages.errors import UserError
 from stages.workspace import Workspace, read_json
-
-OPEN_GATE = """
-[retrain.gate]
-minimum = -1
-worst_slice = 1
-users = 1
-latency_ms = 60000
-"""
 
 
 class Quietly:

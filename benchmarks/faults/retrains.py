@@ -13,18 +13,10 @@ from typing import Any
 
 from benchmarks import growing
 from benchmarks.faults.harness import KILL, Bench, Child, Row, Undisturbed, fingerprint, sound, tree
-from benchmarks.growing import seconds, week, write_rows
+from benchmarks.growing import OPEN_GATE, seconds, week, write_rows
 from flows.promotion.history import read_history
 from stages.workspace import Workspace, digest_of, read_json, sha256_file
 
-PASSING = """
-[retrain.gate]
-minimum = -1
-worst_slice = 1
-users = 1
-latency_ms = 60000
-"""
-"""A gate that every challenger passes: a promotion does most."""
 DAY = 86_400
 MOST = 60
 """Kills after which a trial is given up."""
@@ -32,7 +24,7 @@ MOST = 60
 
 def write_shop(shop: Path) -> Path:
     """Two weeks of rows in one file, an item table, and the config, whose path is returned."""
-    return growing.write_shop(shop, PASSING, "peso", "first_epochs = 2\nepochs = 2\nbatch_size = 16")
+    return growing.write_shop(shop, OPEN_GATE, "peso", "first_epochs = 2\nepochs = 2\nbatch_size = 16")
 
 
 def opened(bench: Bench) -> Path:
