@@ -37,6 +37,8 @@ DEFAULTS = {
     # torch's profiler tells the terminal when it starts and stops.
     "KINETO_LOG_LEVEL": "6",
     "TOKENIZERS_PARALLELISM": "false",
+    # transformers would draw a bar for every backbone it loads, into logs too.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,15 @@ def test_every_method_trains_and_recommends_on_a_pretrained_backbone(
     last = checkpoint_folder(config, workspace, load_dataset(config, workspace), job)
     assert (last / BACKBONE).exists() is (method in ("full_finetune", "gems"))
     assert evaluate_stage(config, workspace, job, tested=2).queries == 24
+
+
+def test_loading_a_backbone_draws_no_bar(pretrained: Path) -> None:
+    code = (
+        "import sys; from flows.environment import set_defaults; set_defaults(); "
+        "from models.backbone import pretrained_backbone; pretrained_backbone(sys.argv[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(pretrained)], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 def test_rows_outside_the_semantic_ids_never_change(pretrained: Path, tmp_path: Path) -> None:
