@@ -18,6 +18,8 @@ SIDES = ("short", "left", "right")
 REFRESHES = ("power", "rsvd", "svd")
 ON_REFRESH = ("rotate", "keep", "reset")
 SHARED_GRADIENTS = ("sum", "pooled", "normalised")
+JOINED = 2
+"""A single subspace in place of three has so many times the shared one's rank: as many directions as they together."""
 OVERSAMPLING = 8
 POWER_STEPS = 2
 
@@ -52,16 +54,23 @@ def ranks_of(shape: Sequence[int], rank: int) -> tuple[int, int]:
     return min(rank, *shape), min(max(1, rank // 2), *shape)
 
 
-def caps(shapes: Sequence[tuple[int, int]], rank: int) -> list[str]:
-    """One sentence for each shape whose ranks are capped, with the number of subspaces concerned (three a matrix)."""
+def caps(shapes: Sequence[tuple[int, int]], rank: int, subspaces: Literal["three", "one"] = "three") -> list[str]:
+    """One sentence for each shape whose ranks are capped, with the number of subspaces concerned.
+
+    Args:
+        shapes: of the matrices.
+        rank: r of the shared subspace of three.
+        subspaces: of a matrix: ranks r, r // 2 and r // 2, or one of rank 2r.
+    """
+    wanted = [JOINED * rank] if subspaces == "one" else [rank, *2 * [max(1, rank // 2)]]
     sentences = []
     for shape, count in Counter(shapes).items():
-        shared, specific = ranks_of(shape, rank)
-        capped = count * ((shared < rank) + 2 * (specific < max(1, rank // 2)))
+        capped = count * sum(min(one, *shape) < one for one in wanted)
         if capped:
             sentences.append(
-                f"rank {rank} exceeds {count} matrices of {shape[0]} x {shape[1]}: "
-                f"{capped} of their {3 * count} subspaces are capped at {min(shape)}"
+                f"rank {wanted[0]} exceeds {count} matrices of {shape[0]} x {shape[1]}: "
+                f"{capped} of their {len(wanted) * count} subspaces are capped at {min(shape)}"
+                + (", so their state is smaller than that of three" if subspaces == "one" else "")
             )
     return sentences
 

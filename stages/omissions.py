@@ -191,13 +191,13 @@ def _protected_notes(states: Iterable[Mapping[str, Any]]) -> list[str]:
             by_corpus.setdefault(state["inputs"]["method"]["corpus"], []).append(state)
     notes = []
     for corpus, own in by_corpus.items():
-        shares = [one["k_over_n"] for state in own for one in state["gems"]["protected"].values()]
+        kept = sorted((one["k_over_n"], one["k"]) for state in own for one in state["gems"]["protected"].values())
         named = own[0]["gems"].get("corpus", corpus)  # in `inputs` a text goes by its digest
         source = "the stage before" if corpus == "previous_stage" else f"the text {Path(named).name}"
-        span = f"{min(shares):.0%} to {max(shares):.0%}"
+        span = " to ".join(f"{k:,} of {k / share:,.0f} ({share:.1%})" for share, k in (kept[0], kept[-1]))
         notes.append(
-            f"Null space: {_methods(own)} kept what the inputs of {source} give, {span} of the directions a map reads; "
-            "k of every map is in its checkpoint's state.json."
+            f"Null space: {_methods(own)} kept what the inputs of {source} give, {span} of the directions that a map "
+            "reads; k of every map is in its checkpoint's state.json."
         )
     return notes
 

@@ -145,6 +145,7 @@ class NaiveGems:
         every, warmup: T, and the steps before the gate learns.
         refresh, on_refresh: as the settings of those names.
         gate_rate: of Adam on φ.
+        shared_grad: as the setting of that name.
     """
 
     def __init__(
@@ -159,7 +160,9 @@ class NaiveGems:
         refresh: str,
         on_refresh: str,
         gate_rate: float,
+        shared_grad: str = "sum",
     ) -> None:
+        self.shared_grad, self.norms = shared_grad, dict[str, float]()
         self.weights, self.sides, self.ranks = weights, sides, ranks
         self.free = {
             name: torch.eye(weight.shape[1]).double() - protected[name].double() @ protected[name].double().T
@@ -171,7 +174,7 @@ class NaiveGems:
         self.bases: dict[tuple[str, str], Tensor] = {}
         self.first: dict[tuple[str, str], Tensor] = {}
         self.second: dict[tuple[str, str], Tensor] = {}
-        self.counts = dict.fromkeys(("shared", "search", "recommendation"), 0)
+        self.counts: dict[str, int] = dict.fromkeys(("shared", "search", "recommendation"), 0)
         self.restarts: dict[tuple[str, str], int] = {}
         self.time = 0
         self.phi = None if phi is None else phi.double().clone().requires_grad_(True)
@@ -187,6 +190,7 @@ class NaiveGems:
         self,
         gradients: Mapping[str, Mapping[str, Tensor]],
         losses: Mapping[str, float],
+        shares: Mapping[str, float],
         rate: float,
         seen: Mapping[tuple[str, str], Tensor],
     ) -> None:
@@ -195,22 +199,31 @@ class NaiveGems:
         Args:
             gradients: ∂L_j/∂W of each objective's token mean, by objective and map.
             losses: the token means.
+            shares: of the batch's targets, by objective.
             rate: η.
             seen: bases after this step's refresh, by map and subspace, whose columns' signs are copied.
         """
-        joint = {name: sum(own[name] for own in gradients.values()) for name in self.weights}
+        for kind, own in gradients.items():
+            self.norms.setdefault(kind, sum(float(own[name].norm()) ** 2 for name in self.weights) ** 0.5)
+        joint = self._joint(gradients, shares)
         sources: dict[str, Mapping[str, Any]] = {"shared": joint, **gradients}
         self._teach(joint, gradients)
         if self.time % self.every == 0:
             for kind, own in sources.items():
                 for name in self.weights:
                     self._turn(name, kind, own[name], seen[name, kind])
+        captured = dict[str, float]()
+        for kind, own in gradients.items():
+            inside = [self._into(self.bases[name, kind], own[name], name) for name in self.weights]
+            captured[kind] = sum(float(one.norm()) ** 2 for one in inside) ** 0.5
+            self.norms[kind] = 0.9 * self.norms[kind] + 0.1 * captured[kind]
+        sources["shared"] = self._joint(gradients, shares)  # by the norms as they are now
         reduced = {
             (name, kind): self._into(self.bases[name, kind], own[name], name)
             for kind, own in sources.items()
             for name in self.weights
         }
-        z = self._features(losses, reduced) if len(gradients) == 2 else None
+        z = self._features(losses, captured, shares) if len(gradients) == 2 else None
         self.alpha = self._weights_of(z, gradients)
         parts = self.parts = {}
         for kind in sources:
@@ -223,6 +236,17 @@ class NaiveGems:
         own_parts = {kind: {n: d @ self.free[n] for n, d in parts[kind].items()} for kind in gradients}
         self.before = None if z is None else (own_parts, z, rate)
         self.time += 1
+
+    def _joint(self, gradients: Mapping[str, Mapping[str, Tensor]], shares: Mapping[str, float]) -> dict[str, Tensor]:
+        """G_shared of every map: the sum, the mean over targets, or the sum of gradients of equal norm."""
+        middle = sum(self.norms[kind] for kind in gradients) / len(gradients)
+        by = {
+            "sum": dict.fromkeys(gradients, 1.0),
+            "pooled": shares,
+            "normalised": {kind: middle / self.norms[kind] for kind in gradients},
+        }[self.shared_grad]
+        blank = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        return {name: sum((by[kind] * gradients[kind][name] for kind in gradients), blank[name]) for name in blank}
 
     def _turn(self, name: str, kind: str, gradient: Tensor, seen: Tensor) -> None:
         own, rank = gradient @ self.free[name], self.ranks[name][kind != "shared"]
@@ -267,7 +291,7 @@ class NaiveGems:
         move = self.first[place] / (1 - 0.9**count) / ((self.second[place] / (1 - 0.999**count)).sqrt() + 1e-8)
         return self.bases[place] @ move if self.sides[name] == "left" else move @ self.bases[place].T
 
-    def _features(self, losses: Mapping[str, float], reduced: Mapping[tuple[str, str], Tensor]) -> Tensor:
+    def _features(self, losses: Mapping[str, float], norms: Mapping[str, float], shares: Mapping[str, float]) -> Tensor:
         """Search's share of the losses (over their warm-up mean), of the norms and of the targets."""
         order = ("search", "recommendation")
         now = torch.tensor([losses[kind] for kind in order], dtype=torch.float64)
@@ -275,9 +299,9 @@ class NaiveGems:
             self.usual = now
         elif self.time <= self.warmup:
             self.usual = 0.9 * self.usual + 0.1 * now
-        norms = [sum(float(reduced[name, kind].norm()) ** 2 for name in self.weights) ** 0.5 for kind in order]
         loud = now / self.usual
-        return torch.stack([loud[0] / loud.sum(), torch.tensor(norms[0] / sum(norms)), torch.tensor(0.5)]).double()
+        louder = norms["search"] / (norms["search"] + norms["recommendation"])
+        return torch.stack([loud[0] / loud.sum(), torch.tensor(louder), torch.tensor(shares["search"])]).double()
 
     def _gate(self, z: Tensor) -> Tensor:
         assert self.phi is not None

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from models import mixture
 from models.effective import effective_weights
 from models.input_moments import InputMoment, linear_maps
 from regularizers.conflict import conflict
@@ -31,8 +32,8 @@ from stages.analysis.conflict import (
     coefficients_by_kind,
     raw_gradients,
 )
-from stages.analysis.measured import place_of
-from stages.analysis.preservation import drifts, moments_of, relative_drift
+from stages.analysis.measured import Scope, gems_among, place_of
+from stages.analysis.preservation import drifts, held_out_items, mixture_drifts, moments_of, relative_drift
 from stages.analysis.sensitivity import sensitivity
 from stages.analysis.state_memory import footprints
 from stages.analysis.transitions import Transitions, transitions
@@ -245,22 +246,53 @@ def test_a_moments_drift_is_that_of_the_outputs_themselves(ring: Workspace) -> N
     assert set(drifts(start, base, found_moments(base, ring)).values()) == {0.0}
 
 
-def found_moments(base: Any, workspace: Workspace) -> dict[str, InputMoment]:
-    from stages.analysis.preservation import held_out_items
+def test_a_mixtures_drift_is_that_of_its_outputs_token_by_token(ring: Workspace) -> None:
+    config = tiny.config(**QUICK)
+    dataset = load_dataset(config, ring)
+    base, now = (restore_model(config, ring, dataset, Job("first", 0, "same_stage", 0)) for _ in range(2))
+    stream = held_out_items(Fit(config, base, lambda _: {}, examples_of(ring, 0), 0))
+    assert mixture_drifts(base, now, stream, text=False) == {}
+    mixtures = mixture.attach(now.stack, 2, 2, 4.0, ["up_proj"], seed=0)
+    assert set(mixture_drifts(base, now, stream, text=False).values()) == {0.0}
+    with torch.no_grad():
+        for one in mixtures.values():
+            one.lora_B.normal_(generator=torch.Generator().manual_seed(3))
+            one.router.zero_()  # all experts alike, so that one matrix does say what they do
+    moments = moments_of(base, stream, text=False)
+    matrix = drifts(effective_weights(base.stack), now, moments)
+    for name, value in mixture_drifts(base, now, stream, text=False).items():
+        assert value == pytest.approx(matrix[name], rel=1e-4)
+        with torch.no_grad():
+            mixtures[name].router.normal_(generator=torch.Generator().manual_seed(4)).mul_(10)
+        assert abs(mixture_drifts(base, now, stream, text=False)[name] / value - 1) > 0.05
 
+
+def test_memory_is_counted_for_gems_before_its_relatives(ring: Workspace) -> None:
+    config = tiny.config(**QUICK)
+    scope = Scope(
+        config, ring, load_dataset(config, ring), ("single", "galore", "gems_keep"), 0, "same_stage", 1, (), print
+    )
+    name, own = gems_among(scope)
+    assert (name, own.subspaces) == ("gems_keep", "three")
+    name, own = gems_among(replace(scope, methods=("single", "galore")))
+    assert (name, own.subspaces) == ("galore", "one")
+
+
+def found_moments(base: Any, workspace: Workspace) -> dict[str, InputMoment]:
     fit = Fit(tiny.config(**QUICK), base, lambda _: {}, examples_of(workspace, 0), 0)
     return moments_of(base, held_out_items(fit), text=False)
 
 
-@pytest.mark.parametrize("rank", [None, 3])
-def test_bytes_counted_on_tensors_are_those_of_the_formulas(rank: int | None, ring: Workspace) -> None:
+# With T = 4 each step makes bases of some of the 14 maps anew.
+@pytest.mark.parametrize(("rank", "every"), [(None, 200), (3, 200), (None, 4)])
+def test_bytes_counted_on_tensors_are_those_of_the_formulas(rank: int | None, every: int, ring: Workspace) -> None:
     config = tiny.config(**QUICK)
     dataset = load_dataset(config, ring)
     model = bare_model(config, dataset, 0)
     fit = Fit(config, model, lambda _: {}, examples_of(ring), 0)
     batch = next(iter(fit.batches(1)))
     assert len(batch) == 2
-    rows = footprints(model, lambda: fit.losses(batch), config.adapter, GemsConfig(rank=rank))
+    rows = footprints(model, lambda: fit.losses(batch), config.adapter, GemsConfig(rank=rank, refresh_every=every))
     for row in rows:
         assert row.counted == row.predicted > 0, row
     sizes = {(row.name, row.part): row.counted for row in rows}

@@ -289,6 +289,24 @@ def test_a_step_stored_as_safetensors_goes_on_bit_for_bit(null_space: Any) -> No
         smaller.load(step.tensors(), step.objectives)
 
 
+def test_bases_of_the_other_side_of_a_square_matrix_are_refused() -> None:
+    one, other = ({"square": (8, 8)} for _ in range(2))
+    step = step_of(Toy(one), PLAIN.model_copy(update={"side": "left"}))
+    turned = step_of(Toy(other), PLAIN.model_copy(update={"side": "right"}))
+    with pytest.raises(ValueError, match=r"stored bases of maps.square lie on its left side, here on the right"):
+        turned.load(step.tensors(), step.objectives)
+
+
+def test_one_subspace_has_nothing_to_weigh_and_logs_no_weights() -> None:
+    toy = Toy(SHAPES)
+    step = step_of(toy, PLAIN.model_copy(update={"subspaces": "one", "gate": "hypergradient", "gate_warmup": 0}))
+    for _ in range(3):
+        logs = step(toy.batch())
+        assert not [name for name in logs if name.startswith(("alpha", "hypergradient", "overlap"))]
+    assert logs["single_objective"] == 0.0
+    assert all(stack.moved is None for stack in step.stacks)
+
+
 @pytest.mark.parametrize("gate", ["constant", "released", "rule", "frozen_mlp", "hypergradient"])
 def test_both_losses_fall_under_every_gate(gate: Any) -> None:
     toy = Toy(SHAPES)

@@ -19,14 +19,17 @@ from tests import searching, tiny
 from tests.test_gems import Toy, guarded, schedule, step_of
 
 SHAPES = {"one": (10, 16), "two": (16, 16)}
+BOTH = ("search", "recommendation")
 
 
-def begun(settings: GemsConfig, monkeypatch: pytest.MonkeyPatch, added: Tensor | None = None) -> tuple[Toy, Any]:
-    """A step whose held-out batch is the training batch; `added` is put on α."""
+def begun(
+    settings: GemsConfig, monkeypatch: pytest.MonkeyPatch, added: Tensor | None = None, share: float = 0.5
+) -> tuple[Toy, Any]:
+    """A step whose held-out batch is the training batch, `share` of it searches; `added` is put on α."""
     toy = Toy(SHAPES)
     protected = guarded(toy) if settings.null_space != "off" else {}
     step = step_of(toy, settings, protections=protected, schedule=schedule(0.05))
-    step.watch(lambda: toy.batch())
+    step.watch(lambda: toy.batch(share=share))
     if added is not None:
         true_alpha = step._alpha
         monkeypatch.setattr(step, "_alpha", lambda *a: true_alpha(*a) + added)
@@ -47,10 +50,10 @@ def test_looking_ahead_gives_the_slope_of_the_step_itself_and_corrects_it(
         toy, step = begun(still, monkeypatch, added)
         logs = step(toy.batch())
         exact = copy.deepcopy(toy).double()
-        return float(((exact.loss("search") + exact.loss("recommendation")) / 2).detach()), logs
+        return float((exact.loss("search") + exact.loss("recommendation")).detach()), logs
 
     logs = loss_after(torch.zeros(2))[1]
-    for place, objective in enumerate(("search", "recommendation")):
+    for place, objective in enumerate(BOTH):
         unit = 0.5 * torch.eye(2)[place]
         slope = loss_after(unit)[0] - loss_after(-unit)[0]  # exact: the loss is quadratic and the points are 1 apart
         assert logs[f"hypergradient/{objective}"] == pytest.approx(slope, rel=1e-3)
@@ -67,6 +70,38 @@ def test_looking_ahead_gives_the_slope_of_the_step_itself_and_corrects_it(
     other(twin.batch())
     for name, value in toy.weights().items():
         torch.testing.assert_close(twin.weights()[name], value, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize("shared_grad", ["sum", "pooled", "normalised"])
+def test_looking_ahead_asks_the_loss_whose_gradient_the_shared_subspace_takes(
+    shared_grad: Any, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = GemsConfig(rank=4, null_space="off", gate="lookahead", gate_warmup=0, shared_grad=shared_grad)
+    settings = settings.model_copy(update={"gate_learning_rate": 1e-12, "allow_large_state": True})
+
+    def losses_after(added: Tensor) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        toy, step = begun(settings, monkeypatch, added, share)
+        logs = step(toy.batch(share=share))
+        exact = copy.deepcopy(toy).double()
+        return {name: float(exact.loss(name).detach()) for name in BOTH}, logs, step._shared_factors(shares)
+
+    shares = dict(zip(BOTH, (share, 1 - share), strict=True))
+    _, logs, factors = losses_after(torch.zeros(2))
+    for place, objective in enumerate(BOTH):
+        unit = 0.5 * torch.eye(2)[place]
+        there, back = losses_after(unit)[0], losses_after(-unit)[0]
+        slope = sum(factors[name] * (there[name] - back[name]) for name in BOTH)
+        assert logs[f"hypergradient/{objective}"] == pytest.approx(slope, rel=1e-3)
+
+
+def test_a_held_out_batch_of_one_objective_teaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = GemsConfig(rank=4, null_space="off", gate="lookahead", gate_warmup=0, allow_large_state=True)
+    toy, step = begun(settings, monkeypatch)
+    step.watch(lambda: [{"search": toy.loss("search")}])
+    logs = step(toy.batch())
+    assert "hypergradient/search" not in logs
+    assert all(parameter.grad is None for parameter in toy.parameters())
 
 
 def test_alpha_is_one_half_and_nobody_is_asked_while_the_gate_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.generative import GenerativeModel, TokenBatch
 from models.input_moments import linear_maps
-from regularizers.null_space import protect
+from regularizers.null_space import Protection, protect
 from stages.checkpoint import KEPT, read_tensors
 from stages.commit import checkpoint_folder, commit_key, lineage_jobs, method_of
 from stages.config import Config
@@ -31,7 +31,7 @@ from stages.jobs import Job
 from stages.method_config import GemsConfig
 from stages.methods.contract import Past
 from stages.methods.gems_step import GemsStep
-from stages.methods.protection import protections
+from stages.methods.protection import _warn, protections
 from stages.past import past_of
 from stages.search_examples import query_vocabulary
 from stages.train import bare_model, begin_stage, restore_model, train_stage, training_log
@@ -375,6 +375,22 @@ def test_a_pretrained_backbone_protects_the_inputs_of_a_text(reader: Path, board
     torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-3, rtol=0)
 
 
+def test_a_limit_below_what_an_input_needs_is_told_apart_from_too_small_a_log(board: Workspace) -> None:
+    model, past = at_start(tiny.config(**QUICK), board, job(1))
+    one = TokenBatch(torch.zeros(1, 12, dtype=torch.int64), torch.empty(0), torch.empty(0))
+    short = replace(past, tokens=[lambda: iter(20 * [(one, torch.ones(1, 12, dtype=torch.bool))])])
+    with pytest.raises(ValueError, match=r"corpus_tokens = 20 is below the 64 dimensions of an input"):
+        protections(model, GemsConfig(corpus_tokens=20), short)
+
+
+def test_one_loud_direction_that_satisfies_the_rule_is_worth_a_warning() -> None:
+    loud = Protection(torch.eye(200, 1), 0.997)
+    with pytest.warns(UserWarning, match=r"protects 1 of the 200 input directions of one, which hold 99.7%"):
+        _warn(loud, "one", GemsConfig())
+    with pytest.warns(UserWarning, match="protects 95% of the inputs of one; little is left to train"):
+        _warn(Protection(torch.eye(200, 190), 0.99), "one", GemsConfig())
+
+
 def test_reading_a_corpus_is_logged_by_tenths(board: Workspace, caplog: pytest.LogCaptureFixture) -> None:
     model, past = at_start(tiny.config(**QUICK), board, job(1))
     with caplog.at_level("INFO", logger="stages.protection"):
@@ -389,7 +405,7 @@ def test_a_missing_text_and_a_backbone_without_words_are_said(reader: Path, boar
     with pytest.raises(ValueError, match=r"corpus = '.*nowhere.txt' is no file; name a text file"):
         protections(model, GemsConfig(corpus=str(tmp_path / "nowhere.txt")), past)
     (tmp_path / "words.txt").write_text("w1 w2")
-    with pytest.raises(ValueError, match="the corpus holds no tokens"):
+    with pytest.raises(ValueError, match=r"words.txt' has fewer than 256 tokens; give a larger text"):
         protections(model, GemsConfig(corpus=str(tmp_path / "words.txt")), past)
     silent = tmp_path / "silent"
     shutil.copytree(reader, silent, ignore=shutil.ignore_patterns("tokenizer*"))

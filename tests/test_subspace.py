@@ -78,6 +78,15 @@ def test_capped_subspaces_are_counted_once_a_shape(shapes: list[tuple[int, int]]
     assert sum(int(sentence.split(": ")[1].split()[0]) for sentence in sentences) == capped
 
 
+def test_one_subspace_in_place_of_three_is_capped_at_twice_the_rank_and_says_that_it_is_smaller() -> None:
+    assert caps([(6, 20), (40, 40)], 4) == []
+    (sentence,) = caps([(6, 20), (40, 40)], 4, "one")
+    assert sentence == (
+        "rank 8 exceeds 1 matrices of 6 x 20: 1 of their 1 subspaces are capped at 6, so their state is smaller than "
+        "that of three"
+    )
+
+
 def test_state_is_two_short_and_four_long_sides_times_the_rank() -> None:
     for m, n, r in ((2048, 11008, 256), (2048, 2048, 512)):
         long, short = max(m, n), min(m, n)

@@ -339,7 +339,7 @@ def test_what_gems_kept_and_where_it_met_one_objective_is_said_once(space: Works
         job = Job(method, 0, "same_stage", stage)
         trained.append(Checkpoint(job, f"{method}{stage}", "d", 1.0, 1, 1, None, 1, reused=False))
         own = {"objectives": objectives, "single_objective": len(objectives) < 2}
-        own |= {"protected": {str(place): {"k_over_n": share} for place, share in enumerate(shares)}}
+        own |= {"protected": {str(place): {"k_over_n": s, "k": round(200 * s)} for place, s in enumerate(shares)}}
         inputs = {"method": {"null_space": "orthogonal", "corpus": corpus}}
         state = {"job": asdict(job), "inputs": inputs, "gems": own}
         write_json(space.checkpoints / f"{method}{stage}" / "state.json", state)
@@ -348,8 +348,13 @@ def test_what_gems_kept_and_where_it_met_one_objective_is_said_once(space: Works
     assert "One objective alone, recommendation, at stage 1: there gems trained the shared subspace only." in notes
     said = [note for note in notes if note.startswith("Null space: ")]
     assert len(said) == 2
-    assert said[0].startswith("Null space: gems, gems_keep kept what the inputs of the stage before give, 25% to 75% ")
-    assert said[1].startswith("Null space: worded kept what the inputs of the text glosses.txt give, 10% to 20% ")
+    assert said[0].startswith(
+        "Null space: gems, gems_keep kept what the inputs of the stage before give, "
+        "50 of 200 (25.0%) to 150 of 200 (75.0%) of the directions that a map reads"
+    )
+    assert said[1].startswith(
+        "Null space: worded kept what the inputs of the text glosses.txt give, 20 of 200 (10.0%) to "
+    )
 
 
 def test_what_other_methods_for_two_objectives_did_with_one_is_said_once_a_kind(space: Workspace) -> None:

@@ -24,7 +24,7 @@ from stages.dataset import Dataset
 from stages.errors import UserError
 from stages.fit import Fit
 from stages.jobs import Evaluation, Job
-from stages.method_config import GemsConfig
+from stages.method_config import GemsConfig, LoraMoeConfig
 from stages.search_examples import query_vocabulary
 from stages.stage_examples import Examples, stage_examples
 from stages.train import bare_model, restore_model, training_log
@@ -142,6 +142,11 @@ def conflict_rows(scope: Scope, notes: list[str]) -> tuple[list[Row], list[Row]]
             steps = conflict.applied_updates(scope.config, scope.workspace, scope.dataset, job, some)
             for kind, found in conflict.coefficients_by_kind(steps).items():
                 take(kind, found)
+            if isinstance(scope.config.method(method), LoraMoeConfig):
+                notes.append(
+                    f"Updates of {method} are those of its experts' mean: which expert counts how much depends on the "
+                    "token, and no one matrix says it."
+                )
     return rows, above
 
 
@@ -276,7 +281,9 @@ def preservation_rows(scope: Scope, notes: list[str]) -> Row:
             if own.text is None or stage == 0:
                 earlier = earlier_next
             kept = protected(scope, method, stage)
-            for name, value in preservation.drifts(start, model, moments).items():
+            own_drifts = preservation.drifts(start, model, moments)
+            own_drifts |= preservation.mixture_drifts(base, model, stream, own.text is not None)
+            for name, value in own_drifts.items():
                 layer, kind = place_of(name)
                 place = {"method": method, "stage": stage, "layer": layer, "map": kind, **kept.get(name, {})}
                 found["drift"].append({**place, "value": None if math.isnan(value) else value})
@@ -309,12 +316,20 @@ def _on_items(scope: Scope, model: GenerativeModel, stage: int) -> tuple[float |
 def memory_rows(scope: Scope) -> list[Row]:
     """Bytes of state and gradients of the three ways to train, on the linear maps of this backbone."""
     scope.say("memory of optimiser state and gradients")
-    own = (settings for name in scope.methods if isinstance(settings := scope.config.method(name), GemsConfig))
-    settings = next(own, GemsConfig())
+    name, settings = gems_among(scope)
     examples = scope.examples(scope.last)
     if not examples.windows:
         return []
     fit = scope.fit(scope.model(START, 0), examples)
     batch = next(iter(fit.batches(1)))
     found = footprints(fit.model, lambda: fit.losses(batch), scope.config.adapter, settings)
-    return [asdict(one) for one in found]
+    return [asdict(one) | ({"name": name} if one.name == "gems" else {}) for one in found]
+
+
+def gems_among(scope: Scope) -> tuple[str, GemsConfig]:
+    """Name and settings of the first method with three subspaces, else of the first with one, else GEMS's own."""
+    found = [
+        (name, settings) for name in scope.methods if isinstance(settings := scope.config.method(name), GemsConfig)
+    ]
+    found.sort(key=lambda one: one[1].subspaces != "three")
+    return found[0] if found else ("gems", GemsConfig())

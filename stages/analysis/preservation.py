@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.backbone import pretrained_backbone
 from models.effective import effective_weights
 from models.generative import GenerativeModel, TokenBatch
 from models.input_moments import InputMoment, TokenStream, input_moments, linear_maps
+from models.mixture import MixtureLinear
 from stages.config import Config
 from stages.errors import UserError
 from stages.fit import Fit
@@ -42,7 +43,7 @@ def relative_drift(start: Tensor, now: Tensor, moment: Tensor) -> float:
 
 
 def drifts(start: Mapping[str, Tensor], model: GenerativeModel, moments: Mapping[str, InputMoment]) -> dict[str, float]:
-    """`relative_drift` of every linear map of `model`.
+    """`relative_drift` of every linear map of `model` that one matrix describes; see `mixture_drifts` for the others.
 
     Args:
         start: W_0 by map, as `models.effective.effective_weights` gives them.
@@ -51,6 +52,49 @@ def drifts(start: Mapping[str, Tensor], model: GenerativeModel, moments: Mapping
     """
     now = effective_weights(model.stack)
     return {name: relative_drift(start[name], now[name], one.moment) for name, one in moments.items()}
+
+
+@torch.no_grad()
+def mixture_drifts(base: GenerativeModel, model: GenerativeModel, stream: TokenStream, text: bool) -> dict[str, float]:
+    """`relative_drift` of the maps of `model` that mix experts token by token: no one matrix says what they do.
+
+    Args:
+        base: the model at W_0, with plain weights, which feeds each map its inputs.
+        model: a trained one.
+        stream: of text or of items.
+        text: the stream holds the backbone's own tokens.
+
+    Returns:
+        By map; empty where `model` mixes none.
+    """
+    mixtures = {name: one for name, one in model.stack.named_modules() if isinstance(one, MixtureLinear)}
+    if not mixtures:
+        return {}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in mixtures}
+    mask = torch.empty(0)
+
+    def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], before: Tensor) -> None:
+            here = mask.to(before.device)
+            after = mixtures[name](inputs[0])[here]
+            parts = [(after - before[here]).double().square().sum(), before[here].double().square().sum()]
+            sums[name] += torch.stack(parts).cpu()
+
+        return hook
+
+    base.eval()
+    model.eval()
+    read = reads_text(base) if text else reads_items(base)
+    maps = linear_maps(base.stack)
+    handles = [maps[name].register_forward_hook(compare(name)) for name in mixtures]
+    try:
+        for batch, inside in stream():
+            mask = inside
+            read(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: float((one[0] / one[1]).sqrt()) if one[1] > 0 else math.nan for name, one in sums.items()}
 
 
 def moments_of(model: GenerativeModel, stream: TokenStream, text: bool) -> dict[str, InputMoment]:

@@ -22,7 +22,7 @@ from regularizers.subspace import state_floats
 from stages.config import AdapterConfig
 from stages.method_config import GemsConfig
 from stages.methods.contract import Losses, Schedule
-from stages.methods.gems_arrivals import quiet_step
+from stages.methods.gems_arrivals import quietest_step
 from stages.methods.gems_stack import default_rank
 from stages.methods.gems_step import GemsStep
 
@@ -39,9 +39,9 @@ class Footprint:
 
     Attributes:
         name: of the way.
-        part: `state`: moments and bases; `gradients`: whole ones at their largest, `first gradients` those of GEMS's
-            first step, when every basis is made; `projected`: GEMS's gradients in their subspaces; `adapter`: LoRA's
-            own weights.
+        part: `state`: moments and bases; `gradients`: whole ones at their largest, for GEMS in the step that makes the
+            fewest bases anew, `first gradients` those of its first, which makes all; `projected`: GEMS's gradients in
+            their subspaces; `adapter`: LoRA's own weights.
         counted: bytes of the tensors.
         predicted: bytes by the formula.
     """
@@ -87,7 +87,8 @@ def gems_footprint(maps: Mapping[str, nn.Linear], batch: Batch, settings: GemsCo
         held.append(step)
         step(counted())
         first = peak.taken()
-        step.step.fill_(quiet_step(step.stacks, settings))
+        number, whole = quietest_step(step.stacks, settings)
+        step.step.fill_(number)
         step(batch())
         later = peak.taken()
     sizes = [weight.numel() for weight in weights]
@@ -97,7 +98,7 @@ def gems_footprint(maps: Mapping[str, nn.Linear], batch: Batch, settings: GemsCo
     return [
         Footprint("gems", "state", step.state_bytes(), FLOAT * state),
         Footprint("gems", "first gradients", first, FLOAT * (len(step.objectives) * sum(sizes) + more)),
-        Footprint("gems", "gradients", later, FLOAT * max(sizes)),
+        Footprint("gems", "gradients", later, FLOAT * (len(step.objectives) * whole + max(sizes))),
         Footprint("gems", "projected", step.projected_bytes, FLOAT * images),
     ]
 

@@ -23,10 +23,18 @@ def due_maps(stacks: Sequence[Stack], step: int, settings: GemsConfig) -> list[l
     return due
 
 
-def quiet_step(stacks: Sequence[Stack], settings: GemsConfig) -> int:
-    """The first step after 0 that refreshes no basis; 1 where each of them does."""
-    steps = range(1, settings.refresh_every)
-    return next((step for step in steps if not any(map(any, due_maps(stacks, step, settings)))), 1)
+def quietest_step(stacks: Sequence[Stack], settings: GemsConfig) -> tuple[int, int]:
+    """The first of the steps 1 to T - 1 that refreshes the fewest entries of weights, and how many: 0 where it can.
+
+    With more maps than T, and the refreshes spread, every step refreshes some.
+    """
+    sizes = [stack.rows * stack.cols for stack in stacks]
+    found = [
+        (sum(size * sum(due) for size, due in zip(sizes, due_maps(stacks, step, settings), strict=True)), step)
+        for step in range(1, max(2, settings.refresh_every))
+    ]
+    entries, step = min(found)
+    return step, entries
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -57,15 +56,15 @@ def delayed_slopes(stacks: Sequence[Stack], factors: Mapping[str, float], scale:
     return slope
 
 
-def ahead_slopes(stacks: Sequence[Stack], scale: float, rate: float) -> list[float]:
-    """∂L/∂α of the step just taken, from the gradients that another batch left in `.grad`, which are dropped.
+def slopes_ahead(stacks: Sequence[Stack], scale: float, rate: float) -> Tensor:
+    """(2,) ∂L_j/∂α of the step just taken, from the gradient of one loss L_j that was left in `.grad`; it is dropped.
 
     Args:
         stacks: with the directions moved along.
         scale: a.
         rate: η of this step.
     """
-    slope = [0.0, 0.0]
+    slope = torch.zeros(2)
     for stack in stacks:
         moved = cast(Tensor, stack.moved)
         for i, weight in enumerate(stack.weights):
@@ -127,25 +126,42 @@ class FusionGate:
             return None
         return self._taught(delayed_slopes(stacks, factors, self.settings.scale, float(self.last_rate)))
 
-    def look_ahead(self, step: int, stacks: Sequence[Stack], rate: float) -> tuple[Tensor, list[float]] | None:
-        """Ask the moved weights how the loss of another batch hangs on α, learn, and move them by the rest.
+    def look_ahead(
+        self,
+        step: int,
+        stacks: Sequence[Stack],
+        rate: float,
+        factors: Callable[[Mapping[str, float]], Mapping[str, float]],
+    ) -> tuple[Tensor, list[float]] | None:
+        """Ask the moved weights how the shared loss of another batch hangs on α, learn, and move them by the rest.
 
         Args:
             step: number of the step, from 0.
             stacks: that have just moved, fused by both objectives.
             rate: η of this step.
+            factors: of each objective's gradient in the shared loss, from the objectives' shares of a batch's targets.
 
         Returns:
-            The change of α (2,) and the slope; None where the gate is of another kind or not ready.
+            The change of α (2,) and the slope; None where the gate is of another kind or not ready, or the other batch
+            holds one objective only.
         """
         own = self.settings
         ready = all(len(stack.widths) == 3 for stack in stacks) and step >= self.warmup
         if own.gate != "lookahead" or self.held_out is None or not ready:
             return None
+        slopes, shares = dict[str, Tensor](), dict[str, float]()
         with torch.enable_grad():
-            deque(objective_backward(self.held_out()), maxlen=0)
+            for name, _, share in objective_backward(self.held_out()):
+                slopes[name] = slopes.get(name, torch.zeros(2)) + slopes_ahead(stacks, own.scale, rate)
+                shares[name] = shares.get(name, 0.0) + share
+        if len(shares) < 2:
+            return None
+        total = sum(shares.values())
+        shares = {name: share / total for name, share in shares.items()}
+        weights = factors(shares)
         before = self._chosen()
-        slope = self._taught(ahead_slopes(stacks, own.scale, rate))
+        # The loop's losses are sums over a batch's targets: over its share each is a token mean.
+        slope = self._taught(torch.stack([slopes[j] * (weights[j] / shares[j]) for j in shares]).sum(dim=0).tolist())
         change = self._chosen() - before
         for stack in stacks:
             stack.shift([0.0, *(own.scale * float(c) for c in change)], rate)

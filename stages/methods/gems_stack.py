@@ -17,7 +17,7 @@ from models.input_moments import linear_maps
 from regularizers import subspace
 from regularizers.gate import LEARNED
 from regularizers.null_space import Protection, decay_to_start, project
-from regularizers.subspace import ranks_of, side_of, state_floats
+from regularizers.subspace import JOINED, ranks_of, side_of, state_floats
 from stages.errors import UserError
 from stages.method_config import GemsConfig
 
@@ -237,7 +237,7 @@ class Stack:
                 )  # fmt: skip
         self.age += (self.age >= 0).long()
         steps = raw if self.right or not self.guards else self._guarded(raw)
-        self.moved = steps if self.settings.gate in LEARNED else None
+        self.moved = steps if self.settings.gate in LEARNED and len(self.widths) == 3 else None
         columns = torch.repeat_interleave(torch.tensor(factors), torch.tensor(self.widths)).to(self.device)
         fused = steps * columns
         sizes = self._sizes(fused, raw if steps is raw else raw * columns, same=steps is raw)
@@ -308,14 +308,14 @@ class Stack:
     def tensors(self) -> dict[str, Tensor]:
         """All state."""
         held = {"basis": self.basis, "first": self.first, "second": self.second, "steps": self.steps, "age": self.age}
-        held |= {"restarts": self.restarts}
+        held |= {"restarts": self.restarts, "right": torch.tensor(self.right)}
         return held | ({"moved": self.moved} if self.moved is not None else {})
 
     def load(self, held: Mapping[str, Tensor]) -> None:
         """Set the state to what `tensors` gave.
 
         Raises:
-            ValueError: other shapes: rank, side or model were changed.
+            ValueError: rank, side or model were changed.
         """
         if held["steps"].shape != self.steps.shape:
             self.grow((self.ranks[0], self.ranks[1], self.ranks[1]))
@@ -326,6 +326,12 @@ class Stack:
                     f"stored {name} of {self.names[0]} is {tuple(held[name].shape)}, here it is {tuple(value.shape)}; "
                     "keep rank and side, or set carry_state = false"
                 )
+        if bool(held["right"]) != self.right:
+            sides = ("left", "right")
+            raise ValueError(
+                f"stored bases of {self.names[0]} lie on its {sides[bool(held['right'])]} side, here on the "
+                f"{sides[self.right]}; keep side, or set carry_state = false"
+            )
         for name in ("basis", "first", "second", "steps", "age", "restarts"):
             getattr(self, name).copy_(held[name])
         self.moved = held["moved"].to(self.device, copy=True) if "moved" in held else None
@@ -381,9 +387,7 @@ def default_rank(width: int) -> int:
 
 
 def _ranks(shape: Sequence[int], settings: GemsConfig, rank: int) -> tuple[int, int]:
-    if settings.subspaces == "one":  # as many directions as the three have together
-        return ranks_of(shape, 2 * rank)[0], ranks_of(shape, rank)[1]
-    return ranks_of(shape, rank)
+    return ranks_of(shape, rank * JOINED if settings.subspaces == "one" else rank)
 
 
 def split_parameters(model: nn.Module, stack: nn.Module) -> tuple[dict[str, nn.Linear], list[nn.Parameter]]:

@@ -55,7 +55,7 @@ class GemsStep:
         self.protections = protections
         self.stacks = make_stacks(maps, settings, rank, protections)
         self.rank = rank
-        self.capped = caps([(m.out_features, m.in_features) for m in maps.values()], rank)
+        self.capped = caps([(m.out_features, m.in_features) for m in maps.values()], rank, settings.subspaces)
         self.adamw = (
             torch.optim.AdamW(self.others, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
             if self.others
@@ -84,7 +84,7 @@ class GemsStep:
             self._check(batch)
             present = [name for name in self.objectives if name in batch.losses]
             rate = self.schedule.learning_rate * rate_at(int(self.step), self.schedule)
-            logs |= self._learn(present, batch)
+            logs |= self._learn(batch)
             logs["refresh_seconds"] = self._refresh(present, batch)
             logs |= self._measure(present)
             alpha = self._alpha(present, batch)
@@ -124,7 +124,7 @@ class GemsStep:
                 self.norms = self.norms.flip(0)
             self.objectives = sorted([*self.objectives, objective], reverse=True)  # search, then recommendation
         self.met.add(objective)
-        if self.paired and self.settings.subspaces == "three":
+        if self.fusing:
             for stack in self.stacks:
                 if len(stack.widths) == 1:
                     stack.grow((stack.ranks[0], stack.ranks[1], stack.ranks[1]))
@@ -134,6 +134,11 @@ class GemsStep:
         """Whether this stage has met two objectives; before that the shared subspace works alone."""
         return len(self.met) == 2
 
+    @property
+    def fusing(self) -> bool:
+        """Whether there are paths of two objectives to weigh; `subspaces = "one"` has none."""
+        return self.paired and self.settings.subspaces == "three"
+
     @torch.no_grad()
     def _expect(self, objective: str) -> None:
         """A backward of `objective` is about to run: say of each map whether its gradient is kept whole."""
@@ -141,8 +146,7 @@ class GemsStep:
         number, keep = self._number(objective), []
         for stack, due in zip(self.stacks, self._due(), strict=True):
             stack.expect(objective)
-            specific = self.paired and len(stack.widths) > 1
-            wanted = not stack.born(0) or (specific and (objective in self.waiting or not stack.born(number)))
+            wanted = not stack.born(0) or (self.fusing and (objective in self.waiting or not stack.born(number)))
             keep.append([wanted or one for one in due])
         self.listener.now = Arriving(objective, keep)
 
@@ -161,8 +165,8 @@ class GemsStep:
                 for stack in self.stacks:
                     stack.check_finite(name, int(self.step))
 
-    def _learn(self, present: Sequence[str], batch: Batch) -> dict[str, float]:
-        slope = self.gate.learn(int(self.step), self.stacks, self._shared_factors(present, batch))
+    def _learn(self, batch: Batch) -> dict[str, float]:
+        slope = self.gate.learn(int(self.step), self.stacks, self._shared_factors(batch.shares))
         return {} if slope is None else self._told(slope)
 
     def _told(self, slope: Sequence[float]) -> dict[str, float]:
@@ -173,24 +177,28 @@ class GemsStep:
         self.gate.held_out = held_out
 
     def _look_ahead(self, alpha: Tensor, present: Sequence[str], rate: float) -> tuple[Tensor, dict[str, float]]:
-        found = self.gate.look_ahead(int(self.step), self.stacks, rate) if len(present) == 2 else None
-        if found is None:
+        if len(present) < 2:
             return alpha, {}
+        found = self.gate.look_ahead(int(self.step), self.stacks, rate, self._shared_factors)
         for parameter in self.others:
             parameter.grad = None
+        if found is None:
+            return alpha, {}
         change, slope = found
         return alpha + change, self._told(slope)
 
-    def _shared_factors(self, present: Sequence[str], batch: Batch) -> dict[str, float]:
+    def _shared_factors(self, shares: Mapping[str, float]) -> dict[str, float]:
+        """Of each objective's gradient in the shared loss, from its share of a batch's targets."""
+        present = [name for name in self.objectives if name in shares]
         norms = [float(self.norms[self.objectives.index(name)]) for name in present]
-        factors = shared_weights(self.settings.shared_grad, [batch.shares[name] for name in present], norms)
+        factors = shared_weights(self.settings.shared_grad, [shares[name] for name in present], norms)
         return dict(zip(present, factors, strict=True))
 
     def _refresh(self, present: Sequence[str], batch: Batch) -> float:
         """Refresh what is due; seconds it took."""
         started = time.perf_counter()
         self._first_norms(present)
-        factors = self._shared_factors(present, batch)
+        factors = self._shared_factors(batch.shares)
         generator = torch.Generator().manual_seed((self.schedule.seed + int(self.step)) % 2**63)
         for stack, due in zip(self.stacks, self._due(), strict=True):
             turned = set[int]()
@@ -204,7 +212,7 @@ class GemsStep:
                     )
                     stack.refresh(0, i, joint, generator)
                     turned.add(i)
-                for name, whole in wholes.items() if self.paired and len(stack.widths) > 1 else ():
+                for name, whole in wholes.items() if self.fusing else ():
                     number = self._number(name)
                     if due[i] or name in self.waiting or int(stack.age[i, number]) < 0:
                         stack.refresh(number, i, whole, generator)
@@ -227,10 +235,8 @@ class GemsStep:
         """Norm of each objective's gradient inside its own subspace, and their cosine inside the shared one."""
         logs = {}
         for name in present:
-            number = self._number(name) if self.paired else 0
-            images = [
-                stack.images[name][..., stack.part(number if len(stack.widths) > 1 else 0)] for stack in self.stacks
-            ]
+            number = self._number(name) if self.fusing else 0
+            images = [stack.images[name][..., stack.part(number)] for stack in self.stacks]
             norm = torch.stack([image.norm() for image in images]).norm()
             place = self.objectives.index(name)
             self.norms[place] = NORM_DECAY * self.norms[place] + (1 - NORM_DECAY) * norm
@@ -246,7 +252,7 @@ class GemsStep:
 
     def _alpha(self, present: Sequence[str], batch: Batch) -> Tensor:
         """α (2,) in the order of `objectives`; zero for an objective the batch does not hold."""
-        if not self.paired:
+        if not self.fusing:
             return torch.zeros(2)
         here = torch.tensor([float(name in present) for name in self.objectives])
         if len(present) < 2:
@@ -256,7 +262,7 @@ class GemsStep:
         return self.gate.alpha(int(self.step), losses, self.last_norms, samples)
 
     def _move(self, present: Sequence[str], batch: Batch, alpha: Tensor, rate: float) -> dict[str, float]:
-        factors, scale = self._shared_factors(present, batch), self.settings.scale
+        factors, scale = self._shared_factors(batch.shares), self.settings.scale
         decay = self.schedule.weight_decay if self.settings.weight_decay != "none" else 0.0
         sizes: list[Fusion] = []
         for stack in self.stacks:
@@ -291,12 +297,11 @@ class GemsStep:
 
     def _account(self, alpha: Tensor) -> dict[str, float]:
         logs = {"single_objective": float(not self.paired), "state_bytes": float(self.state_bytes())}
-        if self.paired:
+        if self.fusing:
             p = alpha.clamp_min(1e-30)
             logs |= {f"alpha/{name}": float(a) for name, a in zip(self.objectives, alpha, strict=True)}
             logs["alpha_entropy"] = float(-(alpha * p.log()).sum())
-            if len(self.stacks[0].widths) > 1:
-                logs |= mean_overlaps(self.stacks, *self.objectives)
+            logs |= mean_overlaps(self.stacks, *self.objectives)
         return logs
 
     def _forget(self) -> None:

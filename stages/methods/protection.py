@@ -27,6 +27,8 @@ TEXT_LENGTH, TEXT_BATCH = 256, 8
 """Tokens of a row of text, and rows of a batch."""
 CROWDED = 0.9
 """Share of the input directions above which protecting them is worth a warning."""
+SPARSE = 0.01
+"""Share below which it is, too: the inputs are not centred, and one direction that all share may hold the energy."""
 
 
 def protections(
@@ -56,12 +58,19 @@ def protections(
     widest = max(module.in_features for module in linear_maps(model.stack).values())
     stream = text_stream(model, settings) if text else _newest(past.tokens, settings.corpus_tokens, widest)
     if stream is None:
+        if settings.corpus_tokens < widest:
+            raise ValueError(
+                f"corpus_tokens = {settings.corpus_tokens} is below the {widest} dimensions of an input, which so few "
+                "tokens cannot span; raise it"
+            )
         warnings.warn(
             f"gems: the stages before hold fewer tokens than the {widest} dimensions of an input; this stage protects "
             "none",
             stacklevel=2,
         )
         return {}
+    if text and next(iter(stream()), None) is None:
+        raise ValueError(f"corpus = {settings.corpus!r} has fewer than {TEXT_LENGTH} tokens; give a larger text")
     forward = reads_text(model) if text else reads_items(model)
     key = digest_of(
         {
@@ -93,13 +102,22 @@ def _found(
             found[one.names] = protect(one.moment, one.tokens, settings.k_rule, settings.k_value)
         except ValueError as error:
             raise ValueError(f"the inputs of {one.names[0]}: {error}") from None
-        if found[one.names].share > CROWDED:
-            warnings.warn(
-                f"gems: {settings.k_rule} {settings.k_value:g} protects {found[one.names].share:.0%} of the inputs of "
-                f"{one.names[0]}; little is left to train",
-                stacklevel=2,
-            )
+        _warn(found[one.names], one.names[0], settings)
     return found
+
+
+def _warn(found: Protection, name: str, settings: GemsConfig) -> None:
+    """Of a rule that leaves little to train, and of one that a single loud direction satisfies."""
+    size, k = found.basis.shape
+    rule = f"gems: {settings.k_rule} {settings.k_value:g} protects"
+    if found.share > CROWDED:
+        warnings.warn(f"{rule} {found.share:.0%} of the inputs of {name}; little is left to train", stacklevel=2)
+    elif found.share < SPARSE:
+        warnings.warn(
+            f"{rule} {k} of the {size:,} input directions of {name}, which hold {found.energy:.1%} of what it reads; "
+            "the others are free to change",
+            stacklevel=2,
+        )
 
 
 def _logged(total: int) -> Callable[[int], None]:
