@@ -126,7 +126,7 @@ def test_a_stage_that_could_protect_nothing_is_told_of(tmp_path: Path) -> None:
 def test_a_protected_text_is_called_by_its_files_name(tmp_path: Path) -> None:
     digest = "5a2ee076" * 8
     state = state_of("gems", BUILT_IN["gems"].model_dump(mode="json") | {"corpus": digest}, BOTH, WARMING)
-    state["gems"] |= {"corpus": "glosses.txt", "protected": {"q": {"k_over_n": 0.5}}}
+    state["gems"] |= {"corpus": "glosses.txt", "protected": {"q": {"k_over_n": 0.5, "k": 8}}}
     (note,) = waiting(tmp_path, state, opening="Null space")
     assert "the inputs of the text glosses.txt give" in note
     assert digest not in note
