@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from models.input_moments import linear_maps
 from regularizers.null_space import Protection
-from regularizers.subspace import orthonormal, state_floats
+from regularizers.subspace import orthonormal
 from stages.errors import UserError
 from stages.method_config import GemsConfig
 from stages.methods.contract import Schedule, SharedLosses
@@ -216,7 +214,7 @@ def test_one_objective_alone_trains_the_shared_subspace_and_says_so() -> None:
         step([{"ads": toy.loss("search")}])
 
 
-def test_four_micro_batches_of_eight_are_one_of_thirty_two() -> None:
+def test_four_micro_batches_of_six_are_one_of_twenty_four() -> None:
     whole, parts = Toy(SHAPES), Toy(SHAPES)
     settings = PLAIN.model_copy(update={"refresh_every": 3})
     steps = [step_of(toy, settings, schedule=schedule(1e-3)) for toy in (whole, parts)]
@@ -250,51 +248,6 @@ def test_projecting_each_gradient_at_once_is_projecting_the_whole_shared_gradien
             assert gradient is not None
             expected = 0.9 * first[i] + 0.1 * stack.orient(gradient) @ basis[i]
             torch.testing.assert_close(stack.first[i], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_state_is_as_large_as_predicted() -> None:
-    toy = Toy(SHAPES)
-    step = step_of(toy)
-    logs = step(toy.batch())
-    floats = sum(state_floats(max(shape), min(shape), [4, 2, 2]) for shape in SHAPES.values())
-    assert logs["state_bytes"] == step.state_bytes() == 4 * floats
-
-
-@pytest.mark.parametrize("null_space", ["off", "orthogonal"])
-def test_a_step_stored_as_safetensors_goes_on_bit_for_bit(null_space: Any) -> None:
-    settings = GemsConfig(rank=4, null_space=null_space, gate_warmup=2, refresh_every=4, allow_large_state=True)
-    toy = Toy(SHAPES)
-    toy.register_parameter("norm", nn.Parameter(torch.ones(3)))
-    kept = guarded(toy) if null_space != "off" else {}
-
-    def batch(own: Toy) -> list[SharedLosses]:
-        (micro,) = own.batch()
-        micro["search"] = micro["search"] + own.get_parameter("norm").square().sum()
-        return [micro]
-
-    step = step_of(toy, settings, protections=kept)
-    for _ in range(5):
-        step(batch(toy))
-    twin = copy.deepcopy(toy)
-    resumed = step_of(twin, settings, protections=kept)
-    resumed.load(load(save(step.tensors())), step.objectives)
-    for _ in range(5):
-        logs, again = step(batch(toy)), resumed(batch(twin))
-        logs.pop("refresh_seconds"), again.pop("refresh_seconds")
-        assert logs == again
-    for name, value in toy.weights().items():
-        assert torch.equal(twin.weights()[name], value), name
-    smaller = step_of(copy.deepcopy(toy), settings.model_copy(update={"rank": 3}), protections=kept)
-    with pytest.raises(ValueError, match="keep rank and side, or set carry_state = false"):
-        smaller.load(step.tensors(), step.objectives)
-
-
-def test_bases_of_the_other_side_of_a_square_matrix_are_refused() -> None:
-    one, other = ({"square": (8, 8)} for _ in range(2))
-    step = step_of(Toy(one), PLAIN.model_copy(update={"side": "left"}))
-    turned = step_of(Toy(other), PLAIN.model_copy(update={"side": "right"}))
-    with pytest.raises(ValueError, match=r"stored bases of maps.square lie on its left side, here on the right"):
-        turned.load(step.tensors(), step.objectives)
 
 
 def test_one_subspace_has_nothing_to_weigh_and_logs_no_weights() -> None:
@@ -388,40 +341,3 @@ def test_a_gradient_that_is_no_number_names_map_objective_and_step() -> None:
     toy.linear("tall").weight.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(UserError, match=r"gradient of maps\.tall is not finite for objective 'search' at step 1"):
         step([losses])
-
-
-def test_a_state_larger_than_adams_is_refused_unless_allowed() -> None:
-    toy = Toy(SHAPES)
-    with pytest.raises(ValueError, match=r"rank 12 needs [\d,]+ bytes of bases and moments, more than Adam's"):
-        step_of(toy, GemsConfig(rank=12, null_space="off"))
-    with pytest.raises(ValueError, match="float64; small steps round away"):
-        step_of(Toy(SHAPES, torch.float64))
-    with pytest.raises(ValueError, match="no linear maps for GEMS"):
-        step_of(nn.LayerNorm(3))
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"weight_decay": "to_zero"}, "pulls the weights out of the null space"),
-        ({"fuse_norm": "shared"}, 'gate = "hypergradient" learns from an update that is the sum of its parts'),
-        ({"fuse_norm": "shared", "gate": "lookahead"}, "use gate = .constant. or .rule."),
-        ({"corpus": "off"}, "needs a corpus; name a text file"),
-        ({"rank": 0}, "greater than or equal to 1"),
-        ({"gate": "moe"}, "Input should be 'constant', 'released'"),
-        ({"refresh": "qr"}, "Input should be 'power', 'rsvd' or 'svd'"),
-        ({"anchor": "x"}, "Extra inputs are not permitted"),
-    ],
-)
-def test_settings_that_contradict_themselves_are_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        GemsConfig(**values)
-
-
-def test_a_decay_to_zero_is_allowed_without_a_null_space() -> None:
-    toy = Toy(SHAPES)
-    step = step_of(toy, PLAIN.model_copy(update={"weight_decay": "to_zero"}), schedule=schedule(decay=0.5))
-    twin = copy.deepcopy(toy)
-    step_of(twin)(twin.batch())
-    step(toy.batch())
-    assert float(toy.weights()["maps.tall.weight"].norm()) < float(twin.weights()["maps.tall.weight"].norm())

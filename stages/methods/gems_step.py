@@ -7,6 +7,7 @@ linear map (token rows, norms, biases) goes through plain AdamW on the pooled gr
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from regularizers.null_space import Protection
-from regularizers.subspace import caps, shared_weights
+from regularizers.subspace import caps, shared_weights, state_floats
 from stages.deltas import in_words, smallest
 from stages.method_config import GemsConfig
 from stages.methods.contract import Losses, Schedule
@@ -25,6 +26,8 @@ from stages.methods.gems_arrivals import Arriving, Listener, due_maps
 from stages.methods.gems_gate import NORM_DECAY, Batch, FusionGate
 from stages.methods.gems_stack import Fusion, make_stacks, mean_overlaps
 from stages.methods.parts import objective_backward, rate_at
+
+log = logging.getLogger("stages.gems")
 
 
 class GemsStep:
@@ -128,10 +131,11 @@ class GemsStep:
             for stack in self.stacks:
                 if len(stack.widths) == 1:
                     stack.grow((stack.ranks[0], stack.ranks[1], stack.ranks[1]))
+        log.info("gems: %s", self.sizes())
 
     @property
     def paired(self) -> bool:
-        """Whether this stage has met two objectives; before that the shared subspace works alone."""
+        """Whether this stage has met both objectives; before that the shared subspace works alone."""
         return len(self.met) == 2
 
     @property
@@ -319,6 +323,7 @@ class GemsStep:
                 "single_objective": not self.paired,
                 "capped": self.capped,
                 "state_bytes": self.state_bytes(),
+                "predicted_bytes": self.predicted_bytes(),
                 "protected_bytes": sum({id(one.basis): one.basis.nbytes for one in self.protections.values()}.values()),
                 "protected": {name: one.numbers() for name, one in self.protections.items()},
                 "checkpoint": self.saved,
@@ -327,8 +332,7 @@ class GemsStep:
 
     def stored(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Each weight whole or as the move of this stage, whichever is smaller; `report` then says which."""
-        found = smallest(before, after)
-        self.saved = in_words(found)
+        self.saved = in_words(found := smallest(before, after))
         return found
 
     def kept(self) -> dict[str, Tensor]:
@@ -336,8 +340,18 @@ class GemsStep:
         return self.tensors() if self.settings.carry_state else {}
 
     def state_bytes(self) -> int:
-        """Bytes of bases and moments, as `state_floats` predicts them."""
+        """Bytes of bases and moments."""
         return sum(t.numel() * 4 for stack in self.stacks for t in (stack.basis, stack.first, stack.second))
+
+    def predicted_bytes(self) -> int:
+        """`state_bytes` by the formula, of the subspaces that are open."""
+        return sum(4 * len(s.names) * state_floats(s.rows, s.cols, s.widths) for s in self.stacks)
+
+    def sizes(self) -> str:
+        """Bytes of the state, counted and predicted, and of the parameters that no subspace moves, in words."""
+        own = f"{self.state_bytes():,} bytes of bases and moments (predicted {self.predicted_bytes():,})"
+        rest = f"{sum(p.nbytes for p in self.others):,} of rows and norms under AdamW"
+        return f"{own} for {' and '.join(self.objectives)}; {rest}"
 
     def whole_bytes(self) -> int:
         """Bytes of the whole gradients held now, for bases that are made anew."""
