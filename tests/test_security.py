@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from benchmarks import growing
 from flows import endings
 from stages.workspace import Workspace
 
@@ -132,8 +133,16 @@ def test_training_opens_no_connection_to_the_outside(tmp_path: Path) -> None:
     from tests.conftest import write_tiny_experiment
 
     config = write_tiny_experiment(tmp_path / "source")
+    guarded("train", "-m", "single", "--workers", "1", "-c", str(config), "-w", str(tmp_path / "w"))
+    assert (tmp_path / "w" / "runs" / "reports" / "latest.json").exists()
+    # And what it wrote is its user's own.
+    modes = {path.stat().st_mode & 0o077 for path in (tmp_path / "w").rglob("*")}
+    assert modes == {0}
+
+
+def guarded(*words: str) -> str:
+    """What a command prints that is cut off from the outside and asks for nothing there."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "HF_", "MLFLOW_"))}
-    words = ["train", "-m", "single", "--workers", "1", "-c", str(config), "-w", str(tmp_path / "w")]
     done = subprocess.run(
         [sys.executable, "-c", GUARD, *words],
         env={**own, "DRIFTREC_PREFECT": "off"},
@@ -144,10 +153,15 @@ def test_training_opens_no_connection_to_the_outside(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "OUTSIDE" not in done.stderr
-    assert (tmp_path / "w" / "runs" / "reports" / "latest.json").exists()
-    # And what it wrote is its user's own.
-    modes = {path.stat().st_mode & 0o077 for path in (tmp_path / "w").rglob("*")}
-    assert modes == {0}
+    return done.stdout + done.stderr
+
+
+def test_retraining_and_recording_open_no_connection_to_the_outside(tmp_path: Path) -> None:
+    config = growing.write_shop(tmp_path, growing.OPEN_GATE)
+    said = guarded("retrain", "--config", str(config), "--workspace", str(tmp_path / "w"))
+    assert "first" in said
+    assert (tmp_path / "w" / "champion.json").exists()
+    assert (tmp_path / "w" / "mlflow.db").exists()
 
 
 def test_the_guard_sees_a_connection(tmp_path: Path) -> None:
