@@ -7,7 +7,8 @@ changes none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,22 +21,17 @@ import polars as pl
 from models.semantic_ids import Collisions, assign_ids, collisions, read_index
 from stages.config import Config
 from stages.errors import UserError
+from stages.item_table import is_mended, mend_item_table, read_item_table
 from stages.item_vectors import fit_coder, load_coder, stage_vectors
 from stages.stage_files import read_stages
-from stages.workspace import SCHEMA, Workspace, digest_of, read_json, replacing, sha256_file, write_json
+from stages.workspace import SCHEMA, Workspace, digest_of, read_json, replacing, sha256_file, sync_folder, write_json
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 Progress: TypeAlias = Callable[[str], None]
 
+NEXT = "next.json"
 _CODES = pl.List(pl.Int64)
 _TEXT_COLUMNS = ("title", "text", "categories")
-_RAW = {
-    "item_id": pl.String,
-    "title": pl.String,
-    "text": pl.String,
-    "categories": pl.List(pl.String),
-    "timestamp": pl.Datetime("us", "UTC"),
-}
 
 
 @dataclass(frozen=True)
@@ -72,17 +68,19 @@ def build_semantic_ids(config: Config, workspace: Workspace, progress: Progress 
     to those of an earlier build keep its rows as they are and code the new items with its frozen quantizer.
 
     Raises:
-        UserError: a stage file is missing or damaged, the IDs have no room, or a shipped index lacks an item.
+        UserError: a stage file is missing or damaged, the IDs have no room, a shipped index lacks an item, or the item
+            table is damaged and gone from the sources.
     """
     stages = read_json(workspace.stages / "manifest.json")
     _check_stage_files(workspace, stages)
-    recipe, raw_digest = _recipe(config, stages), _digest_if_there(workspace.catalogue / "raw.parquet")
+    _settle(workspace.catalogue)
     digests, ends = ([stage[key] for stage in stages["stages"]] for key in ("digest", "end"))
-    inputs = {"recipe": recipe, "stages": digests, "ends": ends, "raw": raw_digest}
+    inputs = {"recipe": _recipe(config, digests), "stages": digests, "ends": ends}
+    inputs["raw"] = mend_item_table(config, workspace)
     earlier = _intact(workspace, progress)
     if earlier is not None and earlier["inputs"] == inputs:
         return _report(earlier, reused=True)
-    raw = _raw(workspace)
+    raw = read_item_table(workspace)
     items = _with_text(_first_stages(workspace, len(digests)), raw, stages)
     if config.items.index == "shipped":
         frame, facts = _shipped(config, items)
@@ -97,12 +95,12 @@ def build_semantic_ids(config: Config, workspace: Workspace, progress: Progress 
     return report
 
 
-def _recipe(config: Config, stages: Mapping[str, Any]) -> str:
+def _recipe(config: Config, stages: Sequence[str]) -> str:
     """Digest of everything that is fitted, or decides what is fitted: settings, stage 0, a shipped index."""
     index = None
     if config.items.index == "shipped":
         index = _digest_if_there(Path(str(config.log.index)))
-    first = stages["stages"][0]["digest"] if stages["stages"] else None
+    first = stages[0] if stages else None
     settings = config.items.model_dump(mode="json")
     return digest_of(
         {"schema": SCHEMA, "items": settings, "baskets": config.evaluation.baskets, "first": first, "index": index}
@@ -139,12 +137,31 @@ def _intact(workspace: Workspace, progress: Progress) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
+def coded_stages(workspace: Workspace) -> list[str]:
+    """Digests of the stages whose items have codes; none where the catalogue's manifest cannot be read."""
+    try:
+        return list(read_json(workspace.catalogue / "manifest.json")["inputs"]["stages"])
+    except (UserError, KeyError):
+        return []
+
+
+def coded_items(workspace: Workspace) -> pl.DataFrame:
+    """item_id of every item that has codes; where the catalogue is damaged, of those that it was built of."""
+    path, before = workspace.catalogue / "items.parquet", coded_stages(workspace)
+    if before and _digest_if_there(path) == read_json(workspace.catalogue / "manifest.json")["digest"]:
+        return pl.read_parquet(path, columns=["item_id"])
+    rows = read_json(workspace.stages / "manifest.json")["stages"]
+    same = [place for place, (row, digest) in enumerate(zip(rows, before, strict=False)) if row["digest"] == digest]
+    return read_stages(workspace, len(rows), ["item_id"]).filter(pl.col("stage").is_in(same)).select("item_id").unique()
+
+
 def _kept(workspace: Workspace, earlier: dict[str, Any] | None, inputs: Mapping[str, Any]) -> pl.DataFrame | None:
     """Rows of an intact earlier build that had the same settings and fewer stages."""
     if earlier is None or earlier["inputs"]["recipe"] != inputs["recipe"]:
         return None
     before = earlier["inputs"]["stages"]
-    if len(before) >= len(inputs["stages"]) or inputs["stages"][: len(before)] != before:
+    added = len(inputs["stages"]) > len(before) or is_mended(workspace)
+    if not added or inputs["stages"][: len(before)] != before:
         return None
     return pl.read_parquet(workspace.catalogue / "items.parquet")
 
@@ -155,11 +172,6 @@ def _first_stages(workspace: Workspace, count: int) -> pl.DataFrame:
     if rows["stage"].min() != 0:
         raise UserError("stage 0 has no events, so there is nothing to fit item vectors on; move the first boundary")
     return rows.group_by("item_id").agg(first_stage=pl.col("stage").min()).sort("first_stage", "item_id")
-
-
-def _raw(workspace: Workspace) -> pl.DataFrame:
-    path = workspace.catalogue / "raw.parquet"
-    return pl.read_parquet(path, columns=list(_RAW)) if path.is_file() else pl.DataFrame(schema=_RAW)
 
 
 def _with_text(items: pl.DataFrame, raw: pl.DataFrame, stages: Mapping[str, Any]) -> pl.DataFrame:
@@ -255,14 +267,11 @@ def _write(workspace: Workspace, frame: pl.DataFrame, facts: Mapping[str, Any]) 
     """Write the rows, then the manifest that vouches for them."""
     path = workspace.catalogue / "items.parquet"
     columns = ["item_id", *_TEXT_COLUMNS, "first_stage", "codes"]
-    with replacing(path) as temporary:
-        frame.select(columns).write_parquet(temporary)
     codes = np.array(frame["codes"].to_list(), dtype=np.int64)
     folder = workspace.catalogue / "quantizer"
     fitted = sorted(folder.iterdir()) if facts["source"] == "fitted" else []
     manifest = {
         "schema": SCHEMA,
-        "digest": sha256_file(path),
         "items": frame.height,
         "levels": codes.shape[1],
         "collisions": asdict(collisions(codes)),
@@ -270,8 +279,28 @@ def _write(workspace: Workspace, frame: pl.DataFrame, facts: Mapping[str, Any]) 
         **facts,
         "files": {f"quantizer/{file.name}": sha256_file(file) for file in fitted if not file.name.startswith(".")},
     }
-    write_json(workspace.catalogue / "manifest.json", manifest, seal=True)
+    with replacing(path) as temporary:
+        frame.select(columns).write_parquet(temporary)
+        manifest["digest"] = sha256_file(temporary)
+        write_json(workspace.catalogue / NEXT, manifest, seal=True)
+    _settle(workspace.catalogue)
     return manifest
+
+
+def _settle(folder: Path) -> None:
+    """End a build that a kill cut short: its manifest counts where its rows are there, and the old one where not."""
+    decided = folder / NEXT
+    if not decided.is_file():
+        return
+    try:
+        done = read_json(decided)["digest"] == _digest_if_there(folder / "items.parquet")
+    except UserError:
+        done = False
+    if done:
+        os.replace(decided, folder / "manifest.json")
+        sync_folder(folder)
+    else:
+        decided.unlink()
 
 
 def _report(manifest: Mapping[str, Any], reused: bool) -> ItemReport:

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from stages.config import Config
+from stages.item_table import store_item_table
 from stages.workspace import Workspace, digest_of, sha256_file, write_json
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -64,9 +65,8 @@ def write_stages(workspace: Workspace, stages: list[list[Event]], clock: bool = 
 def write_raw(
     workspace: Workspace, rows: list[tuple[str, str | None, str | None, list[str] | None, float | None]]
 ) -> None:
-    workspace.catalogue.mkdir(parents=True, exist_ok=True)
     dated = [(*row[:4], None if row[4] is None else START + row[4] * DAY) for row in rows]
-    pl.DataFrame(dated, schema=RAW_SCHEMA, orient="row").write_parquet(workspace.catalogue / "raw.parquet")
+    store_item_table(workspace, pl.DataFrame(dated, schema=RAW_SCHEMA, orient="row"))
 
 
 def invent_stages(new: tuple[int, ...] = (24, 6, 4), seed: int = 0) -> list[list[Event]]:
