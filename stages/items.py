@@ -2,7 +2,8 @@
 
 What an item is called and which vector it gets is decided by what was known at the end of the stage in which it first
 appears; everything fitted is fitted on stage 0 and kept in `catalogue/quantizer/`, so that a later stage adds rows and
-changes none.
+changes none. A stage that late rows rebuild moves no code either: items that have one keep it, with their texts, and at
+most move to an earlier first stage, which gives them another number; new ones get theirs from what is frozen.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,6 +23,7 @@ import polars as pl
 from models.semantic_ids import Collisions, assign_ids, collisions, read_index
 from stages.config import Config
 from stages.errors import UserError
+from stages.interactions import coding_order
 from stages.item_table import is_mended, mend_item_table, read_item_table
 from stages.item_vectors import fit_coder, load_coder, stage_vectors
 from stages.stage_files import read_stages
@@ -45,7 +48,7 @@ class ItemReport:
         vectors: "tfidf", "cooccurrence" or "encoder"; None for shipped IDs.
         codes_per_level: number of codes at each level, the last, disambiguating one included.
         collisions: items that share an ID.
-        extended: rows kept from an earlier build with fewer stages.
+        extended: items that have their codes from an earlier build.
         digest: SHA-256 of items.parquet.
         reused: everything was there already.
     """
@@ -64,8 +67,9 @@ class ItemReport:
 def build_semantic_ids(config: Config, workspace: Workspace, progress: Progress = lambda _: None) -> ItemReport:
     """Write `catalogue/items.parquet`, its manifest and `catalogue/quantizer/` for the stages of the workspace.
 
-    The same stages, settings and catalogue return the files that are there, once their hashes are checked. Stages added
-    to those of an earlier build keep its rows as they are and code the new items with its frozen quantizer.
+    The same stages, settings and catalogue return the files that are there, once their hashes are checked. Where stages
+    were added to those of an earlier build, or late rows rebuilt some, its codes stay, and its frozen quantizer codes
+    the new items.
 
     Raises:
         UserError: a stage file is missing or damaged, the IDs have no room, a shipped index lacks an item, or the item
@@ -82,11 +86,12 @@ def build_semantic_ids(config: Config, workspace: Workspace, progress: Progress 
         return _report(earlier, reused=True)
     raw = read_item_table(workspace)
     items = _with_text(_first_stages(workspace, len(digests)), raw, stages)
+    kept = _kept(config, workspace, earlier, inputs, grown="appended" in stages)
     if config.items.index == "shipped":
         frame, facts = _shipped(config, items)
     else:
-        kept = _kept(workspace, earlier, inputs)
         frame, facts = _fitted(config, workspace, items, kept, progress)
+    frame = _in_order(frame, kept)
     catalogue_only = raw.select("item_id").unique().join(items, on="item_id", how="anti").height
     manifest = _write(workspace, frame, {**facts, "catalogue_only": catalogue_only, "inputs": inputs})
     report = _report(manifest, reused=False)
@@ -155,15 +160,38 @@ def coded_items(workspace: Workspace) -> pl.DataFrame:
     return read_stages(workspace, len(rows), ["item_id"]).filter(pl.col("stage").is_in(same)).select("item_id").unique()
 
 
-def _kept(workspace: Workspace, earlier: dict[str, Any] | None, inputs: Mapping[str, Any]) -> pl.DataFrame | None:
-    """Rows of an intact earlier build that had the same settings and fewer stages."""
-    if earlier is None or earlier["inputs"]["recipe"] != inputs["recipe"]:
+def _kept(
+    config: Config, workspace: Workspace, earlier: dict[str, Any] | None, inputs: Mapping[str, Any], grown: bool
+) -> pl.DataFrame | None:
+    """Rows of an intact earlier build of this very log, or None where it was read or cut anew, or by other settings.
+
+    Args:
+        config: the experiment.
+        workspace: where it is.
+        earlier: its manifest.
+        inputs: what the catalogue is to be built of now.
+        grown: the log has grown by `stages.append`, which adds stages, and late rows to those that are there.
+    """
+    if earlier is None or earlier["inputs"]["recipe"] != _recipe(config, earlier["inputs"]["stages"]):
         return None
-    before = earlier["inputs"]["stages"]
+    before, ends = (earlier["inputs"].get(key, []) for key in ("stages", "ends"))
     added = len(inputs["stages"]) > len(before) or is_mended(workspace)
-    if not added or inputs["stages"][: len(before)] != before:
+    same = added and inputs["stages"][: len(before)] == before
+    rebuilt = grown and len(ends) == len(before) and inputs["ends"][: len(ends)] == ends
+    if not (same or rebuilt):
         return None
-    return pl.read_parquet(workspace.catalogue / "items.parquet")
+    rows = pl.read_parquet(workspace.catalogue / "items.parquet")
+    return rows.with_columns(coding_order(rows)).sort("coded")
+
+
+def _in_order(frame: pl.DataFrame, kept: pl.DataFrame | None) -> pl.DataFrame:
+    """The items by number, with their place in the order in which they got their codes."""
+    frame, order = frame.sort("first_stage", "item_id"), frame.clear().select("item_id", coded=pl.lit(None, pl.Int64))
+    order = order if kept is None else kept.select("item_id", pl.col("coded").cast(pl.Int64))
+    start = 0 if kept is None else kept.height
+    frame = frame.join(order, on="item_id", how="left", maintain_order="left")
+    fresh = pl.col("coded").is_null()
+    return frame.with_columns(coded=pl.when(fresh).then(start - 1 + fresh.cum_sum().cast(pl.Int64)).otherwise("coded"))
 
 
 def _first_stages(workspace: Workspace, count: int) -> pl.DataFrame:
@@ -216,12 +244,12 @@ def _fitted(
 ) -> tuple[pl.DataFrame, dict[str, Any]]:
     """Rows with codes, and what the manifest says of them."""
     coder = fit_coder(config, workspace, items, progress) if kept is None else load_coder(config, workspace)
-    done = items.clear().with_columns(codes=pl.Series([], dtype=_CODES)) if kept is None else kept
+    done = items.clear().with_columns(codes=pl.Series([], dtype=_CODES)) if kept is None else _met_again(kept, items)
     fresh = items.join(done, on="item_id", how="anti", maintain_order="left")
     everything = pl.concat([done.select(fresh.columns), fresh])
     # Stage by stage, so that what a later stage brings cannot reach an earlier one even by rounding.
-    stages = fresh["first_stage"].unique(maintain_order=True).to_list()
-    vectors = [stage_vectors(config, workspace, coder, everything, stage) for stage in stages]
+    ends = accumulate(fresh["first_stage"].rle().struct.field("len"), initial=done.height)
+    vectors = [stage_vectors(config, workspace, coder, everything, range(*ends_of)) for ends_of in pairwise(ends)]
     levels, bound = config.items.levels, config.items.codes_per_level
     prefixes = [np.empty((0, levels - 1), dtype=np.int64), *(coder.quantizer.encode(part) for part in vectors)]
     rows = [row for part in vectors for row in part]
@@ -241,6 +269,12 @@ def _fitted(
     facts = {"source": "fitted", "vectors": coder.kind, "quantizer": config.items.quantizer}
     sizes = (*coder.quantizer.sizes, bound)
     return pl.concat([done.select(fresh.columns), fresh]), {**facts, "codes_per_level": sizes, "extended": done.height}
+
+
+def _met_again(kept: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
+    """Rows of an earlier build, as they are but for the first stage, which late rows may have moved."""
+    stages = items.select("item_id", "first_stage")
+    return kept.drop("first_stage", "coded").join(stages, on="item_id", maintain_order="left")
 
 
 def _shipped(config: Config, items: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:
@@ -266,7 +300,7 @@ def _shipped(config: Config, items: pl.DataFrame) -> tuple[pl.DataFrame, dict[st
 def _write(workspace: Workspace, frame: pl.DataFrame, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write the rows, then the manifest that vouches for them."""
     path = workspace.catalogue / "items.parquet"
-    columns = ["item_id", *_TEXT_COLUMNS, "first_stage", "codes"]
+    columns = ["item_id", *_TEXT_COLUMNS, "first_stage", "codes", "coded"]
     codes = np.array(frame["codes"].to_list(), dtype=np.int64)
     folder = workspace.catalogue / "quantizer"
     fitted = sorted(folder.iterdir()) if facts["source"] == "fitted" else []

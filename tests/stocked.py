@@ -36,8 +36,8 @@ def settings_of(**items: Any) -> Config:
     return Config.model_validate({**values, "items": {**small, **items}})
 
 
-def write_stages(workspace: Workspace, stages: list[list[Event]], clock: bool = True) -> None:
-    """Stage files and manifest by the file contract, a stage every ten days."""
+def write_stages(workspace: Workspace, stages: list[list[Event]], clock: bool = True, grown: bool = False) -> None:
+    """Stage files and manifest by the file contract, a stage every ten days; `grown`: as a retraining writes them."""
     rows = []
     for index, events in enumerate(stages):
         frame = pl.DataFrame(
@@ -59,7 +59,8 @@ def write_stages(workspace: Workspace, stages: list[list[Event]], clock: bool = 
                 "sha256": sha256_file(path),
             }
         )
-    write_json(workspace.stages / "manifest.json", {"schema": 1, "clock": clock, "stages": rows})
+    appended = {"appended": []} if grown else {}
+    write_json(workspace.stages / "manifest.json", {"schema": 1, "clock": clock, "stages": rows, **appended})
 
 
 def write_raw(
