@@ -32,7 +32,7 @@ def main() -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     events = Interactions([f"u{user:05d}" for user in range(USERS)], offsets, items, stages, np.arange(len(items)))
     codes = np.stack([rng.integers(0, size, ITEMS) for size in SIZES], axis=1)
-    catalogue = Catalogue([], [], np.zeros(ITEMS, dtype=np.int64), codes, SIZES, False, False)
+    catalogue = Catalogue([], [], np.zeros(ITEMS, dtype=np.int64), codes, SIZES, False, False, np.arange(ITEMS))
     targets = np.ones(len(items), dtype=bool)
     targets[offsets[1:] - 1] = targets[offsets[1:] - 2] = False  # one to validate on, one to test on
     training = TrainingConfig()

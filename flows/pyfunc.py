@@ -35,6 +35,7 @@ from stages.lineage import LEFT_OUT
 from stages.stage_files import write_together
 from stages.stored import stored
 from stages.train import folders_read
+from stages.waiting import QUARANTINE
 from stages.workspace import Workspace, forget, sha256_file, temporary_beside, write_json
 
 WORKSPACE = "workspace"
@@ -203,7 +204,7 @@ def _copy_part(root: Path, part: Path, method: str | None, seed: int | None) -> 
     folders = [] if found is None else found.folders
     needed = [] if found is None else folders_read(found.config, job, folders)
     for folder in [workspace.catalogue, *needed]:
-        shutil.copytree(folder, part / folder.relative_to(workspace.root))
+        shutil.copytree(folder, part / folder.relative_to(workspace.root), ignore=shutil.ignore_patterns(QUARANTINE))
     write_together(workspace, Workspace(part).stages)
     elsewhere = {folder.name: tensors_digest(folder) for folder in folders if folder not in needed}
     if elsewhere:

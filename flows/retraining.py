@@ -317,7 +317,7 @@ def _written(plan: Plan, match: Match, checkpoint: Checkpoint, passed: bool, lin
 def _sentence(match: Match, passed: bool, why: str) -> str:
     challenger = match.names()[0] + ("," if match.anew else "")
     if match.present is not None and (match.champion is None or not match.present.is_model(match.champion)):
-        why = f"{why}; the champion, {name(match.present.job)}, is damaged"
+        why = f"{why}; the champion, {name(match.present.job)}, cannot be loaded"
     if passed:
         return f"{challenger} goes into service: {why}"
     if match.champion is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -32,6 +33,7 @@ class GenerativeRecommender:
         beam: width; never changed silently.
         exclude_history: never return what the history holds.
         unread: leave items that are not known out of the prompt too; right where their codes came from later events.
+        offered: (I,) which of the known items are ever returned; absent: all.
     """
 
     def __init__(
@@ -44,11 +46,12 @@ class GenerativeRecommender:
         beam: int,
         exclude_history: bool,
         unread: bool = False,
+        offered: BoolArray | None = None,
     ) -> None:
         self.readable = len(codes) if unread else np.iinfo(np.int64).max
         self.model, self.prompts, self.beam = model, prompts, beam
         self.history_length, self.exclude_history = history_length, exclude_history
-        self.trie = Trie.build(codes)
+        self.trie = _trie(codes, offered)
         self.paths = self.trie.to(model.device)
         self.offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)).to(model.device)
         self.tokens = torch.from_numpy(codes).to(model.device) + self.offsets  # (I, L)
@@ -115,6 +118,7 @@ class GenerativeRecommender:
         """Row and leaf of every ID whose items are all in the row's history; a shared ID with a new item stays."""
         rows, items = _flat(histories)
         own = items < len(self.leaf_of)
+        own[own] = self.leaf_of[items[own]] >= 0
         keys = np.unique(rows[own] * len(self.leaf_of) + items[own])
         rows, leaves = keys // len(self.leaf_of), self.leaf_of[keys % len(self.leaf_of)]
         count = len(self.trie.leaf_first) - 1
@@ -139,9 +143,17 @@ class GenerativeRecommender:
         return _table(line, item, score, group, len(leaves), k)
 
 
+def _trie(codes: IntArray, offered: BoolArray | None) -> Trie:
+    if offered is None or offered.all():
+        return Trie.build(codes)
+    trie, numbers = Trie.build(codes[offered]), torch.from_numpy(np.flatnonzero(offered))
+    return replace(trie, leaf_items=numbers[trie.leaf_items])
+
+
 def _leaf_of(trie: Trie, items: int) -> IntArray:
+    """(I,) each item's leaf; -1 for one that is not offered."""
     sizes = np.diff(trie.leaf_first.numpy())
-    leaf = np.empty(items, dtype=np.int64)
+    leaf = np.full(items, -1, dtype=np.int64)
     leaf[trie.leaf_items.numpy()] = np.repeat(np.arange(len(sizes)), sizes)
     return leaf
 

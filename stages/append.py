@@ -23,9 +23,11 @@ import polars as pl
 from stages.clock import instant
 from stages.closing import closings
 from stages.config import Config, expand
-from stages.content import content_digest, write_parquet
+from stages.content import write_parquet
 from stages.errors import UserError
 from stages.interactions import used_objectives
+from stages.item_table import mend_item_table, read_item_table, store_item_table
+from stages.items import coded_items, coded_stages
 from stages.packing import encoded, encoded_all
 from stages.reading import Incoming, read_events, read_items
 from stages.split import Stage, described, digest_of_stages, load_stages
@@ -360,7 +362,7 @@ def _store_rejects(workspace: Workspace, rejects: pl.DataFrame) -> None:
     path = workspace.rejects / "retrain.parquet"
     if rejects.is_empty():
         path.unlink(missing_ok=True)
-    elif not path.is_file() or content_digest(pl.read_parquet(path)) != content_digest(rejects):
+    else:  # written, not compared: what is there may have rotted
         write_parquet(rejects, path)
 
 
@@ -372,15 +374,18 @@ def grow_catalogue(config: Config, workspace: Workspace) -> int:
 
     Returns:
         Rows added.
+
+    Raises:
+        UserError: the stored rows are damaged, and the sources cannot be read.
     """
-    manifest, raw = workspace.catalogue / "manifest.json", workspace.catalogue / "raw.parquet"
-    if not config.catalogue.sources or not manifest.is_file() or not raw.is_file():
+    if not config.catalogue.sources or not (workspace.catalogue / "manifest.json").is_file():
         return 0
     digests = [row["digest"] for row in read_json(workspace.stages / "manifest.json")["stages"]]
-    if read_json(manifest)["inputs"]["stages"] == digests:
+    if coded_stages(workspace) == digests or mend_item_table(config, workspace) is None:
         return 0
-    known, stored = pl.read_parquet(workspace.catalogue / "items.parquet", columns=["item_id"]), pl.read_parquet(raw)
-    rows = read_items(config).join(pl.concat([known, stored.select("item_id")]), on="item_id", how="anti")
+    stored = read_item_table(workspace)
+    known = pl.concat([coded_items(workspace), stored.select("item_id")])
+    rows = read_items(config).join(known, on="item_id", how="anti")
     if rows.height:
-        write_parquet(pl.concat([stored, rows.select(stored.columns).sort("item_id", "timestamp")]), raw)
+        store_item_table(workspace, pl.concat([stored, rows.select(stored.columns).sort("item_id", "timestamp")]))
     return rows.height

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stages.config import Config
 from stages.errors import UserError
@@ -40,6 +41,11 @@ class Dataset:
         if stage not in self._digests:
             self._digests[stage] = self._digest(stage)
         return self._digests[stage]
+
+    def note_of_codes(self, stage: int) -> dict[str, Any]:
+        """What a checkpoint of `stage` notes of the codes: how many items had some by then, and a digest of those."""
+        count = int(self.catalogue.coded[: self.catalogue.known(stage)].max(initial=-1)) + 1
+        return {"items": count, "digest": self.catalogue.digest_of_codes(count)}
 
     def _digest(self, stage: int) -> str:
         known = self.catalogue.known(stage)

@@ -153,6 +153,7 @@ def as_recommender(found: Stored, dataset: Dataset, job: Job) -> Recommender:
     known, config = dataset.catalogue.known(job.stage), found.config
     vocabulary = query_vocabulary(config, dataset)
     encoder = Encoder(dataset.interactions, dataset.catalogue, vocabulary, config.search.query_tokens)
+    offered = None if found.coded is None else dataset.catalogue.coded[:known] < found.coded
     return GenerativeRecommender(
         put_together(found, dataset, job),
         codes=dataset.catalogue.codes[:known],
@@ -162,6 +163,7 @@ def as_recommender(found: Stored, dataset: Dataset, job: Job) -> Recommender:
         beam=config.evaluation.beam,
         exclude_history=config.evaluation.exclude_history,
         unread=dataset.catalogue.from_events,
+        offered=offered,
     )
 
 

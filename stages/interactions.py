@@ -9,6 +9,7 @@ items known by the end of stage t are exactly the numbers below `known(t)`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,7 @@ class Catalogue:
         sizes: (L,) number of codes at each level.
         shipped: the IDs came with the data and were fitted on the catalogue of all stages.
         from_events: codes of items that came after stage 0 were read off the events around them.
+        coded: (I,) each item's place in the order in which they got their codes, which is append-only.
     """
 
     item_ids: list[str]
@@ -48,10 +50,19 @@ class Catalogue:
     sizes: tuple[int, ...]
     shipped: bool
     from_events: bool
+    coded: IntArray
 
     def known(self, stage: int) -> int:
         """How many items have appeared by the end of `stage`; they are numbers 0 … known - 1."""
         return int(np.searchsorted(self.first_stage, stage, side="right"))
+
+    def digest_of_codes(self, count: int) -> str:
+        """Names the codes of the first `count` items that got some; later items and rebuilt stages leave it alone."""
+        order = np.argsort(self.coded)[:count]
+        digest = hashlib.sha256("\0".join(self.item_ids[place] for place in order).encode())
+        digest.update(self.codes[order].tobytes())
+        digest.update(str(self.sizes).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,13 @@ def load_catalogue(workspace: Workspace) -> Catalogue:
         sizes=tuple(manifest["codes_per_level"]),
         shipped=manifest["source"] == "shipped",
         from_events=manifest.get("vectors") == "cooccurrence",
+        coded=coding_order(frame).to_numpy().astype(np.int64),
     )
+
+
+def coding_order(items: pl.DataFrame) -> pl.Series:
+    """Column `coded` of items.parquet; an earlier version coded its items in the order of their numbers."""
+    return items["coded"] if "coded" in items.columns else pl.Series("coded", range(items.height), dtype=pl.Int64)
 
 
 def load_interactions(

@@ -91,16 +91,23 @@ def load_coder(config: Config, workspace: Workspace) -> FrozenCoder:
 
 
 def stage_vectors(
-    config: Config, workspace: Workspace, coder: FrozenCoder, items: pl.DataFrame, stage: int
+    config: Config, workspace: Workspace, coder: FrozenCoder, items: pl.DataFrame, places: range
 ) -> FloatArray:
-    """Vectors (n, d) of the items first seen in `stage`, in the order of their numbers; `items` as in `fit_coder`."""
+    """Vectors (n, d) of the items that one stage brought.
+
+    Args:
+        config: as in `fit_coder`.
+        workspace: as in `fit_coder`.
+        coder: what was fitted.
+        items: as in `fit_coder`, but in the order in which they got their codes: those that were fitted on come first.
+        places: rows of `items`, all first seen in one stage.
+    """
     if not isinstance(coder.vectors, CooccurrenceVectors):
-        return coder.vectors.transform(item_documents(items.filter(pl.col("first_stage") == stage)))
-    if stage == 0:
-        return coder.vectors.vectors
-    users, numbers = training_events(config, workspace, items, stage)
-    start, stop = (int(items["first_stage"].search_sorted(bound, side="left")) for bound in (stage, stage + 1))
-    return coder.vectors.transform(users, numbers, range(start, stop))
+        return coder.vectors.transform(item_documents(items[places.start : places.stop]))
+    if places.stop <= len(coder.vectors.vectors):
+        return coder.vectors.vectors[places.start : places.stop]
+    users, numbers = training_events(config, workspace, items, int(items["first_stage"][places.start]))
+    return coder.vectors.transform(users, numbers, places)
 
 
 def training_events(config: Config, workspace: Workspace, items: pl.DataFrame, stage: int) -> tuple[IntArray, IntArray]:

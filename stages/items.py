@@ -2,14 +2,17 @@
 
 What an item is called and which vector it gets is decided by what was known at the end of the stage in which it first
 appears; everything fitted is fitted on stage 0 and kept in `catalogue/quantizer/`, so that a later stage adds rows and
-changes none.
+changes none. A stage that late rows rebuild moves no code either: items that have one keep it, with their texts, and at
+most move to an earlier first stage, which gives them another number; new ones get theirs from what is frozen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,22 +23,18 @@ import polars as pl
 from models.semantic_ids import Collisions, assign_ids, collisions, read_index
 from stages.config import Config
 from stages.errors import UserError
+from stages.interactions import coding_order
+from stages.item_table import is_mended, mend_item_table, read_item_table
 from stages.item_vectors import fit_coder, load_coder, stage_vectors
 from stages.stage_files import read_stages
-from stages.workspace import SCHEMA, Workspace, digest_of, read_json, replacing, sha256_file, write_json
+from stages.workspace import SCHEMA, Workspace, digest_of, read_json, replacing, sha256_file, sync_folder, write_json
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 Progress: TypeAlias = Callable[[str], None]
 
+NEXT = "next.json"
 _CODES = pl.List(pl.Int64)
 _TEXT_COLUMNS = ("title", "text", "categories")
-_RAW = {
-    "item_id": pl.String,
-    "title": pl.String,
-    "text": pl.String,
-    "categories": pl.List(pl.String),
-    "timestamp": pl.Datetime("us", "UTC"),
-}
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class ItemReport:
         vectors: "tfidf", "cooccurrence" or "encoder"; None for shipped IDs.
         codes_per_level: number of codes at each level, the last, disambiguating one included.
         collisions: items that share an ID.
-        extended: rows kept from an earlier build with fewer stages.
+        extended: items that have their codes from an earlier build.
         digest: SHA-256 of items.parquet.
         reused: everything was there already.
     """
@@ -68,27 +67,31 @@ class ItemReport:
 def build_semantic_ids(config: Config, workspace: Workspace, progress: Progress = lambda _: None) -> ItemReport:
     """Write `catalogue/items.parquet`, its manifest and `catalogue/quantizer/` for the stages of the workspace.
 
-    The same stages, settings and catalogue return the files that are there, once their hashes are checked. Stages added
-    to those of an earlier build keep its rows as they are and code the new items with its frozen quantizer.
+    The same stages, settings and catalogue return the files that are there, once their hashes are checked. Where stages
+    were added to those of an earlier build, or late rows rebuilt some, its codes stay, and its frozen quantizer codes
+    the new items.
 
     Raises:
-        UserError: a stage file is missing or damaged, the IDs have no room, or a shipped index lacks an item.
+        UserError: a stage file is missing or damaged, the IDs have no room, a shipped index lacks an item, or the item
+            table is damaged and gone from the sources.
     """
     stages = read_json(workspace.stages / "manifest.json")
     _check_stage_files(workspace, stages)
-    recipe, raw_digest = _recipe(config, stages), _digest_if_there(workspace.catalogue / "raw.parquet")
+    _settle(workspace.catalogue)
     digests, ends = ([stage[key] for stage in stages["stages"]] for key in ("digest", "end"))
-    inputs = {"recipe": recipe, "stages": digests, "ends": ends, "raw": raw_digest}
+    inputs = {"recipe": _recipe(config, digests), "stages": digests, "ends": ends}
+    inputs["raw"] = mend_item_table(config, workspace)
     earlier = _intact(workspace, progress)
     if earlier is not None and earlier["inputs"] == inputs:
         return _report(earlier, reused=True)
-    raw = _raw(workspace)
+    raw = read_item_table(workspace)
     items = _with_text(_first_stages(workspace, len(digests)), raw, stages)
+    kept = _kept(config, workspace, earlier, inputs, grown="appended" in stages)
     if config.items.index == "shipped":
         frame, facts = _shipped(config, items)
     else:
-        kept = _kept(workspace, earlier, inputs)
         frame, facts = _fitted(config, workspace, items, kept, progress)
+    frame = _in_order(frame, kept)
     catalogue_only = raw.select("item_id").unique().join(items, on="item_id", how="anti").height
     manifest = _write(workspace, frame, {**facts, "catalogue_only": catalogue_only, "inputs": inputs})
     report = _report(manifest, reused=False)
@@ -97,12 +100,12 @@ def build_semantic_ids(config: Config, workspace: Workspace, progress: Progress 
     return report
 
 
-def _recipe(config: Config, stages: Mapping[str, Any]) -> str:
+def _recipe(config: Config, stages: Sequence[str]) -> str:
     """Digest of everything that is fitted, or decides what is fitted: settings, stage 0, a shipped index."""
     index = None
     if config.items.index == "shipped":
         index = _digest_if_there(Path(str(config.log.index)))
-    first = stages["stages"][0]["digest"] if stages["stages"] else None
+    first = stages[0] if stages else None
     settings = config.items.model_dump(mode="json")
     return digest_of(
         {"schema": SCHEMA, "items": settings, "baskets": config.evaluation.baskets, "first": first, "index": index}
@@ -139,14 +142,56 @@ def _intact(workspace: Workspace, progress: Progress) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
-def _kept(workspace: Workspace, earlier: dict[str, Any] | None, inputs: Mapping[str, Any]) -> pl.DataFrame | None:
-    """Rows of an intact earlier build that had the same settings and fewer stages."""
-    if earlier is None or earlier["inputs"]["recipe"] != inputs["recipe"]:
+def coded_stages(workspace: Workspace) -> list[str]:
+    """Digests of the stages whose items have codes; none where the catalogue's manifest cannot be read."""
+    try:
+        return list(read_json(workspace.catalogue / "manifest.json")["inputs"]["stages"])
+    except (UserError, KeyError):
+        return []
+
+
+def coded_items(workspace: Workspace) -> pl.DataFrame:
+    """item_id of every item that has codes; where the catalogue is damaged, of those that it was built of."""
+    path, before = workspace.catalogue / "items.parquet", coded_stages(workspace)
+    if before and _digest_if_there(path) == read_json(workspace.catalogue / "manifest.json")["digest"]:
+        return pl.read_parquet(path, columns=["item_id"])
+    rows = read_json(workspace.stages / "manifest.json")["stages"]
+    same = [place for place, (row, digest) in enumerate(zip(rows, before, strict=False)) if row["digest"] == digest]
+    return read_stages(workspace, len(rows), ["item_id"]).filter(pl.col("stage").is_in(same)).select("item_id").unique()
+
+
+def _kept(
+    config: Config, workspace: Workspace, earlier: dict[str, Any] | None, inputs: Mapping[str, Any], grown: bool
+) -> pl.DataFrame | None:
+    """Rows of an intact earlier build of this very log, or None where it was read or cut anew, or by other settings.
+
+    Args:
+        config: the experiment.
+        workspace: where it is.
+        earlier: its manifest.
+        inputs: what the catalogue is to be built of now.
+        grown: the log has grown by `stages.append`, which adds stages, and late rows to those that are there.
+    """
+    if earlier is None or earlier["inputs"]["recipe"] != _recipe(config, earlier["inputs"]["stages"]):
         return None
-    before = earlier["inputs"]["stages"]
-    if len(before) >= len(inputs["stages"]) or inputs["stages"][: len(before)] != before:
+    before, ends = (earlier["inputs"].get(key, []) for key in ("stages", "ends"))
+    added = len(inputs["stages"]) > len(before) or is_mended(workspace)
+    same = added and inputs["stages"][: len(before)] == before
+    rebuilt = grown and len(ends) == len(before) and inputs["ends"][: len(ends)] == ends
+    if not (same or rebuilt):
         return None
-    return pl.read_parquet(workspace.catalogue / "items.parquet")
+    rows = pl.read_parquet(workspace.catalogue / "items.parquet")
+    return rows.with_columns(coding_order(rows)).sort("coded")
+
+
+def _in_order(frame: pl.DataFrame, kept: pl.DataFrame | None) -> pl.DataFrame:
+    """The items by number, with their place in the order in which they got their codes."""
+    frame, order = frame.sort("first_stage", "item_id"), frame.clear().select("item_id", coded=pl.lit(None, pl.Int64))
+    order = order if kept is None else kept.select("item_id", pl.col("coded").cast(pl.Int64))
+    start = 0 if kept is None else kept.height
+    frame = frame.join(order, on="item_id", how="left", maintain_order="left")
+    fresh = pl.col("coded").is_null()
+    return frame.with_columns(coded=pl.when(fresh).then(start - 1 + fresh.cum_sum().cast(pl.Int64)).otherwise("coded"))
 
 
 def _first_stages(workspace: Workspace, count: int) -> pl.DataFrame:
@@ -155,11 +200,6 @@ def _first_stages(workspace: Workspace, count: int) -> pl.DataFrame:
     if rows["stage"].min() != 0:
         raise UserError("stage 0 has no events, so there is nothing to fit item vectors on; move the first boundary")
     return rows.group_by("item_id").agg(first_stage=pl.col("stage").min()).sort("first_stage", "item_id")
-
-
-def _raw(workspace: Workspace) -> pl.DataFrame:
-    path = workspace.catalogue / "raw.parquet"
-    return pl.read_parquet(path, columns=list(_RAW)) if path.is_file() else pl.DataFrame(schema=_RAW)
 
 
 def _with_text(items: pl.DataFrame, raw: pl.DataFrame, stages: Mapping[str, Any]) -> pl.DataFrame:
@@ -204,12 +244,12 @@ def _fitted(
 ) -> tuple[pl.DataFrame, dict[str, Any]]:
     """Rows with codes, and what the manifest says of them."""
     coder = fit_coder(config, workspace, items, progress) if kept is None else load_coder(config, workspace)
-    done = items.clear().with_columns(codes=pl.Series([], dtype=_CODES)) if kept is None else kept
+    done = items.clear().with_columns(codes=pl.Series([], dtype=_CODES)) if kept is None else _met_again(kept, items)
     fresh = items.join(done, on="item_id", how="anti", maintain_order="left")
     everything = pl.concat([done.select(fresh.columns), fresh])
     # Stage by stage, so that what a later stage brings cannot reach an earlier one even by rounding.
-    stages = fresh["first_stage"].unique(maintain_order=True).to_list()
-    vectors = [stage_vectors(config, workspace, coder, everything, stage) for stage in stages]
+    ends = accumulate(fresh["first_stage"].rle().struct.field("len"), initial=done.height)
+    vectors = [stage_vectors(config, workspace, coder, everything, range(*ends_of)) for ends_of in pairwise(ends)]
     levels, bound = config.items.levels, config.items.codes_per_level
     prefixes = [np.empty((0, levels - 1), dtype=np.int64), *(coder.quantizer.encode(part) for part in vectors)]
     rows = [row for part in vectors for row in part]
@@ -229,6 +269,12 @@ def _fitted(
     facts = {"source": "fitted", "vectors": coder.kind, "quantizer": config.items.quantizer}
     sizes = (*coder.quantizer.sizes, bound)
     return pl.concat([done.select(fresh.columns), fresh]), {**facts, "codes_per_level": sizes, "extended": done.height}
+
+
+def _met_again(kept: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
+    """Rows of an earlier build, as they are but for the first stage, which late rows may have moved."""
+    stages = items.select("item_id", "first_stage")
+    return kept.drop("first_stage", "coded").join(stages, on="item_id", maintain_order="left")
 
 
 def _shipped(config: Config, items: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:
@@ -254,15 +300,12 @@ def _shipped(config: Config, items: pl.DataFrame) -> tuple[pl.DataFrame, dict[st
 def _write(workspace: Workspace, frame: pl.DataFrame, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write the rows, then the manifest that vouches for them."""
     path = workspace.catalogue / "items.parquet"
-    columns = ["item_id", *_TEXT_COLUMNS, "first_stage", "codes"]
-    with replacing(path) as temporary:
-        frame.select(columns).write_parquet(temporary)
+    columns = ["item_id", *_TEXT_COLUMNS, "first_stage", "codes", "coded"]
     codes = np.array(frame["codes"].to_list(), dtype=np.int64)
     folder = workspace.catalogue / "quantizer"
     fitted = sorted(folder.iterdir()) if facts["source"] == "fitted" else []
     manifest = {
         "schema": SCHEMA,
-        "digest": sha256_file(path),
         "items": frame.height,
         "levels": codes.shape[1],
         "collisions": asdict(collisions(codes)),
@@ -270,8 +313,28 @@ def _write(workspace: Workspace, frame: pl.DataFrame, facts: Mapping[str, Any]) 
         **facts,
         "files": {f"quantizer/{file.name}": sha256_file(file) for file in fitted if not file.name.startswith(".")},
     }
-    write_json(workspace.catalogue / "manifest.json", manifest, seal=True)
+    with replacing(path) as temporary:
+        frame.select(columns).write_parquet(temporary)
+        manifest["digest"] = sha256_file(temporary)
+        write_json(workspace.catalogue / NEXT, manifest, seal=True)
+    _settle(workspace.catalogue)
     return manifest
+
+
+def _settle(folder: Path) -> None:
+    """End a build that a kill cut short: its manifest counts where its rows are there, and the old one where not."""
+    decided = folder / NEXT
+    if not decided.is_file():
+        return
+    try:
+        done = read_json(decided)["digest"] == _digest_if_there(folder / "items.parquet")
+    except UserError:
+        done = False
+    if done:
+        os.replace(decided, folder / "manifest.json")
+        sync_folder(folder)
+    else:
+        decided.unlink()
 
 
 def _report(manifest: Mapping[str, Any], reused: bool) -> ItemReport:

@@ -16,6 +16,7 @@ from stages.config import Config
 from stages.content import content_digest, digest_and_sink, write_parquet
 from stages.errors import UserError
 from stages.files import shown
+from stages.item_table import store_item_table
 from stages.log_files import NUMBERS_FILE, checked_manifest, store_manifest
 from stages.published import read_blocks, read_sequences
 from stages.reading import Table, counted, event_table, item_table, silent
@@ -120,7 +121,7 @@ def read_log(
         report = _report(config, table, log, items, content_digest(catalogue), met, digest, log.height - bought)
     _write_rejects(table.rejects, workspace.rejects / "log.parquet")
     _write_rejects(items.rejects, workspace.rejects / "catalogue.parquet")
-    write_parquet(catalogue, workspace.catalogue / "raw.parquet")
+    store_item_table(workspace, catalogue)
     store_manifest(workspace, log, asdict(report))
     progress(_summary(report))
     return report

@@ -34,6 +34,7 @@ class Stored:
         key: of the last checkpoint, in full.
         folders: its checkpoints, stage 0 first; in an exported model some of them are not there.
         tensors: digest of the tensors of all of them.
+        coded: how many items had codes when it was trained: it answers with no others; None: with all its stage knows.
     """
 
     config: Config
@@ -41,13 +42,14 @@ class Stored:
     key: str
     folders: list[Path]
     tensors: str
+    coded: int | None = None
 
 
 def stored(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pin: Pin | None = None) -> Stored:
     """`job`'s model: the one that `config` gives, or the one that `pin` names.
 
     Raises:
-        UserError: a checkpoint is missing or damaged, or cannot be used with this log, backbone or version.
+        UserError: a checkpoint is missing or damaged, or cannot be used with this log, catalogue, backbone or version.
     """
     if pin is not None:
         return _named(config, workspace, dataset, job, pin)
@@ -93,8 +95,25 @@ def _named(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pin
     if pin.tensors not in (None, tensors):
         raise UserError(f"{folder}: its tensors are not those that went into service; {REMEDY}")
     folders = [*(workspace.checkpoints / name for name in parents), folder]
+    coded = _coded(dataset, folder, state)
     own = _as_trained(config, dataset, job, folder, state)
-    return Stored(own, str(state["job"]["method"]), key, folders, tensors)
+    # A model that a later stage leaves as it is, as `frozen` is, knows that stage's items all the same.
+    same = state["job"]["stage"] == job.stage
+    return Stored(own, str(state["job"]["method"]), key, folders, tensors, coded if same else None)
+
+
+def _coded(dataset: Dataset, folder: Path, state: dict[str, Any]) -> int | None:
+    """How many items had codes when a checkpoint was trained; None where an earlier version did not note it.
+
+    Raises:
+        UserError: they have other codes now, so that the model would read and name other items than it means.
+    """
+    if "codes" not in state:
+        return None
+    noted = _noted(folder, "codes", state)
+    if dataset.catalogue.digest_of_codes(noted["items"]) != noted["digest"]:
+        raise UserError(f"{folder}: trained on other item codes than the catalogue has now; {REMEDY}")
+    return noted["items"]
 
 
 def _fault_before(folder: Path, wanted: str, elsewhere: str | None) -> str | None:

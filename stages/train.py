@@ -238,6 +238,7 @@ def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pro
         "job": asdict(job),
         "key": chain[-1].key,
         "inputs": chain[-1].inputs,
+        "codes": dataset.note_of_codes(job.stage),
         "seconds": time.perf_counter() - started,
         "trained_parameters": moved,
         "targets": sum(examples.targets.values()),

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from stages.config import Config
+from stages.item_table import store_item_table
 from stages.workspace import Workspace, digest_of, sha256_file, write_json
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -35,8 +36,8 @@ def settings_of(**items: Any) -> Config:
     return Config.model_validate({**values, "items": {**small, **items}})
 
 
-def write_stages(workspace: Workspace, stages: list[list[Event]], clock: bool = True) -> None:
-    """Stage files and manifest by the file contract, a stage every ten days."""
+def write_stages(workspace: Workspace, stages: list[list[Event]], clock: bool = True, grown: bool = False) -> None:
+    """Stage files and manifest by the file contract, a stage every ten days; `grown`: as a retraining writes them."""
     rows = []
     for index, events in enumerate(stages):
         frame = pl.DataFrame(
@@ -58,15 +59,15 @@ def write_stages(workspace: Workspace, stages: list[list[Event]], clock: bool = 
                 "sha256": sha256_file(path),
             }
         )
-    write_json(workspace.stages / "manifest.json", {"schema": 1, "clock": clock, "stages": rows})
+    appended = {"appended": []} if grown else {}
+    write_json(workspace.stages / "manifest.json", {"schema": 1, "clock": clock, "stages": rows, **appended})
 
 
 def write_raw(
     workspace: Workspace, rows: list[tuple[str, str | None, str | None, list[str] | None, float | None]]
 ) -> None:
-    workspace.catalogue.mkdir(parents=True, exist_ok=True)
     dated = [(*row[:4], None if row[4] is None else START + row[4] * DAY) for row in rows]
-    pl.DataFrame(dated, schema=RAW_SCHEMA, orient="row").write_parquet(workspace.catalogue / "raw.parquet")
+    store_item_table(workspace, pl.DataFrame(dated, schema=RAW_SCHEMA, orient="row"))
 
 
 def invent_stages(new: tuple[int, ...] = (24, 6, 4), seed: int = 0) -> list[list[Event]]:

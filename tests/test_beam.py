@@ -221,6 +221,22 @@ def test_a_shared_id_survives_while_one_of_its_items_is_new() -> None:
     assert sorted(lists.items[0].tolist()) == [-1, 1, 2, 3]
 
 
+@pytest.mark.parametrize("exclude", [False, True])
+def test_an_item_that_is_not_offered_is_read_and_never_returned(exclude: bool) -> None:
+    codes = random_codes(np.random.default_rng(6), 12)
+    offered = np.arange(12) != 4
+    model, prompts = tiny_model(), prompts_of(codes)
+    every = GenerativeRecommender(model, codes, SIZES, prompts, 20, 20, exclude)
+    without = GenerativeRecommender(model, codes, SIZES, prompts, 20, 20, exclude, offered=offered)
+    histories = [np.array([1, 4, 2])]
+    all_of_them, found = (own.recommend(histories, 12) for own in (every, without))
+    others = all_of_them.items[0] != 4
+    kept = found.items[0] >= 0
+    assert found.items[0, kept].tolist() == [item for item in all_of_them.items[0, others].tolist() if item >= 0]
+    np.testing.assert_allclose(found.scores[0, kept], all_of_them.scores[0, others & (all_of_them.items[0] >= 0)])
+    assert without.score(histories, np.array([[4, 5]])).tolist() == every.score(histories, np.array([[4, 5]])).tolist()
+
+
 def test_a_list_longer_than_the_beam_is_refused() -> None:
     with pytest.raises(ValueError, match=r"k \(5\) exceeds the beam \(4\)"):
         recommender(np.array([[0, 0, 0]]), beam=4).recommend([np.array([0])], 5)

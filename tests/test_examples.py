@@ -40,7 +40,9 @@ def events(lengths: list[int], items: int = 12, seed: int = 0) -> Interactions:
 def catalogue(items: int = 12) -> Catalogue:
     codes = np.array([[n // 4, n % 4] for n in range(items)], dtype=np.int64)
     names = [f"i{n}" for n in range(items)]
-    return Catalogue(names, names, np.zeros(items, dtype=np.int64), codes, (items // 4, 4), False, False)
+    return Catalogue(
+        names, names, np.zeros(items, dtype=np.int64), codes, (items // 4, 4), False, False, np.arange(items)
+    )
 
 
 @settings(deadline=None)

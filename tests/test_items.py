@@ -10,7 +10,7 @@ from stages.errors import UserError
 from stages.interactions import load_catalogue
 from stages.item_vectors import load_coder, stage_vectors, training_events
 from stages.items import build_semantic_ids
-from stages.workspace import Workspace
+from stages.workspace import Workspace, read_json, sha256_file, write_json
 from tests.stocked import Event, invent_stages, made, rows_of, settings_of, words, write_raw, write_stages
 
 
@@ -122,6 +122,69 @@ def test_a_stage_added_later_gives_what_building_all_at_once_gives(tmp_path, kin
     assert report.digest == build_semantic_ids(config, made(tmp_path / "whole", stages, words())).digest
 
 
+def late_rows() -> list[list[Event]]:
+    """The stages with late rows in stage 0: of a new item, of one that stage 2 brought, and of one of its own."""
+    first, *later = invent_stages()
+    late = [("u00", item, 1 + 0.01 * place) for place, item in enumerate(["z999", "i033", "i002", "i000", "i001"])]
+    return [[*first, *late], *later]
+
+
+@KINDS
+@pytest.mark.parametrize("quantizer", ["kmeans", "rqvae"])
+def test_a_stage_rebuilt_with_late_rows_moves_no_code(tmp_path, kind, quantizer):
+    config, workspace = settings_of(vectors=kind, quantizer=quantizer), made(tmp_path, invent_stages(), words())
+    build_semantic_ids(config, workspace)
+    before, coder = rows_of(workspace), (workspace.catalogue / "quantizer" / "codebooks.safetensors").read_bytes()
+    write_stages(workspace, late_rows(), grown=True)
+    report = build_semantic_ids(config, workspace)
+    after, catalogue = rows_of(workspace), load_catalogue(workspace)
+    assert (report.extended, report.collisions.items_sharing) == (34, 0)
+    assert after.keys() - before.keys() == {"z999"}
+    assert {item: after[item]["codes"] for item in before} == {item: before[item]["codes"] for item in before}
+    assert (workspace.catalogue / "quantizer" / "codebooks.safetensors").read_bytes() == coder
+    assert [after[item]["first_stage"] for item in ("z999", "i033", "i032")] == [0, 0, 2]
+    assert catalogue.item_ids == sorted(after, key=lambda item: (after[item]["first_stage"], item))
+    assert catalogue.known(0) == 26
+    assert build_semantic_ids(config, workspace).reused
+
+
+@KINDS
+def test_items_of_a_stage_closed_after_a_rebuild_get_codes_beside_those_that_are_there(tmp_path, kind):
+    config, workspace = settings_of(vectors=kind), made(tmp_path, invent_stages((24, 6)), words())
+    build_semantic_ids(config, workspace)
+    write_stages(workspace, late_rows()[:2], grown=True)
+    build_semantic_ids(config, workspace)
+    before = rows_of(workspace)
+    write_stages(workspace, late_rows(), grown=True)
+    build_semantic_ids(config, workspace)
+    after = rows_of(workspace)
+    assert {item: after[item] for item in before} == before
+    assert len({tuple(row["codes"]) for row in after.values()}) == len(after) == 35
+
+
+def test_a_catalogue_of_an_earlier_version_keeps_its_codes_when_a_stage_is_rebuilt(tmp_path):
+    config, workspace = settings_of(vectors="tfidf"), made(tmp_path, invent_stages(), words())
+    build_semantic_ids(config, workspace)
+    path, manifest = workspace.catalogue / "items.parquet", workspace.catalogue / "manifest.json"
+    pl.read_parquet(path).drop("coded").write_parquet(path)
+    write_json(manifest, read_json(manifest) | {"digest": sha256_file(path)}, seal=True)
+    before, noted = rows_of(workspace), load_catalogue(workspace).digest_of_codes(34)
+    write_stages(workspace, late_rows(), grown=True)
+    build_semantic_ids(config, workspace)
+    after = rows_of(workspace)
+    assert {item: after[item]["codes"] for item in before} == {item: before[item]["codes"] for item in before}
+    assert load_catalogue(workspace).digest_of_codes(34) == noted
+
+
+def test_stages_cut_anew_are_coded_anew(tmp_path):
+    config, workspace = settings_of(vectors="cooccurrence"), made(tmp_path / "one", invent_stages(), words())
+    build_semantic_ids(config, workspace)
+    write_stages(workspace, late_rows())
+    again = build_semantic_ids(config, workspace)
+    assert again.extended == 0
+    assert again.digest == build_semantic_ids(config, made(tmp_path / "other", late_rows(), words())).digest
+
+
 def test_a_changed_text_moves_no_code_of_an_item_in_service(tmp_path):
     config, stages = settings_of(vectors="tfidf"), invent_stages()
     workspace = made(tmp_path, stages[:2], words())
@@ -168,7 +231,7 @@ def test_the_frozen_coder_on_disk_gives_the_codes_in_the_catalogue(tmp_path):
     build_semantic_ids(config, workspace)
     coder, catalogue = load_coder(config, workspace), load_catalogue(workspace)
     items = pl.read_parquet(workspace.catalogue / "items.parquet")
-    codes = coder.quantizer.encode(stage_vectors(config, workspace, coder, items, 0))
+    codes = coder.quantizer.encode(stage_vectors(config, workspace, coder, items, range(catalogue.known(0))))
     assert np.array_equal(codes, catalogue.codes[: catalogue.known(0), :-1])
     assert not [file for file in workspace.catalogue.rglob("*") if file.suffix in (".pkl", ".pt", ".joblib")]
 

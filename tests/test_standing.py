@@ -226,7 +226,7 @@ def test_a_damaged_champion_whose_settings_are_gone_is_replaced_by_who_passes_ag
     shop.set("[evaluation]", ANEW)
     (line,) = shop.nightly()
     assert (line["decision"], "single after stage 1" in line["scores"]) == ("rebuilt", True)
-    assert "the champion, single after stage 2, is damaged" in line["why"]
+    assert "the champion, single after stage 2, cannot be loaded" in line["why"]
     assert load_served(shop.workspace.root).fault is None
 
 
