@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from flows.experiment import trained_file
 from flows.promotion.champion import champion
 from flows.recommending import recommend
 from flows.service import build_app
@@ -31,7 +32,7 @@ from stages.errors import UserError
 from stages.evaluate import recommender
 from stages.jobs import Job
 from stages.train import train_stage
-from stages.workspace import Workspace
+from stages.workspace import Workspace, read_json, write_json
 from tests import searching, tiny
 from tests.storefront import HERE, crown, ids, user_of
 
@@ -67,6 +68,18 @@ def test_a_fixed_method_does_not_follow_the_champion(shop: Path) -> None:
     crown(shop, "frozen")
     place.look()
     assert place.current.job.method == "item_graph"
+
+
+def test_a_fixed_method_follows_its_own_newest_model(shop: Path) -> None:
+    path = trained_file(Workspace(shop))
+    listed = read_json(path)
+    write_json(path, [row for row in listed if row["stage"] == 0])
+    places = [InService(shop, **asked) for asked in ({"method": "single"}, {"seed": 0}, {"method": "item_graph"})]
+    assert [place.current.job.stage for place in places] == [0, 0, 0]
+    write_json(path, listed)
+    assert [place.look() for place in places] == [True, True, True]
+    assert [place.current.job.stage for place in places] == [1, 1, 1]
+    assert not any(place.look() for place in places)
 
 
 def test_no_request_is_dropped_or_answered_wrongly_while_champions_change(

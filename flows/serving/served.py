@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from flows import machine
-from flows.experiment import remembered_config
+from flows.experiment import remembered_config, trained_file
 from flows.promotion.champion import FILE
 from flows.recommending import first_that_loads, loaded, models_in_service
 from flows.serving.reasons import Reasons
@@ -171,7 +171,7 @@ class InService:
         load: Callable[[Path, str | None, int | None], Served] = load_served,
     ) -> None:
         self.root, self.method, self.seed, self.load = root, method, seed, load
-        self.mark = mark(Workspace(root))
+        self.mark = self._mark()
         self.current = load(root, method, seed)
         self.swaps, self.failures = 0, int(self.current.fault is not None)
         self._looking = threading.Lock()
@@ -188,7 +188,7 @@ class InService:
             return self._look()
 
     def _look(self) -> bool:
-        found = mark(Workspace(self.root))
+        found = self._mark()
         if found == self.mark:
             return False
         try:
@@ -201,21 +201,30 @@ class InService:
             self.failures += 1
             log.warning("still serving %s: %s", self.current.job, fault)
             return False
-        if mark(Workspace(self.root)) != found:
+        if self._mark() != found:
             return False  # written meanwhile: the next look loads it anew
         self.mark, self.current, self.fault = found, served, None
         self.swaps += 1
         log.info("serving %s", served.job)
         return True
 
+    def _mark(self) -> Mark:
+        return mark(Workspace(self.root), by_name=self.method is not None or self.seed is not None)
 
-def mark(workspace: Workspace) -> Mark:
-    """Changes whenever another model, other histories or other items may have to be served."""
+
+def mark(workspace: Workspace, by_name: bool = False) -> Mark:
+    """Changes whenever another model, other histories or other items may have to be served.
+
+    Args:
+        workspace: whose.
+        by_name: the newest model of a method or seed is served, so that each one trained counts.
+    """
     files = (
         workspace.root / FILE,
         workspace.reports / "latest.json",
         workspace.stages / "manifest.json",
         workspace.catalogue / "manifest.json",
+        *([trained_file(workspace)] if by_name else []),
     )
     return tuple(_stamp(path) for path in files)
 
