@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -60,6 +61,51 @@ def test_a_new_champion_takes_over_and_a_broken_one_does_not(shop: Path) -> None
     assert (place.current.job.method, place.failures) == ("frozen", 1)
     crown(shop, "single")
     assert place.look()
+    assert place.fault is None
+
+
+def said_in_words(error: OSError) -> UserError:
+    """As a reader of files says it."""
+    try:
+        try:
+            raise error
+        except OSError as found:
+            raise UserError(f"champion.json: not readable: {found}") from None
+    except UserError as told:
+        return told
+
+
+FULL = OSError(errno.EMFILE, "Too many open files")
+GONE = FileNotFoundError(errno.ENOENT, "No such file")
+
+
+@pytest.mark.parametrize(
+    ("error", "tried"),
+    [(FULL, 4), (said_in_words(FULL), 4), (GONE, 1), (said_in_words(GONE), 1), (UserError("altered"), 1)],
+)
+def test_a_champion_that_the_machine_kept_from_loading_is_tried_at_every_look(
+    shop: Path, caplog: pytest.LogCaptureFixture, error: Exception, tried: int
+) -> None:
+    loads: list[Path] = []
+
+    def load(root: Path, method: str | None, seed: int | None) -> Served:
+        loads.append(root)
+        if 1 < len(loads) < 5:
+            raise error
+        return load_served(root, method, seed)
+
+    place = InService(shop, load=load)
+    crown(shop, "frozen")
+    caplog.clear()
+    found = [place.look() for _ in range(5)]
+    assert found == [False, False, False, tried == 4, False]
+    assert len(loads) == 1 + tried
+    assert (place.failures, place.fault is None) == (min(tried, 3), tried == 4)
+    assert caplog.text.count("still serving") == 1
+    if tried == 1:
+        for turn in range(3):
+            crown(shop, ("single", "frozen", "single")[turn])
+            assert place.look() == (turn == 2)
     assert place.fault is None
 
 

@@ -182,7 +182,8 @@ class InService:
         """Load what is to be served now if the workspace says otherwise than before; True after a swap.
 
         One assignment replaces the model, so a request sees the old one or the new one, whole. A model that cannot be
-        loaded leaves the old one in service and is tried again when the files change.
+        loaded leaves the old one in service and is tried again when the files change, or at the next look where the
+        machine failed and not the files.
         """
         with self._looking:
             return self._look()
@@ -191,15 +192,17 @@ class InService:
         found = self._mark()
         if found == self.mark:
             return False
+        passing = False
         try:
             served = self.load(self.root, self.method, self.seed)
             fault = served.fault  # an earlier champion is no better than the model that answers
         except (UserError, OSError, ValueError) as error:
-            served, fault = self.current, str(error)
+            served, fault, passing = self.current, str(error), is_passing(error)
         if fault is not None:
-            self.mark, self.fault = found, fault
+            if not (passing and fault == self.fault):
+                log.warning("still serving %s: %s", self.current.job, fault)
+            self.mark, self.fault = self.mark if passing else found, fault
             self.failures += 1
-            log.warning("still serving %s: %s", self.current.job, fault)
             return False
         if self._mark() != found:
             return False  # written meanwhile: the next look loads it anew
@@ -210,6 +213,14 @@ class InService:
 
     def _mark(self) -> Mark:
         return mark(Workspace(self.root), by_name=self.method is not None or self.seed is not None)
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether it comes of the machine, such as too many open files, and not of what the files hold or lack."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)
+    # A UserError says in words what went wrong while it was raised.
+    return error is not None and is_passing(error.__cause__ or error.__context__)
 
 
 def mark(workspace: Workspace, by_name: bool = False) -> Mark:
