@@ -32,10 +32,13 @@ class Taken:
 
 
 def taken(config: Config, source: Source, file: File) -> Taken | None:
-    """The file as it is now; None for one that must be read each time."""
+    """The file as it is now; None for one that must be read each time, or is gone."""
     sides = [path for path in (Path(join.path) for join in source.join) if path.is_file()]
-    stamps = tuple(stamp_of(path) for path in (file.path, *sides))
-    key = file_key(config, source, file)
+    try:
+        stamps = tuple(stamp_of(path) for path in (file.path, *sides))
+        key = file_key(config, source, file)
+    except FileNotFoundError:
+        return None
     return None if key is None else Taken(key, stamps)
 
 

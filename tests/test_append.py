@@ -155,6 +155,23 @@ def test_a_row_written_behind_a_file_that_was_just_read_comes_with_the_next_look
     assert take(config, workspace).unread == 3
 
 
+def test_a_file_that_goes_while_it_is_read_leaves_its_rows(
+    shop: tuple[Config, Workspace, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, workspace, events = shop
+    gone = write_rows(events / "week2.csv", week(2))
+    sift_events = reading.sift_events
+
+    def then_gone(*arguments: Any) -> Any:
+        yield from sift_events(*arguments)
+        if arguments[-1] == str(gone):
+            gone.unlink()
+
+    monkeypatch.setattr(reading, "sift_events", then_gone)
+    assert take(config, workspace).open == 160
+    assert (take(config, workspace).open, take(config, workspace).unread) == (160, 1)
+
+
 @pytest.mark.parametrize("content", ["grown", "the same"])
 def test_a_file_that_is_written_while_it_is_read_is_read_again(
     shop: tuple[Config, Workspace, Path], monkeypatch: pytest.MonkeyPatch, content: str
