@@ -52,7 +52,7 @@ def repaired(root: Path | None) -> Iterator[Check]:
     A workspace that a living process holds is left alone; one is repaired itself where Prefect is out of reach.
 
     Raises:
-        UserError: no workspace was named, or none is there.
+        UserError: no workspace was named, or none is there, or one of another version.
     """
     from flows.experiment import InUseError, exclusive
 
@@ -61,6 +61,7 @@ def repaired(root: Path | None) -> Iterator[Check]:
     if not (root / "workspace.json").exists():
         raise UserError(f"{root}: nothing to repair, no workspace is there; check --workspace")
     workspace = Workspace(root)
+    workspace.see_version()
     with ExitStack() as held:
         try:
             held.enter_context(exclusive(workspace))
@@ -190,6 +191,12 @@ def _disk(folder: Path) -> Check:
 def _workspace(root: Path) -> Iterator[Check]:
     if not (root / "workspace.json").exists():
         yield Check("advice", "workspace", f"{root} holds none yet", "driftrec demo, or driftrec compare --config ...")
+        return
+    try:
+        Workspace(root).see_version()
+    except UserError as error:
+        found, _, remedy = str(error).partition("; ")
+        yield Check("fault", "workspace", found, remedy)
         return
     yield Check("ok", "workspace", str(root))
     left = [str(path.relative_to(root)) for path in left_overs(root)]

@@ -173,9 +173,14 @@ class Trained:
     key: str | None = None
 
 
+def trained_file(workspace: Workspace) -> Path:
+    """Where `remember_trained` lists them; replaced in one step with every stage that is committed."""
+    return workspace.root / "runs" / "trained.json"
+
+
 def remember_trained(workspace: Workspace, checkpoint: Checkpoint) -> None:
     """Add a committed stage to `runs/trained.json`, from which `recommend` chooses; made anew it replaces itself."""
-    stored = workspace.root / "runs" / "trained.json"
+    stored = trained_file(workspace)
     known = trained_models(workspace)
     new = Trained(checkpoint.job, checkpoint.key)
     if new not in known:
@@ -189,7 +194,7 @@ def trained_models(workspace: Workspace) -> list[Trained]:
     Raises:
         UserError: the file that lists them is not what a run writes.
     """
-    stored = workspace.root / "runs" / "trained.json"
+    stored = trained_file(workspace)
     found = read_json(stored) if stored.exists() else []
     wrong = "not a list of trained models", "remove it and run the command again that trained them"
     rows = shaped(list[dict[str, Any]], found, stored, *wrong)

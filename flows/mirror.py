@@ -39,13 +39,27 @@ def record(workspace: Workspace, folder: Path) -> str | None:
         seconds = patience()
         within(seconds, partial(_answers, workspace))
         chart = within(WHOLE * seconds, partial(_copied, workspace, folder))
-        for missed in missing(workspace):
-            within(WHOLE * seconds, partial(_copied, workspace, missed))
     except Exception as error:
-        words = " ".join(str(error).split())[:300] or type(error).__name__
-        log.warning("MLflow was not written (%s); `driftrec report` records it later", words)
+        log.warning("MLflow was not written (%s); `driftrec report` records it later", _words(error))
         return None
+    _make_up(workspace, WHOLE * seconds)
     return chart
+
+
+def _make_up(workspace: Workspace, seconds: float) -> None:
+    """Record earlier reports that could not be, those that still cannot left out."""
+    for missed in missing(workspace):
+        try:
+            within(seconds, partial(_copied, workspace, missed))
+        except TimeoutError as error:
+            log.warning("MLflow does not have the report %s (%s); the next run records it", missed, _words(error))
+            return  # nothing is recorded while that one hangs
+        except Exception as error:
+            log.warning("MLflow does not have the report %s (%s); the next run tries again", missed, _words(error))
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def record_decisions(workspace: Workspace, experiment: str) -> None:

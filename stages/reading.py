@@ -18,7 +18,7 @@ from stages.long_files import raw_file
 from stages.rows import EVENT_FIELDS, INSTANT, ITEM_FIELDS, Sifted, sift_events, sift_items
 from stages.scan import KEY, raw_rows
 from stages.spool import ahead
-from stages.taken import file_key
+from stages.taken import Taken, taken
 
 ITEM_SCHEMA = {
     "item_id": pl.String(),
@@ -36,7 +36,8 @@ class Incoming:
     Attributes:
         rows: accepted ones of the files read, each once and in the log's order.
         rejects: refused ones with file, row number and reason.
-        clean: `stages.taken.file_key` of the files that were read and of which no row was refused.
+        clean: `stages.taken.file_key` of the files that were read, of which no row was refused, and which nobody
+            wrote to meanwhile.
         unread: how many files were known already.
         accepted: how many rows were, duplicates included.
     """
@@ -66,7 +67,7 @@ class Table:
     rows: int
     filtered: int
     units: dict[str, str | None]
-    clean: tuple[tuple[Source, File], ...] = ()
+    clean: frozenset[str] = frozenset()
     unread: int = 0
 
 
@@ -88,9 +89,8 @@ def read_events(config: Config, progress: Callable[[str], None], known: Collecti
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / NUMBERS_FILE
         table, log, _ = event_table(config, window(config.log.earliest, config.log.latest), progress, path, known)
-        keys = {file_key(config, *each) for each in table.clean} - {None}
         rows = log.whole().drop("block")
-        return Incoming(rows, table.rejects, frozenset(map(str, keys)), table.unread, table.accepted)
+        return Incoming(rows, table.rejects, table.clean, table.unread, table.accepted)
 
 
 def read_items(config: Config, progress: Callable[[str], None] = silent) -> pl.DataFrame:
@@ -103,11 +103,15 @@ def read_items(config: Config, progress: Callable[[str], None] = silent) -> pl.D
 
 
 def event_table(
-    config: Config, plausible: Window, progress: Callable[[str], None], path: Path, known: Collection[str] = ()
+    config: Config,
+    plausible: Window,
+    progress: Callable[[str], None],
+    path: Path,
+    known: Collection[str] | None = None,
 ) -> tuple[Table, Coded, int | None]:
     """The events of the sources as numbers, stored at `path`; nobody has counted the short users (the last part).
 
-    See `read_events` for the other arguments and errors.
+    See `read_events` for the other arguments and errors; without `known` no file is hashed.
     """
     required = ("user_id", "item_id", "timestamp")
 
@@ -119,10 +123,10 @@ def event_table(
     by_key = any(source.distinct for source in config.log.sources)
     keep = keyed.append if by_key else coder.add
 
-    def is_known(source: Source, file: File) -> bool:
-        return bool(known) and file_key(config, source, file) in known
+    def state(source: Source, file: File) -> Taken | None:
+        return None if known is None else taken(config, source, file)
 
-    table = _collected(config.log.sources, sift, EVENT_FIELDS, keep, progress, is_known)
+    table = _collected(config.log.sources, sift, EVENT_FIELDS, keep, progress, state, known or ())
     if not by_key:
         return table, coder.sorted_distinct(path), None
     coder.add(_earliest_of_a_key(pl.concat(keyed, how="diagonal")))
@@ -144,7 +148,8 @@ def _collected(
     fields: tuple[str, ...],
     keep: Callable[[pl.DataFrame], object],
     progress: Callable[[str], None],
-    is_known: Callable[[Source, File], bool] = lambda *_: False,
+    state: Callable[[Source, File], Taken | None] = lambda *_: None,
+    known: Collection[str] = (),
 ) -> Table:
     """Sift every file that is not known, hand its accepted rows on, part by part, while the next part is sifted."""
 
@@ -154,22 +159,28 @@ def _collected(
 
     files = [(source, file) for source in sources for file in source_files(source.path)]
     names = shown([file.path for _, file in files])
-    rejects, units, accepted, rows, filtered = [], {}, 0, 0, 0
-    wanted, clean = [each for each in files if not is_known(*each)], []
-    for source, file in wanted:
+    rejects, units, accepted, rows, filtered, unread = [], {}, 0, 0, 0, 0
+    clean: set[str] = set()
+    for source, file in files:
+        before = state(source, file)
+        if before is not None and before.key in known:
+            unread += 1
+            continue
         name = names[file.path]
         good = bad = left_out = 0
         for part in ahead(sift(source, file), handed_on):
             rejects.append(part.rejects.select(pl.lit(name).alias("file"), pl.all()))
             units[name] = part.unit
             good, bad, left_out = good + part.accepted.height, bad + part.rejects.height, left_out + part.filtered
-        clean += [] if bad else [(source, file)]
+        # What is written while the file is read may have been missed: the next look reads it again.
+        if not bad and before is not None and state(source, file) == before:
+            clean.add(before.key)
         accepted, filtered, rows = accepted + good, filtered + left_out, rows + left_out + good + bad
         unit = "" if units[name] is None else f", times in {units[name]}"
         progress(f"{name}: {good:,} rows{unit}, {left_out:,} filtered, {bad:,} rejected")
     schema = {"file": pl.String, "row": pl.Int64, "reason": pl.String, **dict.fromkeys(fields, pl.String)}
     refused = pl.concat(rejects) if rejects else pl.DataFrame(schema=schema)
-    return Table(accepted, refused, rows, filtered, units, tuple(clean), len(files) - len(wanted))
+    return Table(accepted, refused, rows, filtered, units, frozenset(clean), unread)
 
 
 def item_table(config: Config, plausible: Window, progress: Callable[[str], None]) -> tuple[Table, pl.DataFrame]:

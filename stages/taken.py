@@ -7,14 +7,39 @@ A file is known by its bytes and by how they are read, not by its name: all its 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from stages.config import Config, Source
 from stages.files import File
-from stages.workspace import digest_of, sha256_once
+from stages.workspace import Stamp, digest_of, sha256_once, stamp_of
 
 READING = 1
 """Raised whenever the same bytes would be read as other rows."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A file as it is at one moment; another one where anybody wrote to it since.
+
+    Attributes:
+        key: its `file_key`.
+        stamps: of the file and of those joined to it. They differ even where the same bytes were written anew.
+    """
+
+    key: str
+    stamps: tuple[Stamp, ...]
+
+
+def taken(config: Config, source: Source, file: File) -> Taken | None:
+    """The file as it is now; None for one that must be read each time, or is gone."""
+    sides = [path for path in (Path(join.path) for join in source.join) if path.is_file()]
+    try:
+        stamps = tuple(stamp_of(path) for path in (file.path, *sides))
+        key = file_key(config, source, file)
+    except FileNotFoundError:
+        return None
+    return None if key is None else Taken(key, stamps)
 
 
 def file_key(config: Config, source: Source, file: File) -> str | None:

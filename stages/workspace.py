@@ -126,20 +126,32 @@ class Workspace:
         Raises:
             UserError: for another experiment than the one called `name`, or by a newer version.
         """
+        found = self._claimed(f"write the name of its experiment anew, which is {name!r}, or choose another workspace")
+        if found is not None and found.get("name") != name:
+            raise UserError(
+                f"{self.root}: workspace of experiment {found.get('name')!r}, not {name!r}; choose another workspace"
+            )
+        return found is not None
+
+    def see_version(self) -> None:
+        """Refuse a folder that this version cannot read, whatever experiment's it is; nothing is written.
+
+        Raises:
+            UserError: another version claimed it, or workspace.json is unreadable.
+        """
+        self._claimed("write the name of its experiment anew, or choose another workspace")
+
+    def _claimed(self, remedy: str) -> dict[str, Any] | None:
+        """What workspace.json says, `remedy` being what to do where that is nonsense; None where there is none."""
         if not self._marker.exists():
-            return False
-        remedy = f"write the name of its experiment anew, which is {name!r}, or choose another workspace"
+            return None
         found = shaped(dict[str, Any], read_json(self._marker), self._marker, "not a workspace's name", remedy)
         if found.get("schema") != SCHEMA:
             raise UserError(
                 f"{self.root}: workspace schema {found.get('schema')}, this version reads {SCHEMA}; "
                 "install the version that made it, or choose another workspace"
             )
-        if found.get("name") != name:
-            raise UserError(
-                f"{self.root}: workspace of experiment {found.get('name')!r}, not {name!r}; choose another workspace"
-            )
-        return True
+        return found
 
     @property
     def _marker(self) -> Path:

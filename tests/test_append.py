@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from benchmarks import growing
 from benchmarks.growing import NOW, START, listing, opened, seconds, week, write_rows
-from stages import append
+from stages import append, reading
 from stages.append import Intake, finish_commit, grow_catalogue, take_new_rows
 from stages.closing import closings
-from stages.config import Config
+from stages.config import Config, Source
 from stages.dataset import load_dataset
 from stages.errors import UserError
+from stages.files import File
 from stages.items import build_semantic_ids
 from stages.retrain_config import CloseConfig
 from stages.split import TICK, load_stages
@@ -126,6 +127,78 @@ def test_a_file_taken_whole_is_not_read_again_until_it_or_its_reading_changes(
     assert take(config.model_copy(update={"log": stated}), workspace).unread == 0
     (workspace.root / "open" / "manifest.json").unlink()
     assert take(config, workspace).read == 332
+
+
+LAST = ("u00", "i01", seconds(17))
+
+
+def add_row(path: Path) -> None:
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(",".join(map(str, LAST)) + "\n")
+
+
+def test_a_row_written_behind_a_file_that_was_just_read_comes_with_the_next_look(
+    shop: tuple[Config, Workspace, Path],
+) -> None:
+    config, workspace, events = shop
+    added = write_rows(events / "week2.csv", week(2))
+    write_rows(events / "week2b.csv", week(2, users=41))
+    told = iter([added])
+
+    def say(message: str) -> None:
+        if message.startswith("week2.csv"):
+            add_row(next(told))
+
+    assert take(config, workspace, progress=say).open == 164
+    second = take(config, workspace)
+    assert (second.taken, second.unread, second.open) == (1, 2, 165)
+    assert take(config, workspace).unread == 3
+
+
+def test_a_file_that_goes_while_it_is_read_leaves_its_rows(
+    shop: tuple[Config, Workspace, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, workspace, events = shop
+    gone = write_rows(events / "week2.csv", week(2))
+    sift_events = reading.sift_events
+
+    def then_gone(*arguments: Any) -> Any:
+        yield from sift_events(*arguments)
+        if arguments[-1] == str(gone):
+            gone.unlink()
+
+    monkeypatch.setattr(reading, "sift_events", then_gone)
+    assert take(config, workspace).open == 160
+    assert (take(config, workspace).open, take(config, workspace).unread) == (160, 1)
+
+
+@pytest.mark.parametrize("content", ["grown", "the same"])
+def test_a_file_that_is_written_while_it_is_read_is_read_again(
+    shop: tuple[Config, Workspace, Path], monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    config, workspace, events = shop
+    grown = write_rows(events / "week2.csv", week(2))
+    text, raw_file, sift_events = grown.read_text(), reading.raw_file, reading.sift_events
+
+    def half_there(source: Source, file: File, *rest: Any) -> Any:
+        if file.path == grown:
+            grown.write_text(text[: text.index("u20")])
+        return raw_file(source, file, *rest)
+
+    def then_whole(*arguments: Any) -> Any:
+        yield from sift_events(*arguments)
+        if arguments[-1] == str(grown):
+            grown.write_text(text)
+            if content == "grown":
+                add_row(grown)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "raw_file", half_there)
+        patched.setattr(reading, "sift_events", then_whole)
+        assert 0 < take(config, workspace).open < 160
+    second = take(config, workspace)
+    assert (second.unread, second.open) == (1, 160 + (content == "grown"))
+    assert take(config, workspace).unread == 2
 
 
 def test_refused_rows_are_counted_with_their_most_frequent_reason(shop: tuple[Config, Workspace, Path]) -> None:

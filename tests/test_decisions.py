@@ -60,6 +60,24 @@ def test_a_decision_whose_recording_a_kill_prevented_is_recorded_by_the_next_run
     assert given == [1]
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"given": {"mlflow": "2"}}'])
+def test_a_count_that_rotted_is_counted_anew(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    for stage in range(3):
+        champion.keep(workspace, {"stage": stage}, None)
+    path = workspace.root / "runs" / copies.FILE
+    copies.note(workspace, "mlflow", 2)
+    whole = path.read_bytes()
+    path.write_text(content)
+    assert len(copies.lacking(workspace, "mlflow")) == 3
+    assert len(copies.lacking(workspace, "prefect", known=2)) == 1
+    assert "copies.json: not a" in caplog.text
+    copies.note(workspace, "mlflow", 2)
+    assert path.read_bytes() == whole
+    assert [line["stage"] for line in copies.lacking(workspace, "mlflow")] == [2]
+
+
 def test_a_decision_recorded_by_half_is_completed_and_not_repeated(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.growing import opened
+from benchmarks.growing import listing, opened
 from flows import doctor, machine
 from flows.doctor import Check, examine, healthy, pin
 from stages.errors import UserError
@@ -104,6 +104,24 @@ def test_the_doctor_repairs_only_a_workspace_that_is_named_and_there(tmp_path: P
     with pytest.raises(UserError, match=r"typo: nothing to repair, no workspace is there"):
         list(doctor.repaired(tmp_path / "typo"))
     assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [('{"schema": 2, "name": "growing"}', "workspace schema 2, this version"), ("[]", "not a workspace's name")],
+)
+def test_the_doctor_writes_nothing_into_a_workspace_of_another_version(
+    tmp_path: Path, content: str, found: str
+) -> None:
+    _, workspace = opened(tmp_path)
+    (workspace.stages / "next.json").write_bytes((workspace.stages / "manifest.json").read_bytes())
+    (workspace.root / "workspace.json").write_text(content)
+    before = listing(workspace.root)
+    check = named(examine(workspace.root), "workspace")
+    assert (check.level, found in check.found, "another workspace" in check.remedy) == ("fault", True, True)
+    with pytest.raises(UserError, match=found):
+        list(doctor.repaired(workspace.root))
+    assert listing(workspace.root) == before
 
 
 def test_the_processor_s_features_decide_the_precision_line(monkeypatch: pytest.MonkeyPatch) -> None:

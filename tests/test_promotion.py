@@ -267,6 +267,7 @@ def test_what_an_earlier_version_decided_is_told_by_the_manifest_alone(shop: Wor
     for line in old:
         line.pop("digest", None)
         del line["champion"]["tensors"]
+    (shop.root / history.END).unlink()
     path.write_text("".join(json.dumps(line) + "\n" for line in old))
     folder = shop.checkpoints / old[0]["champion"]["key"]
     manifest = (folder / "manifest.json").read_bytes()
@@ -277,57 +278,91 @@ def test_what_an_earlier_version_decided_is_told_by_the_manifest_alone(shop: Wor
     assert back(shop)[1].job.stage == 1
 
 
-def test_a_torn_last_line_is_passed_over_and_spoils_no_later_one(workspace: Workspace) -> None:
-    history.append_line(workspace, {"decision": "kept", "why": "é"})
-    path = history.history_file(workspace)
-    with path.open("ab") as handle:
-        handle.write(b'{"schema": 1, "decision": "prom')
-    assert [len(part) if isinstance(part, list) else part for part in history.read_history(workspace)] == [1, 1]
-    history.append_line(workspace, {"decision": "kept"})
-    lines, torn = history.read_history(workspace)
-    assert ([line["decision"] for line in lines], torn) == (["kept", "kept"], 1)
+def test_a_roll_back_whose_line_rotted_is_not_undone(shop: Workspace) -> None:
+    promoted(shop, 0, 1)
+    back(shop)
+    path, file = history.history_file(shop), champion.champion_file(shop)
+    text, served = path.read_bytes(), file.read_bytes()
+    last = text.splitlines(keepends=True)[-1]
+    for lost in (len(last), len(last) // 2, 2):
+        path.write_bytes(text[:-lost])
+        for work in (champion.settle, back, lambda place: champion.keep(place, {"stage": 2}, None)):
+            with pytest.raises(UserError, match=r"history\.jsonl: decision 3, .* is altered or gone; .*; or remove"):
+                work(shop)
+        assert (path.read_bytes(), file.read_bytes()) == (text[:-lost], served)
+    for rotten in (b"", *(bytes([ord("\n") ^ 1 << bit]) for bit in range(8))):
+        path.write_bytes(text[:-1] + rotten)
+        assert champion.settle(shop) == champion.in_service(shop)
+        assert champion.keep(shop, {"stage": 2}, champion.in_service(shop))
+        decisions = [line["decision"] for line in history.read_history(shop)[0]]
+        assert decisions == ["first", "promoted", "rolled_back", "kept"]
+        assert file.read_bytes() == served
+        path.write_bytes(text)
+        (shop.root / history.END).unlink()
+        champion.settle(shop)
 
 
-def written(workspace: Workspace, *decisions: str) -> Path:
-    """A history of these decisions."""
-    for number, decision in enumerate(decisions):
-        history.append_line(workspace, {"decision": decision, "stage": number})
-    return history.history_file(workspace)
-
-
-@pytest.mark.parametrize("before", [b"promoted", b"kept", b"first", b'"stage": 1', b'{"schema"'])
-def test_one_altered_letter_of_any_line_is_refused(workspace: Workspace, before: bytes) -> None:
-    path = written(workspace, "first", "promoted", "kept")
+def test_a_decision_cut_short_anywhere_before_it_was_in_force_never_was_or_is_whole(shop: Workspace) -> None:
+    promoted(shop, 0)
+    path = history.history_file(shop)
+    before = {name: (shop.root / name).read_bytes() for name in (history.END, champion.FILE)}
+    first = path.read_bytes()
+    promoted(shop, 1)
     text = path.read_bytes()
-    path.write_bytes(text.replace(before, bytes([before[0] ^ 1]) + before[1:], 1))
-    with pytest.raises(UserError, match=r"history\.jsonl: line \d.* is not what was written; put the file back"):
-        history.read_history(workspace)
-    with pytest.raises(UserError, match="is not what was written"):
-        history.append_line(workspace, {"decision": "kept"})
-    path.write_bytes(text)
-    assert len(history.read_history(workspace)[0]) == 3
+    for length in [*range(len(first), len(text), 40), len(text) - 1, len(text)]:
+        path.write_bytes(text[:length])
+        for name, content in before.items():
+            (shop.root / name).write_bytes(content)
+        stage = int(length >= len(text) - 1)
+        settled = champion.settle(shop)
+        assert settled is not None
+        assert settled.job.stage == stage, length
+        assert champion.settle(shop) == champion.in_service(shop) == settled
+        assert champion.keep(shop, {"stage": 2}, settled)
+        assert len(history.read_history(shop)[0]) == stage + 2
 
 
-def test_a_line_taken_out_of_the_middle_is_missed(workspace: Workspace) -> None:
-    path = written(workspace, "first", "promoted", "kept")
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + lines[2])
-    with pytest.raises(UserError, match="line 2, or one before it"):
-        history.read_history(workspace)
+def test_a_kill_before_the_end_of_the_history_is_named_is_settled(
+    shop: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promoted(shop, 0)
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(history, "write_json", die)
+        with pytest.raises(KeyboardInterrupt):
+            promoted(shop, 1)
+    assert champion.champion(shop) == Job("single", 0, "same_stage", 0)
+    settled = champion.settle(shop)
+    assert settled is not None
+    assert settled.job.stage == 1
+    assert read_json(shop.root / history.END)["lines"] == 2
 
 
-def test_lines_of_an_earlier_version_are_read_and_vouched_for_by_the_next(workspace: Workspace) -> None:
-    path = history.history_file(workspace)
-    path.write_text('{"schema": 1, "decision": "first"}\n{"schema": 1, "decision": "promoted"}\n')
-    assert [line["decision"] for line in history.read_history(workspace)[0]] == ["first", "promoted"]
-    written(workspace, "kept")
-    path.write_bytes(path.read_bytes().replace(b"promoted", b"promotee"))
-    with pytest.raises(UserError, match="line 3, or one before it"):
-        history.read_history(workspace)
+def test_a_history_whose_end_nobody_named_is_read_and_named_by_the_next_run(
+    shop: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    promoted(shop, 0, 1)
+    end = shop.root / history.END
+    whole = end.read_bytes()
+    for content in (None, b"", whole[:-20], whole.replace(b": 2", b": 3")):
+        end.unlink() if content is None else end.write_bytes(content)
+        caplog.clear()
+        assert champion.settle(shop) == champion.in_service(shop)
+        assert ("history_end.json: unreadable" in caplog.text) == (content is not None)
+        assert end.read_bytes() == whole
 
 
-def test_a_history_that_is_not_there_is_empty(tmp_path: Path) -> None:
-    assert history.read_history(Workspace(tmp_path)) == ([], 0)
+def test_a_history_that_was_moved_away_leaves_the_champion_and_begins_anew(shop: Workspace) -> None:
+    promoted(shop, 0, 1)
+    history.history_file(shop).rename(shop.root / "old.jsonl")
+    present = champion.settle(shop)
+    assert present is not None
+    assert present.job.stage == 1
+    assert champion.keep(shop, {"stage": 2}, present)
+    assert [line["decision"] for line in history.read_history(shop)[0]] == ["kept"]
 
 
 def test_a_champion_of_another_version_is_named(workspace: Workspace) -> None:

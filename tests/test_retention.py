@@ -25,7 +25,7 @@ from stages.jobs import Job
 from stages.locks import held
 from stages.space import expected_bytes
 from stages.train import train_stage
-from stages.workspace import Workspace, left_overs, sweep, temporary_beside, write_json
+from stages.workspace import Workspace, left_overs, read_json, sweep, temporary_beside, write_json
 from tests import tiny
 
 
@@ -202,6 +202,32 @@ def test_one_holder_at_a_time_and_the_waiter_knows_whom_it_waits_for(
         pass
     assert (tmp_path / "x.lock").exists()
     assert caplog.messages == []
+
+
+def test_one_report_that_cannot_be_recorded_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch, workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "abcd":
+        for file in ("jobs.json", "report.json"):
+            write_json(workspace.reports / name / file, {})
+
+    def copied(_: Workspace, folder: Path) -> str:
+        if folder.name == "b":
+            read_json(folder / "gone.json")
+        if folder.name == "c" and late:
+            raise TimeoutError("no answer")
+        write_json(folder / "chart.json", {})
+        return f"chart of {folder.name}"
+
+    monkeypatch.setattr(mirror, "_answers", lambda _: True)
+    monkeypatch.setattr(mirror, "_copied", copied)
+    late = True
+    assert mirror.record(workspace, workspace.reports / "d") == "chart of d"
+    assert [path.name for path in mirror.missing(workspace)] == ["b", "c"]
+    assert f"does not have the report {workspace.reports / 'b'} (" in caplog.text
+    late = False
+    assert mirror.record(workspace, workspace.reports / "d") == "chart of d"
+    assert [path.name for path in mirror.missing(workspace)] == ["b"]
 
 
 def test_a_silent_mlflow_costs_a_warning_and_its_time_limit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from flows.experiment import trained_file
 from flows.promotion.champion import champion
 from flows.recommending import recommend
 from flows.service import build_app
@@ -31,7 +33,7 @@ from stages.errors import UserError
 from stages.evaluate import recommender
 from stages.jobs import Job
 from stages.train import train_stage
-from stages.workspace import Workspace
+from stages.workspace import Workspace, read_json, write_json
 from tests import searching, tiny
 from tests.storefront import HERE, crown, ids, user_of
 
@@ -62,11 +64,68 @@ def test_a_new_champion_takes_over_and_a_broken_one_does_not(shop: Path) -> None
     assert place.fault is None
 
 
+def said_in_words(error: OSError) -> UserError:
+    """As a reader of files says it."""
+    try:
+        try:
+            raise error
+        except OSError as found:
+            raise UserError(f"champion.json: not readable: {found}") from None
+    except UserError as told:
+        return told
+
+
+FULL = OSError(errno.EMFILE, "Too many open files")
+GONE = FileNotFoundError(errno.ENOENT, "No such file")
+
+
+@pytest.mark.parametrize(
+    ("error", "tried"),
+    [(FULL, 4), (said_in_words(FULL), 4), (GONE, 1), (said_in_words(GONE), 1), (UserError("altered"), 1)],
+)
+def test_a_champion_that_the_machine_kept_from_loading_is_tried_at_every_look(
+    shop: Path, caplog: pytest.LogCaptureFixture, error: Exception, tried: int
+) -> None:
+    loads: list[Path] = []
+
+    def load(root: Path, method: str | None, seed: int | None) -> Served:
+        loads.append(root)
+        if 1 < len(loads) < 5:
+            raise error
+        return load_served(root, method, seed)
+
+    place = InService(shop, load=load)
+    crown(shop, "frozen")
+    caplog.clear()
+    found = [place.look() for _ in range(5)]
+    assert found == [False, False, False, tried == 4, False]
+    assert len(loads) == 1 + tried
+    assert (place.failures, place.fault is None) == (min(tried, 3), tried == 4)
+    assert caplog.text.count("still serving") == 1
+    if tried == 1:
+        for turn in range(3):
+            crown(shop, ("single", "frozen", "single")[turn])
+            assert place.look() == (turn == 2)
+    assert place.fault is None
+
+
 def test_a_fixed_method_does_not_follow_the_champion(shop: Path) -> None:
     place = InService(shop, method="item_graph")
     crown(shop, "frozen")
     place.look()
     assert place.current.job.method == "item_graph"
+
+
+def test_a_fixed_method_follows_its_own_newest_model(shop: Path) -> None:
+    path = trained_file(Workspace(shop))
+    listed = read_json(path)
+    write_json(path, [row for row in listed if row["stage"] == 0])
+    places = [InService(shop, **asked) for asked in ({"method": "single"}, {"seed": 0}, {"method": "item_graph"})]
+    assert [place.current.job.stage for place in places] == [0, 0, 0]
+    write_json(path, listed)
+    assert [place.look() for place in places] == [True, True, True]
+    assert [place.current.job.stage for place in places] == [1, 1, 1]
+    assert not any(place.look() for place in places)
 
 
 def test_no_request_is_dropped_or_answered_wrongly_while_champions_change(

@@ -287,6 +287,13 @@ def test_a_late_row_that_rebuilds_a_stage_asks_the_gate(shop: Shop) -> None:
     assert read_json(champion.champion_file(shop.workspace))["key"] == before.key
 
 
+def test_a_rotten_count_of_recorded_decisions_stops_no_retraining(shop: Shop) -> None:
+    path = shop.workspace.root / "runs" / "copies.json"
+    for content in ("{", "[]", '{"schema": 1}'):
+        path.write_text(content)
+        assert shop.nightly() == []
+
+
 RETRAIN = ("retrain", "-c", "shop.toml", "-w")
 WRONG = [
     ("champion.json", "[]", ("recommend", "--user", "u03", "-w"), "not a champion"),
@@ -297,7 +304,6 @@ WRONG = [
     ("workspace.json", "[1]", ("rollback", "-w"), "not a workspace's name"),
     ("last_command.json", "{}", ("resume", "-w"), "not a command"),
     ("last_command.json", '{"command": "retrain", "arguments": {}}', ("resume", "-w"), "not a command"),
-    ("runs/copies.json", "[]", RETRAIN, "not a count"),
     ("runs/trained.json", "{}", ("recommend", "--user", "u03", "-m", "single", "-w"), "not a list of trained"),
 ]
 

@@ -1,8 +1,8 @@
 """The model in service: `champion.json`, moved only by a decision that `history.jsonl` holds already.
 
 The history is written first. A kill between the two leaves a champion.json that is one decision behind, and `settle`
-catches up. Whoever writes either holds `champion.lock`, for as long as that takes and no longer: a roll back waits for
-no training.
+catches up; it follows no history that has lost a decision. Whoever writes either holds `champion.lock`, for as long as
+that takes and no longer: a roll back waits for no training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flows.promotion.history import Entry, append_line, history_file, read_history
+from flows.promotion.history import Entry, append_line, confirm, history_file, read_history
 from stages.checkpoint import MANIFEST
 from stages.config import Config
 from stages.dataset import load_dataset
@@ -95,6 +95,9 @@ def settle(workspace: Workspace) -> Champion | None:
     """Bring champion.json up to the last decision of the history, and return it.
 
     Without a history champion.json stands as it is.
+
+    Raises:
+        UserError: the history is not what was written, or lacks its last decision.
     """
     with _writing(workspace):
         return _settled(workspace)
@@ -104,6 +107,7 @@ def _settled(workspace: Workspace) -> Champion | None:
     lines, _ = read_history(workspace)
     if not lines:
         return in_service(workspace)
+    confirm(workspace)
     stack = served(lines)
     decided = _champion(stack[-1], history_file(workspace)) if stack else None
     if decided is not None and decided != _readable(workspace):

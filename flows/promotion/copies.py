@@ -5,15 +5,18 @@ The history is the truth; this notes what is still to be handed over, after a ki
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
 
 from flows.promotion.history import Entry, read_history
+from stages.errors import UserError
 from stages.shapes import shaped
 from stages.workspace import Workspace, read_json, write_json
 
 FILE = "copies.json"
+log = logging.getLogger("flows.copies")
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,14 @@ def count(workspace: Workspace) -> int:
 
 
 def _noted(workspace: Workspace) -> dict[str, Any]:
+    """What the file says; nothing where it cannot be read: MLflow is asked what it has, Prefect shows the run's own."""
     path = workspace.root / "runs" / FILE
-    found = read_json(path) if path.is_file() else {"given": {}}
-    remedy = "remove it: MLflow and Prefect are asked what they have"
-    return shaped(_Copies, found, path, "not a count of recorded decisions", remedy).given
+    try:
+        found = read_json(path) if path.is_file() else {"given": {}}
+        return shaped(_Copies, found, path, "not a count of recorded decisions", "remove it").given
+    except UserError as error:
+        log.warning("%s; it is counted anew from the decisions that MLflow has", error)
+        return {}
 
 
 def _name(mirror: str) -> str:

@@ -1,23 +1,66 @@
 """`history.jsonl`: every decision about the champion, a line each, appended and fsynced before anything follows it.
 
 Each line carries the digest of itself and of the digest before it, so that one that rotted, went or came is noticed.
-Lines of earlier versions have none; they count towards the next one that has.
+Lines of earlier versions have none; they count towards the next one that has. `history_end.json` names the last line.
+It is written behind it and before champion.json moves: a decision in force is missed where it is gone, and one that a
+kill tore, which never was in force, is passed over.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
-from stages.workspace import Stamp, Workspace, digest_of, is_settled, remember_in, stamp_of, sync_folder
+from stages.shapes import shaped
+from stages.workspace import (
+    Stamp,
+    Workspace,
+    digest_of,
+    is_settled,
+    read_json,
+    remember_in,
+    stamp_of,
+    sync_folder,
+    write_json,
+)
 
 Entry = dict[str, Any]
 DIGEST = "digest"
 """Key of a line that holds the digest of the rest, and of the line before."""
+END = "history_end.json"
+"""How many decisions there are, and the digest of the last; none where an earlier version decided."""
 REMEDY = "put the file back from a copy, or move it away: champion.json then stands, and nothing can be gone back to"
+log = logging.getLogger("flows.history")
+
+
+@dataclass(frozen=True)
+class _End:
+    lines: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What the file holds.
+
+    Attributes:
+        lines: those that can be read; nobody writes to them.
+        chain: of each of them the digest of it and of all before.
+        torn: how many others there are.
+    """
+
+    lines: list[Entry]
+    chain: list[str]
+    torn: int
+
+    @property
+    def last(self) -> str:
+        return self.chain[-1] if self.chain else ""
 
 
 def history_file(workspace: Workspace) -> Path:
@@ -35,9 +78,12 @@ def append_line(workspace: Workspace, line: Entry) -> Entry:
         UserError: the lines before it are not what was written.
     """
     path = history_file(workspace)
+    before = _read(path)
     fresh = not path.exists()
+    if fresh:  # one that was moved away has no say in a new one
+        path.with_name(END).unlink(missing_ok=True)
     whole = json.loads(json.dumps({"schema": 1, **line}, allow_nan=False))
-    whole[DIGEST] = _chained(_read(path)[2], whole)
+    whole[DIGEST] = _chained(before.last, whole)
     text = json.dumps(whole, ensure_ascii=False) + "\n"
     with path.open("ab") as handle:
         if handle.tell() and not _ends_whole(path):
@@ -47,6 +93,7 @@ def append_line(workspace: Workspace, line: Entry) -> Entry:
         os.fsync(handle.fileno())
     if fresh:
         sync_folder(path.parent)
+    _name_end(path, _End(len(before.lines) + 1, whole[DIGEST]))
     return whole
 
 
@@ -54,49 +101,87 @@ def read_history(workspace: Workspace) -> tuple[list[Entry], int]:
     """The decisions, oldest first, and how many lines cannot be read (a kill may tear the last one).
 
     Raises:
-        UserError: a line is not what was written.
+        UserError: a line is not what was written, or the last decision is not there.
     """
-    lines, torn, _ = _read(history_file(workspace))
-    return lines, torn
+    held = _read(history_file(workspace))
+    return list(held.lines), held.torn
 
 
-def _read(path: Path) -> tuple[list[Entry], int, str]:
-    """Lines, how many are torn, and the digest of all; looked at once in this process while the file stays as it is."""
+def confirm(workspace: Workspace) -> None:
+    """Name the last line where nobody has: a kill came between the two, or an earlier version wrote it.
+
+    Raises:
+        UserError: as `read_history`.
+    """
+    path = history_file(workspace)
+    held = _read(path)
+    end = _End(len(held.lines), held.last)
+    if held.lines and _named_end(path) != end:
+        _name_end(path, end)
+
+
+def _read(path: Path) -> _Held:
+    # The end comes first: a decision taken meanwhile may be one more than it names, and never one less.
+    end = _named_end(path)
+    held = _held(path)
+    if end is not None and path.is_file() and held.chain[end.lines - 1 : end.lines] != [end.digest]:
+        raise UserError(
+            f"{path}: decision {end.lines}, which {END} names, is altered or gone; {REMEDY}; "
+            f"or remove {END}: the decisions that are left then stand"
+        )
+    return held
+
+
+def _named_end(path: Path) -> _End | None:
+    place = path.with_name(END)
+    try:
+        return shaped(_End, read_json(place), place, "not a history's end", "remove it") if place.is_file() else None
+    except UserError:
+        log.warning("%s: unreadable; the next run writes it anew, and until then no lost decision is missed", place)
+        return None
+
+
+def _name_end(path: Path, end: _End) -> None:
+    write_json(path.with_name(END), {"schema": 1, "lines": end.lines, "digest": end.digest}, seal=True)
+
+
+def _held(path: Path) -> _Held:
+    """The lines; looked at once in this process while the file stays as it is."""
     if not path.is_file():
-        return [], 0, ""
+        return _Held([], [], 0)
     stamp = stamp_of(path)
     known = _known.get(path)
     if known is None or known[0] != stamp:
         known = stamp, _checked(path)
         if is_settled(stamp):
             _known[path] = known
-    lines, torn, chain = known[1]
-    return list(lines), torn, chain
+    return known[1]
 
 
-_known: dict[Path, tuple[Stamp, tuple[list[Entry], int, str]]] = {}
-"""By file: what it held when it was this one; nobody writes to the lines."""
+_known: dict[Path, tuple[Stamp, _Held]] = {}
+"""By file: what it held when it was this one."""
 remember_in(_known)
 
 
-def _checked(path: Path) -> tuple[list[Entry], int, str]:
+def _checked(path: Path) -> _Held:
     found: list[Entry] = []
-    torn, chain = 0, ""
+    chain: list[str] = []
+    bad: list[int] = []
     texts = path.read_bytes().split(b"\n")
     for number, text in enumerate(texts, start=1):
-        line = _parsed(text)
+        before = chain[-1] if chain else ""
+        line = _parsed(text) or _without_end(text, before)
         if line is None:
-            torn += bool(text)
+            bad += [number] if text else []
             continue
-        chain = _chained(chain, line)
-        if line.get(DIGEST, chain) != chain:
+        chain.append(_chained(before, line))
+        if line.get(DIGEST, chain[-1]) != chain[-1]:
             raise UserError(f"{path}: line {number}, or one before it, is not what was written; {REMEDY}")
         found.append(line)
     # A kill leaves a line without its end, and what is written after it begins a new one.
-    ended = len(texts) > 1 and not texts[-1] and bool(texts[-2])
-    if ended and _parsed(texts[-2]) is None and any(DIGEST in line for line in found):
-        raise UserError(f"{path}: line {len(texts) - 1} is not what was written; {REMEDY}")
-    return found, torn, chain
+    if not texts[-1] and bad[-1:] == [len(texts) - 1]:
+        raise UserError(f"{path}: line {bad[-1]} is not what was written; {REMEDY}")
+    return _Held(found, chain, len(bad))
 
 
 def _parsed(text: bytes) -> Entry | None:
@@ -105,6 +190,12 @@ def _parsed(text: bytes) -> Entry | None:
     except ValueError:
         return None
     return line if isinstance(line, dict) and "decision" in line else None
+
+
+def _without_end(text: bytes, before: str) -> Entry | None:
+    """A line that is whole by its digest, and behind which something else came of its end."""
+    line = _parsed(text[:-1])
+    return line if line is not None and line.get(DIGEST) == _chained(before, line) else None
 
 
 def _chained(before: str, line: Entry) -> str:

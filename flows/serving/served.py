@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from flows import machine
-from flows.experiment import remembered_config
+from flows.experiment import remembered_config, trained_file
 from flows.promotion.champion import FILE
 from flows.recommending import first_that_loads, loaded, models_in_service
 from flows.serving.reasons import Reasons
@@ -171,7 +171,7 @@ class InService:
         load: Callable[[Path, str | None, int | None], Served] = load_served,
     ) -> None:
         self.root, self.method, self.seed, self.load = root, method, seed, load
-        self.mark = mark(Workspace(root))
+        self.mark = self._mark()
         self.current = load(root, method, seed)
         self.swaps, self.failures = 0, int(self.current.fault is not None)
         self._looking = threading.Lock()
@@ -182,40 +182,60 @@ class InService:
         """Load what is to be served now if the workspace says otherwise than before; True after a swap.
 
         One assignment replaces the model, so a request sees the old one or the new one, whole. A model that cannot be
-        loaded leaves the old one in service and is tried again when the files change.
+        loaded leaves the old one in service and is tried again when the files change, or at the next look where the
+        machine failed and not the files.
         """
         with self._looking:
             return self._look()
 
     def _look(self) -> bool:
-        found = mark(Workspace(self.root))
+        found = self._mark()
         if found == self.mark:
             return False
+        passing = False
         try:
             served = self.load(self.root, self.method, self.seed)
             fault = served.fault  # an earlier champion is no better than the model that answers
         except (UserError, OSError, ValueError) as error:
-            served, fault = self.current, str(error)
+            served, fault, passing = self.current, str(error), is_passing(error)
         if fault is not None:
-            self.mark, self.fault = found, fault
+            if not (passing and fault == self.fault):
+                log.warning("still serving %s: %s", self.current.job, fault)
+            self.mark, self.fault = self.mark if passing else found, fault
             self.failures += 1
-            log.warning("still serving %s: %s", self.current.job, fault)
             return False
-        if mark(Workspace(self.root)) != found:
+        if self._mark() != found:
             return False  # written meanwhile: the next look loads it anew
         self.mark, self.current, self.fault = found, served, None
         self.swaps += 1
         log.info("serving %s", served.job)
         return True
 
+    def _mark(self) -> Mark:
+        return mark(Workspace(self.root), by_name=self.method is not None or self.seed is not None)
 
-def mark(workspace: Workspace) -> Mark:
-    """Changes whenever another model, other histories or other items may have to be served."""
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether it comes of the machine, such as too many open files, and not of what the files hold or lack."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)
+    # A UserError says in words what went wrong while it was raised.
+    return error is not None and is_passing(error.__cause__ or error.__context__)
+
+
+def mark(workspace: Workspace, by_name: bool = False) -> Mark:
+    """Changes whenever another model, other histories or other items may have to be served.
+
+    Args:
+        workspace: whose.
+        by_name: the newest model of a method or seed is served, so that each one trained counts.
+    """
     files = (
         workspace.root / FILE,
         workspace.reports / "latest.json",
         workspace.stages / "manifest.json",
         workspace.catalogue / "manifest.json",
+        *([trained_file(workspace)] if by_name else []),
     )
     return tuple(_stamp(path) for path in files)
 
