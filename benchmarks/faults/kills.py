@@ -10,6 +10,9 @@ from random import Random
 
 from benchmarks.faults.harness import INT, KILL, TERM, Bench, Row, sound
 
+TRIES = 20
+"""Runs that may end before their kill, one after the other."""
+
 
 def at_random(bench: Bench, count: int, rng: Random) -> Iterator[str]:
     """SIGKILL at a uniform moment; every fourth workspace is killed again while it resumes."""
@@ -22,12 +25,27 @@ def at_random(bench: Bench, count: int, rng: Random) -> Iterator[str]:
 
 
 def killed_somewhere(bench: Bench, root: Path, rng: Random) -> str:
-    """Kill a run in the workspace before it ends."""
-    child = bench.learn(root)
-    time.sleep(rng.uniform(0, bench.learned.seconds))
-    child.signal(KILL)
-    child.end()
-    return sound(root)
+    """Kill a run in the workspace before it ends; where one ended earlier, another is killed in its place.
+
+    The replacement begins from what the workspace was, and its moment is drawn anew from a shorter span.
+    """
+    aside = bench.place()
+    shutil.copytree(root, aside)
+    span = bench.learned.seconds
+    for _ in range(TRIES):
+        child = bench.learn(root)
+        child.process.join(rng.uniform(0, span))
+        child.signal(KILL)
+        code = child.end()
+        if code == -KILL:
+            shutil.rmtree(aside)
+            return sound(root)
+        if code != 0:
+            return f"exit {code} before the kill: {child.said[-300:]}"
+        shutil.rmtree(root)
+        shutil.copytree(aside, root)
+        span *= 0.8
+    return f"{TRIES} runs ended before their kills"
 
 
 def operations(bench: Bench) -> int:
