@@ -61,7 +61,7 @@ def taken(bench: Bench, opened: Path, policy: str, rng: Random) -> str:
 
 def days(rng: Random) -> list[float]:
     """Days of late rows: at least one before the end of each of the two stages."""
-    return [rng.uniform(0, 6.9), rng.uniform(7, 10.9), *(rng.uniform(0, 10.9) for _ in range(rng.randrange(3)))]
+    return [rng.uniform(0, 6.9), rng.uniform(7, 9.9), *(rng.uniform(0, 9.9) for _ in range(rng.randrange(3)))]
 
 
 def committed(place: Workspace) -> list[tuple[str, str]]:

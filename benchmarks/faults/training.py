@@ -158,7 +158,7 @@ def without_codes(bench: Bench, count: int, rng: Random) -> Iterator[str]:
         rows = [(f"u{n % 9}", f"i{rng.randrange(40)}", begin + n) for n in range(300)]
         path = written(bench.place() / "log.csv", rows)
         table = bench.place() / "items.csv"
-        written(table, [(f"i{n}", "the same title", "") for n in range(20)], ("item_id", "title", "text"))
+        written(table, [(f"i{n}", "the same title", "") for n in range(30)], ("item_id", "title", "text"))
         for levels, codes, words in ((2, 2, "codes_per_level"), (3, 64, "")):
             place = bench.place()
             values = log_config(place, path).model_dump(mode="json")
