@@ -33,7 +33,7 @@ from stages.reading import Incoming, read_events, read_items
 from stages.split import Stage, described, digest_of_stages, load_stages
 from stages.stage_files import COLUMNS, first_met, read_stages, write_stage
 from stages.waiting import Waiting, in_order, load_waiting, set_aside, store_waiting, with_reason, without
-from stages.workspace import Workspace, need_space, read_json, sync_folder, write_json
+from stages.workspace import Workspace, make_folder, need_space, read_json, sync_folder, write_json
 
 LATE = "late: older than the last closed stage's end"
 FUTURE = "later than the clock by more than retrain.future_hours"
@@ -349,7 +349,7 @@ def finish_commit(workspace: Workspace) -> None:
         for row in manifest["stages"]:
             source, target = _ready(workspace, row["index"]), workspace.stage_file(row["index"])
             if source.is_file():
-                target.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(target.parent)
                 os.replace(source, target)
                 sync_folder(target.parent)
         write_json(workspace.stages / "manifest.json", manifest, seal=True)

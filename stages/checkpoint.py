@@ -29,6 +29,7 @@ from stages.workspace import (
     Stamp,
     digest_of,
     is_settled,
+    make_folder,
     need_space,
     read_json,
     remember_in,
@@ -116,7 +117,7 @@ def write_checkpoint(
     Raises:
         UserError: not enough free space.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     parts = (tensors.adapter, tensors.rows, tensors.backbone, tensors.kept)
     need_space(folder.parent, sum(t.numel() * t.element_size() for part in parts for t in part.values()))
     with _publishing(folder) as temporary:

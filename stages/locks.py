@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from stages.workspace import make_folder
+
 log = logging.getLogger("stages.locks")
 
 
@@ -22,7 +24,7 @@ def held(path: Path) -> Iterator[None]:
     The file is never deleted: two processes could then hold two files of one name. It is opened anew for each holder
     and not inherited by a process started meanwhile, so only the holder's end frees it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with path.open("a+", encoding="utf-8") as handle:
         if not try_lock(handle):
             level = logging.INFO if _of_this_run(handle) else logging.WARNING

@@ -207,7 +207,7 @@ def sweep(root: Path) -> list[Path]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = temporary_beside(path)
     try:
         yield temporary
@@ -251,6 +251,14 @@ def read_json(path: Path) -> Any:
     if digest_of(content) != value[SEAL]:
         raise UserError(f"{path}: altered since it was written; remove it and run the command again that made it")
     return content
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it where they are not there; its own name is durable, too, when this returns."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:

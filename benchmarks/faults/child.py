@@ -39,13 +39,13 @@ def run(task: dict[str, Any]) -> None:
 
     Args:
         task: `command` (words after `driftrec`) or `work` (see `learn`, `answers`); `out` a path for both streams;
-            `faults` (see `arm`), `env`, `uid`.
+            `faults` (see `arm`), `env`, `uid`, `threads` (absent: 1).
     """
     handle = os.open(task["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(handle, stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    torch.set_num_threads(1)
+    torch.set_num_threads(task.get("threads", 1))
     os.environ.update(task.get("env", {}))
     if task.get("uid"):
         os.setgid(task["uid"])

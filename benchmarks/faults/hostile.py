@@ -37,7 +37,10 @@ NAMES = (
 
 
 def names(bench: Bench, count: int, rng: Random) -> Iterator[str]:
-    """Names of experiments, methods and reports that leave the workspace; the tree around it is the same afterwards."""
+    """Names of experiments, methods and reports that leave the workspace; links that lead out of it.
+
+    What lies around the workspace, and where the links lead, is the same afterwards.
+    """
     for _ in range(count):
         around = bench.place()
         around.mkdir()
@@ -46,20 +49,49 @@ def names(bench: Bench, count: int, rng: Random) -> Iterator[str]:
         for name in NAMES:
             file = bench.place()
             file.write_text(bench.config_file.read_text().replace('name = "tiny"', f"name = {json.dumps(name)}"))
-            if name not in ("latest",):
-                yield user_error(lambda file=file: load_config(file), "name")
+            yield user_error(lambda file=file: load_config(file), "name")
             file.write_text(bench.config_file.read_text() + f'\n[methods.{json.dumps(name)}]\nmethod = "single"\n')
             yield user_error(lambda file=file: load_config(file), "method")
         shutil.copytree(bench.learned.root, around / "w w")
         inside = tree(around)
-        child = bench.launch(command=["report", "--name", "../../../precious", "--workspace", str(around / "w w")])
-        yield refused(child, "no report")
+        for name in ("../../../precious", "latest", str(around / "precious")):
+            child = bench.launch(command=["report", "--name", name, "--workspace", str(around / "w w")])
+            yield refused(child, "no report")
         yield "" if tree(around) == inside else "files outside of the workspace changed"
+        yield links(bench, around / "w w")
         shutil.rmtree(around / "w w")
         yield "" if tree(around) == before else "files beside the workspace changed"
         link = bench.place()
         link.symlink_to("/proc/nowhere")
         yield refused(bench.command(["ingest"], link), "cannot write")
+
+
+LINKS = (
+    "runs/quarantine/old.0",
+    "runs/checkpoints/.tmp-x-4194305-00000000",
+    "stages/.next",
+    "runs/evaluations/.tmp-x-4194305-00000000",
+)
+"""Places in a workspace that a run sweeps, or `driftrec gc` empties; no process has that number."""
+
+
+def links(bench: Bench, root: Path) -> str:
+    """ "" if a real folder outside, to which links in a workspace lead, is as it was after a run and `driftrec gc`."""
+    outside = bench.place()
+    (outside / "deep").mkdir(parents=True)
+    for name in ("manifest.json", "deep/model.safetensors"):
+        (outside / name).write_text("precious")
+    before = tree(outside)
+    for name in LINKS:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).symlink_to(outside, target_is_directory=True)
+    codes = [bench.command(words, root).end() for words in (["split"], ["gc"])] + [bench.learn(root).end()]
+    if tree(outside) != before:
+        return "a link was followed: files outside of the workspace changed"
+    if any(codes):
+        return f"exit codes {codes}"
+    left = [name for name in LINKS if ".tmp-" in name and (root / name).is_symlink()]
+    return f"{left[0]} was not swept" if left else ""
 
 
 SETTINGS = {

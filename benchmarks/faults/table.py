@@ -7,10 +7,23 @@ import traceback
 from random import Random
 from typing import Any
 
-from benchmarks.faults import hostile, intake, kills, retrains, servers, storage, together, training
+from benchmarks.faults import (
+    hostile,
+    intake,
+    kills,
+    late,
+    lives,
+    power,
+    retrains,
+    rot,
+    servers,
+    storage,
+    together,
+    training,
+)
 from benchmarks.faults.harness import Bench, Row
 
-PARTS = (kills, storage, intake, hostile, servers, together, training, retrains)
+PARTS = (kills, power, rot, storage, intake, late, hostile, servers, together, training, lives, retrains)
 TABLE: tuple[Row, ...] = tuple(
     sorted(
         (row for part in PARTS for row in part.TABLE),
