@@ -121,9 +121,8 @@ def remember_command(workspace: Workspace, command: str, arguments: dict[str, An
         flow_run: Prefect's id of the run, for marking it as crashed if it never ends.
     """
     kept = {**arguments, "config": os.path.relpath(arguments["config"], workspace.root.resolve())}
-    write_json(
-        workspace.root / "last_command.json", {"schema": 1, "command": command, "arguments": kept, "flow_run": flow_run}
-    )
+    what = {"schema": 1, "command": command, "arguments": kept, "flow_run": flow_run}
+    write_json(workspace.root / "last_command.json", what, seal=True)
 
 
 def last_command(root: Path) -> tuple[str, dict[str, Any], str | None]:

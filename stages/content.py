@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 from polars.io.plugins import register_io_source
 
-from stages.workspace import replacing, sha256_file
+from stages.errors import UserError
+from stages.workspace import read_json, replacing, sha256_file, write_json
 
 CHUNK = 1_000_000
 ROW_GROUP = 123_457
@@ -143,3 +144,19 @@ def digest_and_sink(frames: Iterable[pl.DataFrame], schema: pl.Schema, height: i
     with ThreadPoolExecutor(1) as pool:
         sink(told(pool), schema, path)
     return digest.hexdigest()
+
+
+def store_noted(frame: pl.DataFrame, path: Path) -> None:
+    """Write a table that can be made again, and beside it the SHA-256 by which `read_noted` knows it."""
+    with replacing(path) as temporary:
+        frame.write_parquet(temporary)
+        write_json(path.with_suffix(".json"), {"sha256": sha256_file(temporary)}, seal=True)
+
+
+def read_noted(path: Path) -> pl.DataFrame | None:
+    """The table, or None where it is not there or not what was written: make it again."""
+    try:
+        whole = path.is_file() and read_json(path.with_suffix(".json"))["sha256"] == sha256_file(path)
+    except (UserError, KeyError):
+        whole = False
+    return pl.read_parquet(path) if whole else None

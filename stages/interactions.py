@@ -166,7 +166,7 @@ def load_interactions(
         objectives: kinds of events to read; absent: all there are.
 
     Raises:
-        UserError: an objective of which the log has no event.
+        UserError: an objective of which the log has no event, or items of a stage that have no codes yet.
     """
     count = len(read_json(workspace.stages / "manifest.json")["stages"])
     numbers = pl.read_parquet(workspace.catalogue / "items.parquet", columns=["item_id"]).with_row_index("item")
@@ -174,6 +174,11 @@ def load_interactions(
     frame = _in_order(read_stages(workspace, count, _columns(kinds)), kinds)
     # A stage's events come sorted by user and time; the stable sort keeps that order within a user and stage.
     frame = frame.join(numbers, on="item_id", how="left", maintain_order="left").sort("user_id", maintain_order=True)
+    if uncoded := frame["item"].null_count():
+        raise UserError(
+            f"{workspace.catalogue}: {uncoded:,} events are of items without a code, since a stage was closed and its "
+            "items are still to be coded; run the command again that closed it"
+        )
     users = frame["user_id"].rle()
     offsets = np.concatenate([[0], np.cumsum(users.struct.field("len").to_numpy())]).astype(np.int64)
     query, texts = _query_numbers(frame) if "search" in kinds else (None, ())

@@ -20,6 +20,7 @@ from models.baselines.last_category import LastCategory
 from models.generative_recommender import GenerativeRecommender
 from models.recommender import Recommender
 from stages.config import Config
+from stages.content import read_noted, store_noted
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
 from stages.evaluate import (
@@ -37,7 +38,7 @@ from stages.queries import Queries, training_targets
 from stages.ranking import Asking, asking_of, targets_of
 from stages.search_config import Objective
 from stages.train import derived_seed
-from stages.workspace import Workspace, digest_of, replacing
+from stages.workspace import Workspace, digest_of
 
 NEGATIVES = 99
 METRICS = ("hit_at_5", "hit_at_10", "ndcg_at_5", "ndcg_at_10")
@@ -174,7 +175,7 @@ def evaluate_sampled(
     if kind == "off":
         return None
     path = (workspace.root / evaluation.path).with_suffix(f".{kind}-{evaluation.digest[:12]}.parquet")
-    if path.exists():
+    if read_noted(path) is not None:
         return path
     dataset, job = load_dataset(config, workspace), evaluation.job
     frames, model = [], None
@@ -184,8 +185,7 @@ def evaluate_sampled(
         users = config.evaluation.users
         queries = test_queries(config, dataset, job, evaluation.tested, users, objective)
         frames.append(_ranked(config, workspace, dataset, job, evaluation.tested, objective, model, queries))
-    with replacing(path) as temporary:
-        pl.concat(frames).write_parquet(temporary)
+    store_noted(pl.concat(frames), path)
     return path
 
 
@@ -234,15 +234,13 @@ def _candidates(
     content += [] if documents is None else [documents]
     name = f"{job.protocol}-{objective}-on{tested:02d}-{kind}-{digest_of(content)[:16]}.parquet"
     path = workspace.stages / "candidates" / name
-    if not path.exists():
+    stored = read_noted(path)
+    if stored is None:
         asking = asking_of(events, queries, objective, "both", exclude_history=True)
         first = None if documents is None else _by_words(documents, asking)
         found, place = draw_candidates(asking, query, item, _weights(events, job, known, kind), seed, first=first)
-        with replacing(path) as temporary:
-            pl.DataFrame({"place": place, "items": pl.Series(found.tolist(), dtype=pl.List(pl.Int64))}).write_parquet(
-                temporary
-            )
-    stored = pl.read_parquet(path)
+        stored = pl.DataFrame({"place": place, "items": pl.Series(found.tolist(), dtype=pl.List(pl.Int64))})
+        store_noted(stored, path)
     items = (
         stored["items"].explode().to_numpy().reshape(len(stored), -1) if len(stored) else np.empty((0, 1 + NEGATIVES))
     )

@@ -16,7 +16,7 @@ import pytest
 from flows import cli, endings, environment
 from flows.experiment import exclusive
 from stages.errors import UserError
-from stages.workspace import read_json
+from stages.workspace import read_json, write_json
 
 if TYPE_CHECKING:
     from conftest import Trained
@@ -319,8 +319,7 @@ def test_resume_repeats_the_last_command_and_marks_the_killed_run_as_crashed(
     with get_client(sync_client=True) as client:
         killed = client.create_flow_run(compare, state=Running())
     stored = trained.workspace.root / "last_command.json"
-    text = stored.read_text().replace(read_json(stored)["flow_run"], str(killed.id))
-    stored.write_text(text)
+    write_json(stored, {**read_json(stored), "flow_run": str(killed.id)}, seal=True)
     code, out, err = driftrec(monkeypatch, capsys, "resume", "-w", trained.workspace.root)
     assert code == 0, err
     assert str(trained.report) in out

@@ -215,6 +215,15 @@ def test_every_method_ranks_the_same_candidates_and_the_page_shows_them_apart(sh
     files = {path: path.stat().st_mtime_ns for path in workspace.root.rglob("*.parquet")}
     assert sampled_rows(config, workspace, cells) == rows
     assert {path: path.stat().st_mtime_ns for path in workspace.root.rglob("*.parquet")} == files
+    # A bit that flips in the ranks or in the candidates is noticed, and the same are made again.
+    ranks = [path for path in workspace.evaluations.glob("*.uniform-*.parquet") if "single" in path.name]
+    for path in (*ranks, *(workspace.stages / "candidates").glob("*.parquet")):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:40] + bytes([whole[40] ^ 4]) + whole[41:])
+        for one in ranks:  # the candidates are looked at where ranks are missing
+            one.with_suffix(".json").write_text("{}")
+        assert sampled_rows(config, workspace, cells) == rows
+        assert path.read_bytes() == whole
 
 
 def test_negatives_by_words_are_hard_for_a_search_and_uniform_for_a_recommendation(

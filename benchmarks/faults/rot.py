@@ -13,6 +13,7 @@ import polars as pl
 
 from benchmarks.faults.harness import Bench, Child, Row, fingerprint, flipped, sound
 from benchmarks.faults.retrains import left, retrain, twin
+from flows.experiment import last_command
 from flows.promotion import copies
 from flows.promotion.champion import in_service, settle
 from flows.promotion.history import history_file, read_history
@@ -168,6 +169,8 @@ def experiment(config: Config) -> Callable[[Workspace], dict[Path, tuple[Look, i
             found[path] = partial(sealed, path, tuple(read_json(path))), 1
         for name in ("config.json", "workspace.json", "runs/trained.json"):
             found[place.root / name] = partial(answers, place), SLOW
+        if (place.root / "last_command.json").exists():
+            found[place.root / "last_command.json"] = partial(last_command, place.root), 1
         return found
 
     return kinds
@@ -256,6 +259,6 @@ TABLE = (
         rotten,
         2,
         200,
-        "no optimiser state is kept; nothing vouches for candidates of `evaluation.negatives` and last_command.json",
+        "no optimiser state is kept; candidates of `evaluation.negatives` in tests/test_sampled.py",
     ),
 )

@@ -143,9 +143,6 @@ def load_served(root: Path, method: str | None = None, seed: int | None = None) 
     config, workspace = remembered_config(root)
     chosen = models_in_service(workspace, method, seed)
     dataset = load_dataset(config, workspace)
-    events, items = dataset.interactions.items, len(dataset.catalogue.item_ids)
-    if len(events) and not 0 <= int(events.min()) <= int(events.max()) < items:
-        raise UserError(f"{root}: stages name items that the catalogue lacks; run the command that writes them again")
     model, fault = first_that_loads(chosen, partial(loaded, config, workspace, dataset))
     return Served(model.config, dataset, model.job, model.recommender, fault)
 
