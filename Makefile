@@ -59,7 +59,7 @@ format: install ## let ruff rewrite what it can
 bench: install ## run the short benchmarks, under 20 minutes, and refresh docs/results.md's table
 	@$(BIN)/python -m benchmarks.bench
 
-faults: install ## inject every fault of docs/reliability.md, about half an hour
+faults: install ## inject every fault of docs/reliability.md, about three quarters of an hour
 	$(BIN)/python -m benchmarks.faults
 
 ui: install ## Prefect on PREFECT_PORT and MLflow on MLFLOW_PORT, this machine only, for WORKSPACE
