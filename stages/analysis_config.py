@@ -21,5 +21,7 @@ class AnalysisConfig(Settings):
     windows, or of fewer where there are not so many: four backward passes a pair and method."""
     update_pairs: Annotated[int, Field(ge=1)] = 3
     """The first so many of them are also used for conflict of updates: 32 optimiser steps a pair and method."""
+    windows: Annotated[int, Field(ge=1)] = 1000
+    """Windows of the stage to come, at most, of each objective, on which models are told apart by their loss."""
     titles: Annotated[int, Field(ge=0)] = 50
     """Test cases of each objective that a pretrained backbone answers in words, before training and after; 0: none."""

@@ -17,7 +17,7 @@ from torch.profiler import record_function
 from torch.utils import deterministic
 
 from models.backbone import wants_bfloat16
-from models.generative import GenerativeModel
+from models.generative import GenerativeModel, TokenBatch
 from stages.config import Config, TrainingConfig
 from stages.errors import UserError
 from stages.examples import Windows
@@ -130,9 +130,19 @@ class Fit:
             }
             yield SharedLosses(losses, self.examples.weights(piece, shares))
 
+    def plain_loss(self, objective: str, windows: Windows | SearchWindows, chosen: IntArray) -> tuple[float, int]:
+        """Summed cross-entropy (nats) of a batch, without smoothing, and its code tokens."""
+        batch = self.examples.parts[objective].batch(windows, chosen)
+        return float(self._loss_of(batch, 0.0)), len(batch.labels)
+
     def _loss(self, objective: str, windows: Windows | SearchWindows, chosen: np.ndarray, smoothing: float) -> Tensor:
         with record_function("driftrec/batches"):
-            batch = self.examples.parts[objective].batch(windows, chosen).to(self.model.device)
+            batch = self.examples.parts[objective].batch(windows, chosen)
+        return self._loss_of(batch, smoothing)
+
+    def _loss_of(self, batch: TokenBatch, smoothing: float) -> Tensor:
+        with record_function("driftrec/batches"):
+            batch = batch.to(self.model.device)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.model.loss(batch, self.settings.temperature if self.model.training else 1.0, smoothing)
 

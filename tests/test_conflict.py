@@ -18,6 +18,7 @@ from models import mixture
 from models.effective import effective_weights
 from models.input_moments import InputMoment, linear_maps
 from regularizers.conflict import conflict
+from stages.analysis import learnt
 from stages.analysis.conflict import (
     AFTER_FUSION,
     BEFORE_FUSION,
@@ -276,6 +277,26 @@ def test_memory_is_counted_for_gems_before_its_relatives(ring: Workspace) -> Non
     assert (name, own.subspaces) == ("gems_keep", "three")
     name, own = gems_among(replace(scope, methods=("single", "galore")))
     assert (name, own.subspaces) == ("galore", "one")
+
+
+def test_what_was_learnt_is_the_mean_loss_of_windows_and_no_model_differs_from_itself(ring: Workspace) -> None:
+    config = tiny.config(**QUICK)
+    dataset = load_dataset(config, ring)
+    start, trained = (restore_model(config, ring, dataset, one) for one in (Job("first", 0, "same_stage", 0), JOB))
+    coming = examples_of(ring)
+    before, after = (learnt.losses(Fit(config, m, lambda _: {}, coming, 0), 1000) for m in (start, trained))
+    for name, part in coming.parts.items():
+        batch = part.batch(part.training, np.arange(len(part.training)))
+        with torch.no_grad():
+            whole = float(trained.eval().loss(batch)) / len(batch.labels)
+        assert after[name].mean == pytest.approx(whole, rel=1e-4)
+        assert after[name].tokens.sum() == len(batch.labels)
+        less, low, high = before[name].less(after[name], 500)
+        assert less == pytest.approx(before[name].mean - after[name].mean)
+        assert low <= less <= high
+        assert before[name].less(before[name], 500) == (0.0, 0.0, 0.0)
+    some = learnt.losses(Fit(config, trained, lambda _: {}, coming, 0), 8)
+    assert all(some[name].tokens.sum() < after[name].tokens.sum() for name in some)
 
 
 def found_moments(base: Any, workspace: Workspace) -> dict[str, InputMoment]:

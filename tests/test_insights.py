@@ -112,6 +112,36 @@ def test_the_untuned_backbone_has_a_row_and_a_number_where_a_text_was_read(tmp_p
         assert "untuned" not in str(analysis_sections.analysis(without, {}))
 
 
+def test_what_was_learnt_stands_beside_what_was_kept(tmp_path: Path) -> None:
+    place = {"objective": "search", "stage": 2, "tokens": 1200}
+    learnt = [{**place, "method": name, "value": value} for name, value in (("stage 0", 4.5), ("single", 3.5))]
+    learnt.append({**place, "method": "gems", "value": 3.75, "less": 0.25, "low": 0.125, "high": 0.375})
+    kept = analysis()["preservation"] | {
+        "perplexity": [
+            {"method": m, "stage": 1, "before": 40.0, "value": v} for m, v in (("single", 90.0), ("gems", 41.0))
+        ],
+        "drift": [{"method": m, "stage": 1, "layer": 0, "map": "q_proj", "value": 0.1} for m in ("single", "gems")],
+    }
+    found = analysis(preservation=kept, learnt=learnt, methods=["single", "gems"])
+    points = {name: value for name, value, _ in Insights(found).points("gems")}
+    names = ("coming_loss/search", *(f"coming_loss/search_less{end}" for end in ("", "_low", "_high")))
+    assert [points[name] for name in names] == [3.75, 0.25, 0.125, 0.375]
+    assert "coming_loss/search_less" not in {name for name, *_ in Insights(found).points("single")}
+    page = str(analysis_sections.analysis(found, {}))
+    for words in (
+        "What was learnt",
+        "less single",
+        "+0.2500 [+0.1250, +0.3750]",
+        "4.5000",
+        "1,200",
+        "windows of stage 2",
+    ):
+        assert words in page
+    drawing = draw_analysis(found, tmp_path)["preservation-light"].read_text(encoding="utf-8")
+    assert "kept against learnt" in drawing
+    assert "What was learnt" not in str(analysis_sections.analysis(analysis(preservation=kept), {}))
+
+
 def test_an_analysis_without_intervals_shows_the_numbers_alone() -> None:
     rho = {"method": "single", "kind": "gradient", "layer": 0, "map": "q_proj", "below_zero": 0.0, "pairs": 4}
     found = analysis(conflict=[{**rho, "pair": "between", "rho": 1.25}, {**rho, "pair": "search", "rho": 1.0}])

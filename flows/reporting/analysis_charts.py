@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.reporting.charts import COLOURS, MARKERS, Theme, draw, panels_of, plain, style
 from flows.reporting.findings import metric_title
-from flows.reporting.insights import AXES, KINDS, Insights
+from flows.reporting.insights import AXES, KINDS, Insights, mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,15 +109,19 @@ def preservation_chart(insights: Insights, theme: Theme) -> Figure | None:
     """Perplexity by stage, and relative output drift after the last stage by layer; a line for each method.
 
     Where inputs were protected, the drift of each map stands a third time by its share k / n of protected directions.
+    Where a stage comes after, what each model kept stands against what it learnt.
     """
     methods = insights.methods("drift")
     if not methods:
         return None
     kept = {m: points for m in methods if (points := insights.drift_by_protection(m, insights.last))}
     with style(theme):
-        figure, (left, right, *third) = panels_of(3 if kept else 2, width=4.6, height=3.2)
-        for axes in third:
-            _protection_panel(axes, insights, methods, kept)
+        count = 2 + bool(kept) + bool(insights.rows("learnt"))
+        figure, (left, right, *more) = panels_of(count, width=4.6, height=3.2, columns=2 if count == 4 else count)
+        if kept:
+            _protection_panel(more[0], insights, methods, kept)
+        if insights.rows("learnt"):
+            _learnt_panel(more[-1], insights, methods)
         for place, method in enumerate(methods):
             pen: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
             rows = [row for row in insights.rows("perplexity") if row["method"] == method]
@@ -139,6 +143,22 @@ def preservation_chart(insights: Insights, theme: Theme) -> Figure | None:
         handles, labels = right.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
     return figure
+
+
+def _learnt_panel(axes: Axes, insights: Insights, methods: list[str]) -> None:
+    """A point a method: the mean of the objectives' losses on the stage to come, and what it kept."""
+    text = insights.found["preservation"]["text"]
+    for place, method in enumerate(methods):
+        loss = mean(row["value"] for row in insights.learnt(method).values())
+        row = insights.perplexity(method, insights.last) if text else None
+        held = mean(insights.drift(method, insights.last).values()) if row is None else row["value"]
+        if loss is not None and held is not None:
+            pen: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+            axes.plot([loss], [held], linestyle="", **pen)
+            axes.annotate(plain(method), (loss, held), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    axes.set_title("kept against learnt; best is low on the left", loc="left")
+    axes.set_xlabel(f"loss of stage {insights.last + 1}, nats a code token")
+    axes.set_ylabel("perplexity of held-out text" if text else "output drift from stage 0")
 
 
 def _protection_panel(

@@ -25,6 +25,7 @@ def analysis(found: dict[str, Any] | None, figures: dict[str, Path]) -> Markup:
         _conflict(insights, figures),
         _transitions(insights, figures),
         _preservation(insights, figures),
+        _learnt(insights),
         _sensitivity(insights, figures),
         _memory(insights, figures),
         element("ul", join(*(element("li", note) for note in found["notes"]))) if found["notes"] else "",
@@ -141,6 +142,33 @@ def _preservation(insights: Insights, figures: dict[str, Path]) -> Markup:
         table(head, rows),
         pictures(figures, "preservation", "", "Lines of perplexity by stage, drift by layer and by k / n", ""),
     )
+
+
+def _learnt(insights: Insights) -> Markup:
+    """At which quality what was kept was kept."""
+    methods = insights.methods("learnt")
+    if not methods:
+        return Markup("")
+    objectives = list(dict.fromkeys(row["objective"] for row in insights.rows("learnt")))
+    first = next(name for name in methods if name in insights.found["methods"])
+    head: list[Content] = ["method"]
+    for objective in objectives:
+        head += [objective, f"less {first}", "code tokens"]
+    rows = []
+    for method in methods:
+        cells: list[tuple[Content, str]] = []
+        for objective in objectives:
+            row = insights.learnt(method).get(objective, {})
+            value, tokens = row.get("value"), row.get("tokens")
+            cells.append((None if value is None else f"{value:.4f}", ""))
+            cells.append((sure(row.get("less"), row.get("low"), row.get("high"), "+.4f"), ""))
+            cells.append((None if tokens is None else f"{tokens:,}", ""))
+        rows.append(TableRow(method, cells))
+    intro = (
+        f"Cross-entropy in nats a code token on the windows of stage {insights.last + 1}, which none of the models has "
+        "seen; 95 % intervals over batches of windows. Beside what was kept it says at which quality it was kept."
+    )
+    return join(element("h3", "What was learnt"), element("p", intro, "faint"), table(head, rows))
 
 
 def _sensitivity(insights: Insights, figures: dict[str, Path]) -> Markup:

@@ -126,6 +126,10 @@ class Insights:
         """`value` and `before` of a method after a stage."""
         return next((r for r in self.rows("perplexity") if (r["method"], r["stage"]) == (method, stage)), None)
 
+    def learnt(self, method: str) -> dict[str, Row]:
+        """Objective -> its row on the stage to come: `value`, and against the first method `less`, `low`, `high`."""
+        return {row["objective"]: row for row in self.rows("learnt") if row["method"] == method}
+
     @property
     def untuned(self) -> float | None:
         """Perplexity of the held-out text before any training; None without a text."""
@@ -175,6 +179,12 @@ class Insights:
             found.append(("perplexity", None if row is None else row["value"], stage))
         if self.perplexity(method, self.last) is not None:
             found.append(("perplexity_untuned", self.untuned, self.last))
+        for objective, row in self.learnt(method).items():
+            names = ("value", "less", "low", "high")
+            ends = ("", "_less", "_less_low", "_less_high")
+            found += [
+                (f"coming_loss/{objective}{end}", row.get(own), self.last) for own, end in zip(names, ends, strict=True)
+            ]
         found += self._title_points(method)
         return [(name, value, stage) for name, value, stage in found if value is not None]
 

@@ -14,7 +14,7 @@ import numpy as np
 from models.effective import effective_weights
 from models.generative import GenerativeModel
 from models.words import BackboneVocabulary
-from stages.analysis import conflict, preservation, titles
+from stages.analysis import conflict, learnt, preservation, titles
 from stages.analysis.intervals import Answers, crossed_interval, share_intervals
 from stages.analysis.state_memory import footprints
 from stages.analysis.transitions import stage_answers, transitions
@@ -30,6 +30,8 @@ from stages.stage_examples import Examples, stage_examples
 from stages.train import bare_model, restore_model, training_log
 from stages.workspace import Workspace
 
+ENDS = ("less", "low", "high")
+"""A difference from the first method, and the ends of its interval."""
 START = "stage 0"
 """Stands for the model all methods started from: one set of weights for all."""
 Row = dict[str, Any]
@@ -100,6 +102,7 @@ def measured(scope: Scope) -> Row:
         "shares": shares,
         "titles": title_rows(scope, notes),
         "preservation": preservation_rows(scope, notes),
+        "learnt": learnt_rows(scope, notes),
         "memory": memory_rows(scope),
         "notes": notes,
     }
@@ -241,6 +244,30 @@ def title_rows(scope: Scope, notes: list[str]) -> list[Row]:
                 rows.append({**place, **asdict(transitions(before <= cutoff, after <= cutoff))})
     found = share_intervals(pools, own.evaluation.bootstrap)
     return [{**row, "intervals": found[number]} for number, row in enumerate(rows)]
+
+
+def learnt_rows(scope: Scope, notes: list[str]) -> list[Row]:
+    """Loss of every model on the stage after the last one looked at, by objective, and that of stage 0's model.
+
+    From the second method on also `less`, its difference from the first method's, and the ends of its interval.
+    """
+    if scope.last == scope.dataset.interactions.stages.max():
+        notes.append("No stage comes after the last one, so there is none on which to see what was learnt.")
+        return []
+    coming = scope.examples(scope.last + 1)
+    rows: list[Row] = []
+    first: dict[str, learnt.Losses] | None = None
+    for method in [START, *scope.methods]:
+        scope.say(f"loss of {method} on the stage to come")
+        found = learnt.losses(scope.fit(scope.model(method, scope.last), coming), scope.config.analysis.windows)
+        for objective, one in found.items():
+            beside: Row = {}
+            if first is not None:
+                beside = dict(zip(ENDS, one.less(first[objective], scope.config.evaluation.bootstrap), strict=True))
+            place = {"method": method, "objective": objective, "stage": scope.last + 1, "tokens": int(one.tokens.sum())}
+            rows.append({**place, "value": one.mean, **beside})
+        first = found if first is None and method != START else first
+    return rows
 
 
 def preservation_rows(scope: Scope, notes: list[str]) -> Row:
