@@ -138,7 +138,8 @@ def preservation_chart(insights: Insights, theme: Theme) -> Figure | None:
         right.set_title(f"output drift from stage 0, after stage {insights.last}", loc="left")
         right.set_xlabel("layer")
         right.set_ylabel("‖ΔW X‖ / ‖W X‖")
-        right.set_xticks(sorted({row["layer"] for row in insights.rows("drift")}))
+        layers = sorted({row["layer"] for row in insights.rows("drift")})
+        right.set_xticks(layers[:: -(-len(layers) // 12)])  # more would run into each other
         right.set_ylim(bottom=0)
         handles, labels = right.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
