@@ -90,7 +90,8 @@ class GemsConfig(MethodConfig):
     """`one`: a shared subspace of rank 2r, the same state in bytes (an ablation)."""
     side: Literal["short", "left", "right"] = "short"
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """a: multiplies the update; with the rate it is one number, so tune this one."""
+    """a: multiplies the update; with the rate it is one number, so tune this one. 16 learnt on SmolLM2-135M what joint
+    LoRA did, 1 much less; 4 was the best of 1, 2 and 4 for `small` on Last.fm (docs/log.md)."""
     shared_grad: Literal["sum", "pooled", "normalised"] = "sum"
     refresh: Literal["power", "rsvd", "svd"] = "power"
     refresh_every: Annotated[int, Field(ge=1)] = 200
