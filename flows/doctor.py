@@ -76,11 +76,15 @@ def _made_whole(workspace: Workspace) -> Check:
     """Everything a kill can leave half done in the workspace itself."""
     from flows.promotion.champion import settle
     from stages.append import finish_commit
+    from stages.items import settle_codes
 
     cut_short = (workspace.stages / "next.json").is_file()
     finish_commit(workspace)
+    coded = settle_codes(workspace)
     settle(workspace)
-    return Check("ok", "repair", "a commit of stages was ended" if cut_short else "stages and champion are whole")
+    ended = [what for what, was in (("stages", cut_short), ("item codes", coded)) if was]
+    said = f"a commit of {' and of '.join(ended)} was ended" if ended else "stages, item codes and champion are whole"
+    return Check("ok", "repair", said)
 
 
 def _closed_runs(workspace: Workspace) -> Iterator[Check]:

@@ -75,7 +75,7 @@ def recommend(
     chosen = models_in_service(workspace, method, seed, objective)
     if not 1 <= k <= config.evaluation.beam:
         raise UserError(f"-k {k}: give a number from 1 to evaluation.beam, which is {config.evaluation.beam} here")
-    dataset = load_dataset(config, workspace)
+    dataset = load_dataset(config, workspace, answering=True)
     model, _ = first_that_loads(chosen, partial(loaded, config, workspace, dataset, objective=objective))
     past, request = _asked(model.config, dataset, user, history, query)
     found = model.recommender.recommend([past], k, **request)
@@ -158,8 +158,8 @@ def loaded(
     return Loaded(job, found.config, as_recommender(found, dataset, job))
 
 
-def first_that_loads(chosen: Sequence[Chosen], load: Callable[[Chosen], T]) -> tuple[T, str | None]:
-    """The first model that can be loaded, and why it is not the first of all.
+def first_that_loads(chosen: Sequence[Chosen], load: Callable[[Chosen], T]) -> tuple[T, UserError | None]:
+    """The first model that can be loaded, and why it is not the first of all, by the first one's fault.
 
     Raises:
         UserError: none can; the first one's fault.
@@ -175,7 +175,9 @@ def first_that_loads(chosen: Sequence[Chosen], load: Callable[[Chosen], T]) -> t
             return found, None
         stands_in = f"{one.job.method} after stage {one.job.stage} stands in for the champion"
         log.warning("%s: %s", stands_in, faults[0])
-        return found, f"{stands_in}: {faults[0]}"
+        raised = UserError(f"{stands_in}: {faults[0]}")
+        raised.__cause__ = faults[0]
+        return found, raised
     raise faults[0]
 
 

@@ -55,15 +55,32 @@ class Dataset:
 
 
 @at_files()
-def load_dataset(config: Config, workspace: Workspace) -> Dataset:
+def load_dataset(config: Config, workspace: Workspace, answering: bool = False) -> Dataset:
     """Read what `split` and `build_semantic_ids` left in the workspace.
 
     Files are hashed again where their stamps may hide a change, and all are parsed again only where one is another than
     at the last call: the trainings and tests of a run share one copy.
 
+    Args:
+        config: the experiment.
+        workspace: where.
+        answering: for a model that is there already; events of a stage whose items are still to be coded are left out.
+
     Raises:
-        UserError: they have not run, or a file is not the one its manifest names.
+        UserError: they have not run, a file is not the one its manifest names, or, unless `answering`, a stage was
+            closed and its items have no codes yet.
     """
+    dataset = _loaded(config, workspace)
+    uncoded = dataset.interactions.uncoded
+    if uncoded and not answering:
+        raise UserError(
+            f"{workspace.catalogue}: {uncoded:,} events are of items without a code, since a stage was closed and its "
+            "items are still to be coded; run the command again that closed it"
+        )
+    return dataset
+
+
+def _loaded(config: Config, workspace: Workspace) -> Dataset:
     stages, catalogue = workspace.stages / "manifest.json", workspace.catalogue / "manifest.json"
     # Looked at before anything is read, so that a write meanwhile shows at the next call.
     manifests = _stamps(stages, catalogue)

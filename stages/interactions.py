@@ -78,6 +78,7 @@ class Interactions:
             unless searches are used: then all events of an instant belong together.
         query: (N,) number of each search's query in `texts`, -1 for a recommendation event; None without searches.
         texts: distinct queries as they were typed.
+        uncoded: events that are left out, their items having no codes yet.
     """
 
     user_ids: list[str]
@@ -87,6 +88,7 @@ class Interactions:
     baskets: IntArray
     query: IntArray | None = None
     texts: tuple[str, ...] = ()
+    uncoded: int = 0
 
     @property
     def users(self) -> IntArray:
@@ -166,7 +168,7 @@ def load_interactions(
         objectives: kinds of events to read; absent: all there are.
 
     Raises:
-        UserError: an objective of which the log has no event, or items of a stage that have no codes yet.
+        UserError: an objective of which the log has no event.
     """
     count = len(read_json(workspace.stages / "manifest.json")["stages"])
     numbers = pl.read_parquet(workspace.catalogue / "items.parquet", columns=["item_id"]).with_row_index("item")
@@ -174,11 +176,8 @@ def load_interactions(
     frame = _in_order(read_stages(workspace, count, _columns(kinds)), kinds)
     # A stage's events come sorted by user and time; the stable sort keeps that order within a user and stage.
     frame = frame.join(numbers, on="item_id", how="left", maintain_order="left").sort("user_id", maintain_order=True)
-    if uncoded := frame["item"].null_count():
-        raise UserError(
-            f"{workspace.catalogue}: {uncoded:,} events are of items without a code, since a stage was closed and its "
-            "items are still to be coded; run the command again that closed it"
-        )
+    uncoded = frame["item"].null_count()
+    frame = frame.drop_nulls("item") if uncoded else frame
     users = frame["user_id"].rle()
     offsets = np.concatenate([[0], np.cumsum(users.struct.field("len").to_numpy())]).astype(np.int64)
     query, texts = _query_numbers(frame) if "search" in kinds else (None, ())
@@ -190,6 +189,7 @@ def load_interactions(
         baskets=_basket_numbers(frame, offsets, baskets or "search" in kinds),
         query=query,
         texts=texts,
+        uncoded=uncoded,
     )
 
 

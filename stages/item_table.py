@@ -88,7 +88,8 @@ def mend_item_table(config: Config, workspace: Workspace) -> str | None:
         note = _note(workspace)
         same = note is not None and note["content"] == content_digest(rows)
         _set_aside(path)
-        store_item_table(workspace, rows, mended=not same)
+        # A kill may have left the note of rows that are mended, and no such file.
+        store_item_table(workspace, rows, mended=not same or is_mended(workspace))
         now = "and are the same" if same else "as they are now, and items that have codes keep them"
         log.warning("%s; its rows are read from the sources, %s", fault, now)
     return _digest(path)

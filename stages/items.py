@@ -77,7 +77,7 @@ def build_semantic_ids(config: Config, workspace: Workspace, progress: Progress 
     """
     stages = read_json(workspace.stages / "manifest.json")
     _check_stage_files(workspace, stages)
-    _settle(workspace.catalogue)
+    settle_codes(workspace)
     digests, ends = ([stage[key] for stage in stages["stages"]] for key in ("digest", "end"))
     inputs = {"recipe": _recipe(config, digests), "stages": digests, "ends": ends}
     inputs["raw"] = mend_item_table(config, workspace)
@@ -317,15 +317,20 @@ def _write(workspace: Workspace, frame: pl.DataFrame, facts: Mapping[str, Any]) 
         frame.select(columns).write_parquet(temporary)
         manifest["digest"] = sha256_file(temporary)
         write_json(workspace.catalogue / NEXT, manifest, seal=True)
-    _settle(workspace.catalogue)
+    settle_codes(workspace)
     return manifest
 
 
-def _settle(folder: Path) -> None:
-    """End a build that a kill cut short: its manifest counts where its rows are there, and the old one where not."""
+def settle_codes(workspace: Workspace) -> bool:
+    """End a build that a kill cut short: its manifest counts where its rows are there, and the old one where not.
+
+    Returns:
+        Whether there was one.
+    """
+    folder = workspace.catalogue
     decided = folder / NEXT
     if not decided.is_file():
-        return
+        return False
     try:
         done = read_json(decided)["digest"] == _digest_if_there(folder / "items.parquet")
     except UserError:
@@ -335,6 +340,7 @@ def _settle(folder: Path) -> None:
         sync_folder(folder)
     else:
         decided.unlink()
+    return True
 
 
 def _report(manifest: Mapping[str, Any], reused: bool) -> ItemReport:

@@ -13,6 +13,7 @@ from flows.experiment import remembered_config
 from flows.promotion import champion
 from flows.recommending import recommend
 from flows.serving.served import InService, load_served
+from stages.append import take_new_rows
 from stages.checkpoint import MANIFEST
 from stages.dataset import load_dataset
 from stages.errors import UserError
@@ -90,6 +91,22 @@ def test_the_model_of_a_rebuilt_stage_knows_the_item_that_came_late(shop: Shop) 
     assert line["decision"] == "rebuilt"
     assert "i20" in {item for item, *_ in recommend(shop.workspace.root, history=["i01"], k=20).rows}
     assert shop.nightly() == []
+
+
+def test_while_a_closed_stage_has_no_codes_yet_the_models_answer_as_before_and_can_be_gone_back_to(shop: Shop) -> None:
+    answered = listed(shop)
+    write_rows(
+        shop.folder / "events" / "week3.csv", [*week(3), ("u00", "i20", seconds(22)), ("u00", "i01", seconds(28))]
+    )
+    plan = retraining.retrain_plan(shop.config, shop.workspace.root)
+    take_new_rows(plan.config, shop.workspace)
+    with pytest.raises(UserError, match=r"events are of items without a code, .* run the command again that closed it"):
+        load_dataset(plan.config, shop.workspace)
+    assert listed(shop) == answered
+    assert load_served(shop.workspace.root).fault is None
+    config, _ = remembered_config(shop.workspace.root)
+    taken_out, back = champion.roll_back(config, shop.workspace)
+    assert (taken_out.job.stage, back.job.stage) == (2, 1)
 
 
 def test_a_model_is_refused_whose_codes_have_moved(shop: Shop) -> None:

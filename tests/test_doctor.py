@@ -93,7 +93,7 @@ def test_the_doctor_repairs_the_workspace_itself_where_prefect_is_down(tmp_path:
 def test_the_doctor_says_which_server_it_asked_for_open_runs(tmp_path: Path) -> None:
     _, workspace = opened(tmp_path)
     said = " ".join(repaired(workspace.root).stdout.split())
-    assert "stages and champion are whole" in said
+    assert "stages, item codes and champion are whole" in said
     assert "no flow run is left open on a Prefect server of this command's own" in said
     assert "name that one with PREFECT_API_URL" in said
 

@@ -33,11 +33,12 @@ def shop(root: Path, events: list[tuple[str, str, int, str]]) -> Workspace:
     return workspace
 
 
-def test_events_of_items_without_codes_are_said_and_get_no_number(tmp_path: Path) -> None:
+def test_events_of_items_without_codes_are_left_out_and_counted(tmp_path: Path) -> None:
     workspace = shop(tmp_path, [("u0", "i0", 0, "recommendation"), ("u0", "i1", 1, "recommendation")])
     pl.DataFrame({"item_id": ["i0"]}).write_parquet(workspace.catalogue / "items.parquet")
-    with pytest.raises(UserError, match=r"1 events are of items without a code, .* run the command again that closed"):
-        load_interactions(workspace, baskets=False)
+    found = load_interactions(workspace, baskets=False)
+    assert found.uncoded == 1
+    assert found.items.tolist() == [0]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from stages import item_table
 from stages import items as catalogue
 from stages.append import grow_catalogue, take_new_rows
 from stages.config import Config
+from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.item_table import mend_item_table
 from stages.items import build_semantic_ids
@@ -175,24 +176,54 @@ def test_a_catalogue_killed_while_it_is_written_is_the_old_one_or_the_new_one(
 ) -> None:
     config, workspace = grown
     before = rows_of(workspace)
-    settle = catalogue._settle
+    settle = catalogue.settle_codes
 
-    def dying(folder: Path) -> None:
-        if (folder / "next.json").exists():
+    def dying(own: Workspace) -> bool:
+        if (own.catalogue / "next.json").exists():
             if place == "after":
-                settle(folder)
+                settle(own)
             raise KeyboardInterrupt
-        settle(folder)
+        return settle(own)
 
-    monkeypatch.setattr(catalogue, "_settle", dying)
+    monkeypatch.setattr(catalogue, "settle_codes", dying)
     with pytest.raises(KeyboardInterrupt):
         build_semantic_ids(config, workspace)
     monkeypatch.undo()
+    if place == "before":  # until somebody ends it, it can be read by nobody
+        with pytest.raises(UserError, match=r"items.parquet"):
+            load_dataset(config, workspace)
+        assert catalogue.settle_codes(workspace)
+        assert len(load_dataset(config, workspace).catalogue.item_ids) >= len(before)
     said: list[str] = []
     build_semantic_ids(config, workspace, said.append)
     assert not any("differ from their manifest" in line for line in said)
     after = rows_of(workspace)
     assert {item: after[item] for item in before} == before
+
+
+def test_a_mending_that_was_killed_still_says_that_rows_were_lost_and_moves_no_code(
+    shop: tuple[Config, Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, workspace = shop
+    before = rows_of(workspace)
+    table = workspace.root.parent / "items.csv"
+    table.write_text(table.read_text().replace("lamp", "lantern").replace("a", "o"))
+    cut(workspace.catalogue / "raw.parquet")
+    write = item_table.write_json
+
+    def dying(*arguments: object, **more: object) -> None:
+        write(*arguments, **more)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(item_table, "write_json", dying)
+    with pytest.raises(KeyboardInterrupt):
+        build_semantic_ids(config, workspace)
+    monkeypatch.undo()
+    build_semantic_ids(config, workspace)
+    assert item_table.is_mended(workspace)
+    assert {item: row["codes"] for item, row in rows_of(workspace).items()} == {
+        item: row["codes"] for item, row in before.items()
+    }
 
 
 def test_a_rotten_list_of_refused_rows_is_written_anew(shop: tuple[Config, Workspace]) -> None:

@@ -109,6 +109,27 @@ def test_a_champion_that_the_machine_kept_from_loading_is_tried_at_every_look(
     assert place.fault is None
 
 
+@pytest.mark.parametrize(("error", "again"), [(said_in_words(FULL), True), (UserError("altered"), False)])
+def test_a_champion_that_an_earlier_one_stands_in_for_is_tried_again_where_the_machine_was_at_fault(
+    shop: Path, error: UserError, again: bool
+) -> None:
+    def load(root: Path, method: str | None, seed: int | None) -> Served:
+        found = load_served(root, method, seed)
+        loads.append(root)
+        return Served(found.config, found.dataset, found.job, found.model, error) if len(loads) in faulty else found
+
+    for faulty in ((1,), (2,)):  # at the start, and at a later look
+        loads: list[Path] = []
+        place = InService(shop, load=load)
+        assert (place.fault is None) == (2 in faulty)
+        if place.fault is None:
+            crown(shop, "frozen")
+            assert not place.look()
+        assert place.look() == again
+        assert (place.fault is None) == again
+        crown(shop, "single")
+
+
 def test_a_fixed_method_does_not_follow_the_champion(shop: Path) -> None:
     place = InService(shop, method="item_graph")
     crown(shop, "frozen")
@@ -125,6 +146,8 @@ def test_a_fixed_method_follows_its_own_newest_model(shop: Path) -> None:
     write_json(path, listed)
     assert [place.look() for place in places] == [True, True, True]
     assert [place.current.job.stage for place in places] == [1, 1, 1]
+    assert not any(place.look() for place in places)
+    write_json(path, [*listed, {**listed[0], "method": "peso"}])  # what others train is no reason to load anew
     assert not any(place.look() for place in places)
 
 

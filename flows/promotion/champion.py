@@ -227,7 +227,8 @@ def roll_back(config: Config, workspace: Workspace) -> tuple[Champion, Champion]
 def fault_of(config: Config, workspace: Workspace, champion: Champion) -> str | None:
     """Why a champion cannot be put together from the tensors that went into service, or None."""
     try:
-        stored(config, workspace, load_dataset(config, workspace), champion.job, champion.pin)
+        dataset = load_dataset(config, workspace, answering=True)
+        stored(config, workspace, dataset, champion.job, champion.pin)
     except UserError as error:
         return str(error)
     return None

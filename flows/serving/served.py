@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from flows import machine
-from flows.experiment import remembered_config, trained_file
+from flows.experiment import remembered_config
 from flows.promotion.champion import FILE
 from flows.recommending import first_that_loads, loaded, models_in_service
 from flows.serving.reasons import Reasons
@@ -33,7 +33,7 @@ FALLBACK = "recent_popularity"
 MOST = 4
 """Threads that rank at the same time, at most: Python runs one of them at a time between two operations of torch."""
 NOBODY = Past(np.empty(0, dtype=np.int64), np.empty(0, dtype=bool))
-Mark = tuple[tuple[int, int, int] | None, ...]
+Mark = tuple[object, ...]
 log = logging.getLogger("flows")
 
 
@@ -49,9 +49,11 @@ class Served:
     """
 
     def __init__(
-        self, config: Config, dataset: Dataset, job: Job, model: Recommender, fault: str | None = None
+        self, config: Config, dataset: Dataset, job: Job, model: Recommender, fault: UserError | None = None
     ) -> None:
-        self.fault = fault
+        self.fault = None if fault is None else str(fault)
+        self.passing = is_passing(fault)
+        """Whether the machine is at fault, and another try may find the champion well."""
         catalogue, events = dataset.catalogue, dataset.interactions
         self.config, self.dataset, self.job, self.model = config, dataset, job, model
         self.limit = config.evaluation.beam
@@ -142,7 +144,7 @@ def load_served(root: Path, method: str | None = None, seed: int | None = None) 
     """
     config, workspace = remembered_config(root)
     chosen = models_in_service(workspace, method, seed)
-    dataset = load_dataset(config, workspace)
+    dataset = load_dataset(config, workspace, answering=True)
     model, fault = first_that_loads(chosen, partial(loaded, config, workspace, dataset))
     return Served(model.config, dataset, model.job, model.recommender, fault)
 
@@ -170,6 +172,8 @@ class InService:
         self.root, self.method, self.seed, self.load = root, method, seed, load
         self.mark = self._mark()
         self.current = load(root, method, seed)
+        if self.current.passing:
+            self.mark = ()
         self.swaps, self.failures = 0, int(self.current.fault is not None)
         self._looking = threading.Lock()
         self.fault: str | None = self.current.fault
@@ -189,10 +193,12 @@ class InService:
         found = self._mark()
         if found == self.mark:
             return False
-        passing = False
         try:
             served = self.load(self.root, self.method, self.seed)
-            fault = served.fault  # an earlier champion is no better than the model that answers
+            fault, passing = (
+                served.fault,
+                served.passing,
+            )  # an earlier champion is no better than the model that answers
         except (UserError, OSError, ValueError) as error:
             served, fault, passing = self.current, str(error), is_passing(error)
         if fault is not None:
@@ -209,7 +215,13 @@ class InService:
         return True
 
     def _mark(self) -> Mark:
-        return mark(Workspace(self.root), by_name=self.method is not None or self.seed is not None)
+        workspace = Workspace(self.root)
+        if self.method is None and self.seed is None:
+            return mark(workspace)
+        try:
+            return (*mark(workspace), models_in_service(workspace, self.method, self.seed)[0])
+        except UserError as error:
+            return (*mark(workspace), str(error))
 
 
 def is_passing(error: BaseException | None) -> bool:
@@ -220,19 +232,13 @@ def is_passing(error: BaseException | None) -> bool:
     return error is not None and is_passing(error.__cause__ or error.__context__)
 
 
-def mark(workspace: Workspace, by_name: bool = False) -> Mark:
-    """Changes whenever another model, other histories or other items may have to be served.
-
-    Args:
-        workspace: whose.
-        by_name: the newest model of a method or seed is served, so that each one trained counts.
-    """
+def mark(workspace: Workspace) -> Mark:
+    """Changes whenever another champion, other histories or other items may have to be served."""
     files = (
         workspace.root / FILE,
         workspace.reports / "latest.json",
         workspace.stages / "manifest.json",
         workspace.catalogue / "manifest.json",
-        *([trained_file(workspace)] if by_name else []),
     )
     return tuple(_stamp(path) for path in files)
 
