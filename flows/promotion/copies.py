@@ -41,7 +41,7 @@ def note(workspace: Workspace, mirror: str, given: int) -> None:
     """The mirror has the first `given` decisions of the history: so many there were when it was handed them."""
     found = {**_noted(workspace), _name(mirror): given}
     if found != _noted(workspace):
-        write_json(workspace.root / "runs" / FILE, {"schema": 1, "given": found})
+        write_json(workspace.root / "runs" / FILE, {"schema": 1, "given": found}, seal=True)
 
 
 def count(workspace: Workspace) -> int:
