@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from benchmarks.faults.harness import Bench, Child, Row, fingerprint, flipped, sound
-from benchmarks.faults.retrains import left, retrain, twin
+from benchmarks.faults.retrains import left, mirrored, retrain, twin
 from flows.experiment import last_command
 from flows.promotion import copies
 from flows.promotion.champion import in_service, settle
@@ -190,10 +190,14 @@ def followed(place: Workspace) -> dict[Path, tuple[Look, int]]:
 
 
 def outcome(root: Path) -> dict[str, Any]:
-    """What a retraining leaves, but for damaged files that it set aside, and the champion as it is read."""
+    """What a retraining leaves, but for damaged files that it set aside, and the champion as it is read.
+
+    MLflow's decisions count once: a copy has an experiment of its own, which gets them all where their count is lost.
+    """
     found = {name: digest for name, digest in left(root).items() if "quarantine" not in name}
-    present = in_service(Workspace(root))
-    return {**found, "champion": None if present is None else (present.job, present.pin)}
+    present, (runs, alias) = in_service(Workspace(root)), mirrored(root)
+    shown = {"champion": None if present is None else (present.job, present.pin), "mlflow": (sorted(set(runs)), alias)}
+    return {**found, **shown}
 
 
 def unharmed(folder: Path) -> str | None:
