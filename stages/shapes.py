@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 from stages.errors import UserError
 
 T = TypeVar("T")
+
+
+@cache
+def _reader(kind: type[T]) -> TypeAdapter[T]:
+    """Made once: it takes longer than what it is for, and a history holds a champion a line."""
+    return TypeAdapter(kind)
 
 
 def shaped(kind: type[T], value: Any, path: Path, what: str, remedy: str) -> T:
@@ -27,7 +34,7 @@ def shaped(kind: type[T], value: Any, path: Path, what: str, remedy: str) -> T:
         UserError: the value is of another shape.
     """
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+        return _reader(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
