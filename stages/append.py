@@ -121,10 +121,7 @@ def take_new_rows(
         UserError: no stages yet, a log without a clock or without an event that the gate looks at, unreadable sources,
             more refused rows than `retrain.refused_share` allows, or damaged files.
     """
-    if config.log.kind != "events":
-        raise UserError(
-            f'log.kind = "{config.log.kind}" has no clock; retraining needs rows of events with their times'
-        )
+    _see_clock(config)
     if not dry_run:
         finish_commit(workspace)
     stages, waiting = load_stages(workspace), _sound(load_waiting(workspace), new)
@@ -160,6 +157,13 @@ def take_new_rows(
         rebuilt=tuple(sorted(rebuilt)),
         end=edges[-1].isoformat() if edges else end.isoformat(),
     )
+
+
+def _see_clock(config: Config) -> None:
+    if config.log.kind != "events":
+        raise UserError(
+            f'log.kind = "{config.log.kind}" has no clock; retraining needs rows of events with their times'
+        )
 
 
 def _sound(waiting: Waiting, new: str | None) -> Waiting:

@@ -153,10 +153,14 @@ def store_noted(frame: pl.DataFrame, path: Path) -> None:
         write_json(path.with_suffix(".json"), {"sha256": sha256_file(temporary)}, seal=True)
 
 
+def is_noted(path: Path) -> bool:
+    """Whether the table is there, and what `store_noted` wrote."""
+    try:
+        return path.is_file() and read_json(path.with_suffix(".json"))["sha256"] == sha256_file(path)
+    except (UserError, KeyError):
+        return False
+
+
 def read_noted(path: Path) -> pl.DataFrame | None:
     """The table, or None where it is not there or not what was written: make it again."""
-    try:
-        whole = path.is_file() and read_json(path.with_suffix(".json"))["sha256"] == sha256_file(path)
-    except (UserError, KeyError):
-        whole = False
-    return pl.read_parquet(path) if whole else None
+    return pl.read_parquet(path) if is_noted(path) else None

@@ -20,7 +20,7 @@ from models.baselines.last_category import LastCategory
 from models.generative_recommender import GenerativeRecommender
 from models.recommender import Recommender
 from stages.config import Config
-from stages.content import read_noted, store_noted
+from stages.content import is_noted, read_noted, store_noted
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
 from stages.evaluate import (
@@ -175,7 +175,7 @@ def evaluate_sampled(
     if kind == "off":
         return None
     path = (workspace.root / evaluation.path).with_suffix(f".{kind}-{evaluation.digest[:12]}.parquet")
-    if read_noted(path) is not None:
+    if is_noted(path):
         return path
     dataset, job = load_dataset(config, workspace), evaluation.job
     frames, model = [], None

@@ -36,10 +36,7 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     write_shop(folder, f'late = "rebuild"\n{OPEN_GATE}')
     shop = Shop(folder)
     shop.set("[items]", f'[items]\nvectors = "{request.param}"')
-    shop.nightly()
-    write_rows(folder / "events" / "week2.csv", week(2) + week(3)[:1])
-    assert [line["decision"] for line in shop.nightly()] == ["promoted"]
-    return shop
+    return shop.begin()
 
 
 @pytest.fixture

@@ -148,13 +148,8 @@ def test_a_damaged_item_table_without_its_sources_is_named_with_its_remedy(grown
         build_semantic_ids(config, workspace)
 
 
-@pytest.mark.parametrize("place", ["before", "after"])
-def test_a_growth_of_the_item_table_killed_at_its_note_is_believed(
-    grown: tuple[Config, Workspace], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
-) -> None:
-    config, workspace = grown
-    table = workspace.root.parent / "items.csv"
-    table.write_text(table.read_text() + "i98,brass lamp,lights\n")
+def killed_at_the_note(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """A kill right before or after the item table's note is written."""
     write = item_table.write_json
 
     def dying(*arguments: object, **more: object) -> None:
@@ -163,6 +158,16 @@ def test_a_growth_of_the_item_table_killed_at_its_note_is_believed(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(item_table, "write_json", dying)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_growth_of_the_item_table_killed_at_its_note_is_believed(
+    grown: tuple[Config, Workspace], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    config, workspace = grown
+    table = workspace.root.parent / "items.csv"
+    table.write_text(table.read_text() + "i98,brass lamp,lights\n")
+    killed_at_the_note(monkeypatch, place)
     with pytest.raises(KeyboardInterrupt):
         grow_catalogue(config, workspace)
     monkeypatch.undo()
@@ -209,13 +214,7 @@ def test_a_mending_that_was_killed_still_says_that_rows_were_lost_and_moves_no_c
     table = workspace.root.parent / "items.csv"
     table.write_text(table.read_text().replace("lamp", "lantern").replace("a", "o"))
     cut(workspace.catalogue / "raw.parquet")
-    write = item_table.write_json
-
-    def dying(*arguments: object, **more: object) -> None:
-        write(*arguments, **more)  # type: ignore[arg-type]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(item_table, "write_json", dying)
+    killed_at_the_note(monkeypatch, "after")
     with pytest.raises(KeyboardInterrupt):
         build_semantic_ids(config, workspace)
     monkeypatch.undo()

@@ -36,6 +36,13 @@ class Shop:
         self.folder, self.config = folder, folder / "shop.toml"
         self.workspace = Workspace(folder / "workspace")
 
+    def begin(self) -> Shop:
+        """Have a first model at stage 1 and a promoted one at stage 2."""
+        self.nightly()
+        write_rows(self.folder / "events" / "week2.csv", week(2) + week(3)[:1])
+        assert [line["decision"] for line in self.nightly()] == ["promoted"]
+        return self
+
     def set(self, before: str, after: str) -> None:
         """Change the config."""
         text = self.config.read_text()
@@ -75,11 +82,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     """A first model at stage 1 and a promoted one at stage 2."""
     folder = tmp_path_factory.mktemp("standing")
     write_shop(folder, OPEN_GATE)
-    shop = Shop(folder)
-    shop.nightly()
-    write_rows(folder / "events" / "week2.csv", week(2) + week(3)[:1])
-    assert [line["decision"] for line in shop.nightly()] == ["promoted"]
-    return shop
+    return Shop(folder).begin()
 
 
 @pytest.fixture
