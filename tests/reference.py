@@ -145,7 +145,7 @@ class NaiveGems:
         every, warmup: T, and the steps before the gate learns.
         refresh, on_refresh: as the settings of those names.
         gate_rate: of Adam on φ.
-        shared_grad: as the setting of that name.
+        shared_grad, scale: as the settings of those names.
     """
 
     def __init__(
@@ -160,9 +160,10 @@ class NaiveGems:
         refresh: str,
         on_refresh: str,
         gate_rate: float,
-        shared_grad: str = "sum",
+        shared_grad: str,
+        scale: float,
     ) -> None:
-        self.shared_grad, self.norms = shared_grad, dict[str, float]()
+        self.shared_grad, self.scale, self.norms = shared_grad, scale, dict[str, float]()
         self.weights, self.sides, self.ranks = weights, sides, ranks
         self.free = {
             name: torch.eye(weight.shape[1]).double() - protected[name].double() @ protected[name].double().T
@@ -284,12 +285,12 @@ class NaiveGems:
         return basis.T @ gradient if self.sides[name] == "left" else gradient @ basis
 
     def _adam(self, name: str, kind: str, reduced: Tensor) -> Tensor:
-        """D_s, whole."""
+        """D_s, whole: a times what the moments say, taken back from the subspace."""
         place, count = (name, kind), self.counts[kind] - self.restarts[name, kind]
         self.first[place] = 0.9 * self.first[place] + 0.1 * reduced
         self.second[place] = 0.999 * self.second[place] + 0.001 * reduced**2
         move = self.first[place] / (1 - 0.9**count) / ((self.second[place] / (1 - 0.999**count)).sqrt() + 1e-8)
-        return self.bases[place] @ move if self.sides[name] == "left" else move @ self.bases[place].T
+        return self.scale * (self.bases[place] @ move if self.sides[name] == "left" else move @ self.bases[place].T)
 
     def _features(self, losses: Mapping[str, float], norms: Mapping[str, float], shares: Mapping[str, float]) -> Tensor:
         """Search's share of the losses (over their warm-up mean), of the norms and of the targets."""

@@ -20,7 +20,7 @@ from stages.methods.gems_step import GemsStep
 from stages.methods.parts import rate_at
 
 SHAPES = {"wide": (6, 20), "square": (12, 12), "tall": (20, 6), "capped": (4, 16)}
-PLAIN = GemsConfig(rank=4, null_space="off", gate="constant", allow_large_state=True)
+PLAIN = GemsConfig(rank=4, scale=1.0, null_space="off", gate="constant", allow_large_state=True)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

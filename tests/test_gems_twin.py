@@ -17,7 +17,7 @@ from stages.methods.gems_step import GemsStep
 from tests.reference import NaiveGems
 from tests.test_gems import SHAPES, Toy, guarded, schedule, step_of
 
-RATE = 3e-3
+RATE, SCALE = 2e-3, 1.5
 KINDS = ("shared", "search", "recommendation")
 BOTH = ("search", "recommendation")
 
@@ -43,6 +43,7 @@ class Pair:
             settings.on_refresh,
             settings.gate_learning_rate,
             settings.shared_grad,
+            settings.scale,
         )
 
     def take(self, present: tuple[str, ...] = BOTH, searches: float = 0.5) -> dict[str, float]:
@@ -85,7 +86,8 @@ def _gradient(weight: Tensor) -> Tensor:
 
 
 def settings(**changes: Any) -> GemsConfig:
-    return GemsConfig(rank=4, allow_large_state=True, stagger=False, refresh_every=5, gate="constant", **changes)
+    own = {"rank": 4, "scale": SCALE, "stagger": False, "refresh_every": 5, "gate": "constant"}
+    return GemsConfig(allow_large_state=True, **own, **changes)
 
 
 @pytest.mark.parametrize("on_refresh", ["rotate", "keep", "reset"])
