@@ -52,7 +52,7 @@ def analyse(
     if not jobs["checkpoints"]:
         raise UserError(f"{folder}: this report trained no model; run `driftrec compare` or `train` first")
     with exclusive(workspace):
-        found = _measured(_scope(settings, workspace, jobs, methods, seed, stages))
+        found = _measured(_scope(settings, workspace, jobs, methods, seed, stages), read_json(folder / "report.json"))
         write_json(folder / FILE, found, seal=True)
         from flows.reporting.report import write_page
 
@@ -116,12 +116,12 @@ def _scope(
     )
 
 
-def _measured(scope: Scope) -> dict[str, Any]:
-    """The content of analysis.json."""
+def _measured(scope: Scope, report: dict[str, Any]) -> dict[str, Any]:
+    """The content of analysis.json, for models of this report."""
     from stages.analysis.measured import measured
-    from stages.analysis.sensitivity import sensitivity
+    from stages.analysis.sensitivity import drift_report, sensitivity
 
-    found = {
+    found: dict[str, Any] = {
         "schema": 1,
         "name": scope.config.name,
         "protocol": scope.protocol,
@@ -131,7 +131,9 @@ def _measured(scope: Scope) -> dict[str, Any]:
         "settings": scope.config.analysis.model_dump(exclude={"text"}),
         **measured(scope),
     }
-    curves = sensitivity(_reports(scope.workspace))
+    reports = _reports(scope.workspace)
+    moved = drift_report(found["preservation"]["drift"], scope.last, report, scope.protocol, scope.seed)
+    curves = sensitivity([moved, *reports])
     if not curves:
         found["notes"].append(
             "No two methods of this workspace differ in one setting of GEMS alone, so there is no sensitivity to draw."

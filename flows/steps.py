@@ -230,6 +230,7 @@ def summarise(plan: Plan, evaluations: list[Evaluation], checkpoints: list[Check
     report = summary.summarise(plan.config, plan.workspace, evaluations, checkpoints, progress=watcher().say)
     stored = read_json(plan.workspace.root / "config.json")["config"]
     report |= {"command": plan.command, "config": stored}
+    report["settings"] = {name: plan.config.method(name).model_dump(mode="json") for name in plan.methods}
     report |= {"versions": machine.versions(), "machine": machine.description()}
     report["wall_seconds"] = wall_seconds(evaluations, checkpoints)
     if best := best_rows(plan.config, plan.workspace.root, report):

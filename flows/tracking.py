@@ -246,7 +246,10 @@ class Book:
         if found:
             return str(found[0].info.run_id)
         run = self.client.create_run(self.experiment, run_name=name, tags=self._tags() | tags | {"driftrec.key": key})
-        params = {"method": subject.method, "seed": subject.seed} | ({} if stage is None else {"stage": stage})
+        settings = (
+            self.findings.report.get("settings", {}).get(subject.method, {}) if stage is None else {"stage": stage}
+        )
+        params = settings | {"method": subject.method, "seed": subject.seed}  # the name, which says more than the kind
         self.client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in params.items()])
         return str(run.info.run_id)
 

@@ -186,6 +186,7 @@ def invent_report() -> dict[str, Any]:
             "users": None,
             "git_sha": "d" * 40,
         },
+        "settings": {"single": {"method": "kind", "strength": 0.5}},
         "config": {"name": "invented", "evaluation": {"matrix_users": 300}},
         "digests": {"log": "a" * 64, "stages": "b" * 64, "catalogue": "c" * 64},
         "versions": {"driftrec": "0.1.0", "torch": "2.13.0"},

@@ -35,13 +35,13 @@ from stages.analysis.conflict import (
 )
 from stages.analysis.measured import Scope, gems_among, place_of
 from stages.analysis.preservation import drifts, held_out_items, mixture_drifts, moments_of, relative_drift
-from stages.analysis.sensitivity import sensitivity
+from stages.analysis.sensitivity import drift_report, sensitivity
 from stages.analysis.state_memory import footprints
 from stages.analysis.transitions import Transitions, transitions
 from stages.dataset import load_dataset
 from stages.fit import Fit
 from stages.jobs import Job
-from stages.method_config import GemsConfig
+from stages.method_config import BUILT_IN, GemsConfig, MethodConfig
 from stages.search_examples import query_vocabulary
 from stages.stage_examples import Examples, stage_examples
 from stages.train import bare_model, begin_stage, restore_model, train_stage
@@ -327,14 +327,14 @@ def test_bytes_counted_on_tensors_are_those_of_the_formulas(rank: int | None, ev
     assert linear_maps(model.stack).keys() == linear_maps(bare_model(config, dataset, 0).stack).keys()
 
 
-def report(values: dict[str, float], **methods: GemsConfig) -> dict[str, Any]:
+def report(values: dict[str, float], **methods: MethodConfig) -> dict[str, Any]:
     rows = [
         {"method": name, "seed": 0, "stage": "mean", "protocol": "same_stage", "objective": "search", "slice": "all"}
         | {"metric": "hit_at_10", "value": value, "low": None, "high": None}
         for name, value in values.items()
     ]
     named = {name: settings.model_dump(mode="json") for name, settings in methods.items()}
-    return {"rows": rows, "config": {"methods": named, "backbone": {}}, "command": {"seeds": [0]}}
+    return {"rows": rows, "settings": named, "config": {"backbone": {}}, "command": {"seeds": [0]}}
 
 
 def test_a_curve_holds_what_differs_in_one_setting_alone() -> None:
@@ -352,13 +352,22 @@ def test_a_curve_holds_what_differs_in_one_setting_alone() -> None:
         ("scale", 1.0, 0.1),
         ("scale", 2.0, 0.2),
     ]
+    drifted = [("a", 1, 0.5), ("a", 1, 0.7), ("a", 0, 9.0), ("b", 1, 0.2), ("single", 1, 3.0)]
+    rows = [{"method": method, "stage": stage, "value": value} for method, stage, value in drifted]
+    moved = drift_report(rows, 1, first, "same_stage", 0)
+    assert [(row["axis"], row["x"], row["value"]) for row in sensitivity([moved])] == [
+        ("scale", 1.0, pytest.approx(0.6)),
+        ("scale", 2.0, 0.2),
+    ]
+    assert not sensitivity([{**one, "settings": {}} for one in (first, older)])  # what they ran is not known
     older["config"]["backbone"] = {"hidden": 7}
     assert [row["value"] for row in sensitivity([first, older])] == [0.4, 0.7, 0.1, 0.2]  # two models, two curves
 
 
 def test_the_refresh_is_an_axis_of_its_own_at_an_equal_warm_up() -> None:
     names = ("gems", "gems_refresh_50", "gems_refresh_1000", "gems_refresh_svd", "gems_refresh_rsvd")
-    own = report({name: 0.1 * place for place, name in enumerate((*names, "alone"))}, alone=GemsConfig(refresh_every=7))
+    settings = {**{name: BUILT_IN[name] for name in names}, "alone": GemsConfig(refresh_every=7)}
+    own = report({name: 0.1 * place for place, name in enumerate(settings)}, **settings)
     found = [(row["axis"], row["x"], row["method"]) for row in sensitivity([own])]
     assert found == [  # the one whose gate warms up for 7 steps differs in two settings
         ("refresh", "power", "gems"),

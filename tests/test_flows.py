@@ -156,6 +156,7 @@ def test_compare_runs_from_log_files_to_report_and_tracking(trained: Trained) ->
     assert cells == {(0, 0), (0, 1), (1, 0), (1, 1)}
     assert report["versions"]["torch"]
     assert report["config"]["name"] == "tiny"
+    assert report["settings"] == {"frozen": {"method": "frozen"}, "single": {"method": "single"}}
     asked = {"methods": ["frozen", "single"], "seeds": [0], "stages": None, "users": None}
     assert asked.items() <= report["command"].items()
     assert (trained.workspace.root / report["command"]["config"]).resolve() == trained.config.resolve()

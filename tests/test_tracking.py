@@ -110,6 +110,7 @@ def test_parents_draw_quality_by_stage_and_children_hold_the_same_numbers(
     }
     drawn = dict(history(workspace, parents["single seed 0"], "test/hit_at_10"))
     assert drawn == pytest.approx({stage: wanted[stage] for stage in (0, 1)})
+    assert parents["single seed 0"].data.params == {"method": "single", "seed": "0", "strength": "0.5"}
     for stage in (0, 1):
         child = children[f"single seed 0 stage {stage}"]
         assert child.data.tags["mlflow.parentRunId"] == parents["single seed 0"].info.run_id

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Weight types as the paper's figure has them; others follow as they come."""
+DRIFT_LABEL = "‖ΔW X‖ / ‖W X‖"
 
 
 def draw_analysis(analysis: dict[str, Any], folder: Path) -> dict[str, Path]:
@@ -137,7 +138,7 @@ def preservation_chart(insights: Insights, theme: Theme) -> Figure | None:
         left.set_xticks(range(insights.last + 1))
         right.set_title(f"output drift from stage 0, after stage {insights.last}", loc="left")
         right.set_xlabel("layer")
-        right.set_ylabel("‖ΔW X‖ / ‖W X‖")
+        right.set_ylabel(DRIFT_LABEL)
         layers = sorted({row["layer"] for row in insights.rows("drift")})
         right.set_xticks(layers[:: -(-len(layers) // 12)])  # more would run into each other
         right.set_ylim(bottom=0)
@@ -179,15 +180,16 @@ def _protection_panel(
 
 
 def sensitivity_chart(insights: Insights, theme: Theme) -> Figure | None:
-    """Hit@10 along each setting that some methods differ in alone: a panel a setting and objective."""
-    rows = [row for row in insights.rows("sensitivity") if row["metric"] == "hit_at_10" and row["value"] is not None]
-    tables = list(dict.fromkeys((row["axis"], row["protocol"], row["objective"]) for row in rows))
+    """Hit@10 and drift along each setting that some methods differ in alone: a panel a setting and objective."""
+    drawn = ("hit_at_10", "drift")
+    rows = [row for row in insights.rows("sensitivity") if row["metric"] in drawn and row["value"] is not None]
+    tables = list(dict.fromkeys((row["axis"], row["protocol"], row["objective"], row["metric"]) for row in rows))
     if not tables:
         return None
     with style(theme):
         figure, panels = panels_of(len(tables), width=4.2, height=3.0, columns=min(3, len(tables)))
         for axes, table in zip(panels, tables, strict=True):
-            own = [row for row in rows if (row["axis"], row["protocol"], row["objective"]) == table]
+            own = [row for row in rows if (row["axis"], row["protocol"], row["objective"], row["metric"]) == table]
             for place, curve in enumerate(dict.fromkeys(row["curve"] for row in own)):
                 _curve(axes, [row for row in own if row["curve"] == curve], place)
             axes.set_title(f"{table[1].replace('_', ' ')}, {table[2]}", loc="left")
@@ -199,7 +201,7 @@ def sensitivity_chart(insights: Insights, theme: Theme) -> Figure | None:
                 )
                 axes.minorticks_off()
             axes.set_ylim(bottom=0)
-            axes.set_ylabel(metric_title("hit_at_10"))
+            axes.set_ylabel(DRIFT_LABEL if table[3] == "drift" else metric_title(table[3]))
     return figure
 
 

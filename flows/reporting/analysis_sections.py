@@ -174,9 +174,12 @@ def _learnt(insights: Insights) -> Markup:
 def _sensitivity(insights: Insights, figures: dict[str, Path]) -> Markup:
     if not insights.rows("sensitivity"):
         return Markup("")
-    caption = "Methods of this workspace that differ in one setting alone; mean over stages, 95 % intervals over users."
+    caption = (
+        "Methods of this workspace that differ in one setting alone: Hit@10, mean over stages, with 95 % intervals "
+        "over users, and the drift of the methods analysed here, mean over the maps."
+    )
     heading = element("h3", "How it hangs on one setting: α, τ, T and others")
-    return join(heading, pictures(figures, "sensitivity", "", "Lines of Hit@10 along one setting", caption))
+    return join(heading, pictures(figures, "sensitivity", "", "Lines of Hit@10 and drift along one setting", caption))
 
 
 def _memory(insights: Insights, figures: dict[str, Path]) -> Markup:

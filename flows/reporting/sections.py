@@ -258,7 +258,7 @@ def notes(findings: Findings) -> Markup:
 def provenance(report: dict[str, Any]) -> Markup:
     """Command, digests, versions, machine and config, folded away."""
     blocks = []
-    for title in ("command", "digests", "versions", "machine", "config"):
+    for title in ("command", "settings", "digests", "versions", "machine", "config"):
         if report.get(title):
             shown = json.dumps(report[title], indent=2, ensure_ascii=False)
             blocks.append(element("details", join(element("summary", title), element("pre", shown))))
