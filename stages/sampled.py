@@ -15,14 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from models.backbone import pretrained_backbone
 from models.baselines.bm25 import WordWeights
 from models.baselines.last_category import LastCategory
 from models.generative_recommender import GenerativeRecommender
 from models.recommender import Recommender
+from models.titles import TitleReader
+from models.words import BackboneVocabulary
+from stages.candidates import NEGATIVES, ROWS, draw_candidates
+from stages.commit import weights_digest
 from stages.config import Config
 from stages.content import is_noted, read_noted, store_noted
 from stages.dataset import Dataset, load_dataset
-from stages.errors import UserError
 from stages.evaluate import (
     asked_objectives,
     known_documents,
@@ -37,20 +41,17 @@ from stages.metrics import hit_at_k, ndcg_at_k
 from stages.queries import Queries, training_targets
 from stages.ranking import Asking, asking_of, targets_of
 from stages.search_config import Objective
-from stages.train import derived_seed
+from stages.train import bare_model, derived_seed
 from stages.workspace import Workspace, digest_of
 
-NEGATIVES = 99
 METRICS = ("hit_at_5", "hit_at_10", "ndcg_at_5", "ndcg_at_10")
 RANDOM = {"hit_at_5": 0.05, "hit_at_10": 0.10, "ndcg_at_5": 0.029485, "ndcg_at_10": 0.045436}
 """What a random order of 100 candidates scores."""
 TOLERANCE = 1e-9
 LAST_CATEGORY = "last_category"
 """A line of this mode alone, where the catalogue has categories: `models.baselines.last_category.LastCategory`."""
-LIFT = 1e3
-"""Above every Gumbel key that can be drawn."""
-ROWS = 256
-"""Queries drawn for, or scored, at once."""
+UNTUNED = "untuned"
+"""A line of this mode alone, with a pretrained backbone: what it says of the titles before any training."""
 
 
 def check_identities(row: Mapping[str, float]) -> None:
@@ -85,73 +86,6 @@ def sampled_ranks(scores: npt.NDArray[np.floating], place: IntArray) -> IntArray
     own = np.take_along_axis(scores, place[:, None], axis=1)
     earlier = np.arange(scores.shape[1]) < place[:, None]
     return 1 + ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
-
-
-def draw_candidates(
-    asking: Asking,
-    query: IntArray,
-    item: IntArray,
-    weights: npt.NDArray[np.floating],
-    seed: int,
-    negatives: int = NEGATIVES,
-    first: Callable[[IntArray], Any] | None = None,
-) -> tuple[IntArray, IntArray]:
-    """Each target's candidates in shuffled order.
-
-    Negatives are drawn without replacement in proportion to their weights, outside the user's whole history and all
-    targets of the query (Gumbel keys: the largest of log weight plus noise).
-
-    Args:
-        asking: the queries' histories, whole.
-        query: (M,) rising, the query of each target.
-        item: (M,) its item.
-        weights: (I,) of every item that may be drawn; an item of weight 0 is drawn when no other is left.
-        seed: of the draw.
-        negatives: how many.
-        first: numbers of b queries -> (b, I) sparse; items with a score, the best ones first, are taken before any is
-            drawn, equal ones by lot.
-
-    Returns:
-        Items (M, negatives + 1) and the target's column (M,).
-
-    Raises:
-        UserError: fewer items are left to draw from.
-    """
-    rng = np.random.default_rng(seed)
-    with np.errstate(divide="ignore"):
-        heavy = np.maximum(np.log(weights), -1e6)
-    found = np.empty((len(query), negatives + 1), dtype=np.int64)
-    place = rng.integers(0, negatives + 1, len(query))
-    for start in range(0, len(query), ROWS):
-        own = slice(start, start + ROWS)
-        keys = heavy + rng.gumbel(size=(len(query[own]), len(weights)))
-        if first is not None:
-            scored = first(query[own]).tocoo()
-            keys[scored.row, scored.col] = LIFT + scored.data + 1e-9 * keys[scored.row, scored.col]
-        _strike(keys, asking, query, item, own)
-        if int(np.isfinite(keys).sum(axis=1).min(initial=negatives)) < negatives:
-            raise UserError(
-                f"evaluation.negatives needs {negatives} items outside a user's history; this catalogue of "
-                f'{len(weights)} has fewer, set evaluation.negatives = "off"'
-            )
-        best = np.argpartition(-keys, negatives - 1, axis=1)[:, :negatives]
-        found[own, :negatives] = rng.permuted(np.sort(best, axis=1), axis=1)
-    # The target changes places with whoever stands in its column.
-    line = np.arange(len(query))
-    found[:, negatives] = found[line, np.minimum(place, negatives - 1)]
-    found[line, place] = item
-    return found, place
-
-
-def _strike(keys: npt.NDArray[np.float64], asking: Asking, query: IntArray, item: IntArray, own: slice) -> None:
-    """Take out of the draw what a row's user has, and every target of its query."""
-    rows = query[own]
-    for line, history in enumerate(asking.histories(rows)):
-        keys[line, history[history < keys.shape[1]]] = -np.inf
-    low, high = np.searchsorted(query, rows), np.searchsorted(query, rows, side="right")
-    for line, (first, last) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
-        targets = item[first:last]
-        keys[line, targets[targets < keys.shape[1]]] = -np.inf
 
 
 def evaluate_sampled(
@@ -196,9 +130,11 @@ def _ranked(
     job: Job,
     tested: int,
     objective: Objective,
-    model: Recommender | LastCategory,
+    model: Recommender | LastCategory | TitleReader,
     queries: Queries,
+    most: int | None = None,
 ) -> pl.DataFrame:
+    """User, objective and rank of every target, or of a seeded draw of at most `most`."""
     events, known = dataset.interactions, dataset.catalogue.known(job.stage)
     targets = targets_of(events, queries)
     reached = targets.item < known
@@ -206,9 +142,16 @@ def _ranked(
     candidates, place = _candidates(config, workspace, dataset, job, tested, objective, queries, query, item)
     history = "recommendation" if rests_on_recommendations(config, job, objective) else "both"
     asking = asking_of(events, queries, objective, history, exclude_history=False)
-    rank = np.zeros(len(targets.query), dtype=np.int64)
-    rank[reached] = sampled_ranks(_scores(model, asking, query, candidates, known), place)
-    names = pl.Series(events.user_ids, dtype=pl.String).gather(queries.user[targets.query])
+    chosen = np.arange(len(reached))
+    if most is not None:
+        rng = np.random.default_rng(derived_seed(0, "drawn", job.protocol, tested, objective))
+        chosen = np.sort(rng.permutation(chosen)[:most])
+    own = chosen[reached[chosen]]
+    line = (np.cumsum(reached) - 1)[own]  # of the candidate file
+    scores = _scores(model, asking, targets.query[own], candidates[line], known)
+    rank = np.zeros(len(chosen), dtype=np.int64)
+    rank[reached[chosen]] = sampled_ranks(scores, place[line])
+    names = pl.Series(events.user_ids, dtype=pl.String).gather(queries.user[targets.query[chosen]])
     return pl.DataFrame({"user": names, "objective": [objective] * len(rank), "rank": rank})
 
 
@@ -262,12 +205,12 @@ def _by_words(documents: Sequence[str], asking: Asking) -> Callable[[IntArray], 
 
 
 def _scores(
-    model: Recommender | LastCategory, asking: Asking, query: IntArray, candidates: IntArray, known: int
+    model: Recommender | LastCategory | TitleReader, asking: Asking, query: IntArray, candidates: IntArray, known: int
 ) -> npt.NDArray[np.floating]:
     """(M, K) the model's score of every candidate, exactly."""
     score: Callable[..., npt.NDArray[np.floating]]
     size = 16 if isinstance(model, GenerativeRecommender) else ROWS
-    exact = isinstance(model, GenerativeRecommender | LastCategory)
+    exact = isinstance(model, GenerativeRecommender | LastCategory | TitleReader)
     score = model.score if exact else _Listed(model, known).score
     parts = [
         score(asking.histories(query[own]), candidates[own], **asking.request(query[own]))
@@ -305,6 +248,7 @@ def sampled_rows(config: Config, workspace: Workspace, evaluations: Sequence[Eva
     places = {(one.job.protocol, one.job.stage, one.tested): one for one in reversed(evaluations)}
     for place in sorted(places):
         rows += last_category_rows(config, workspace, places[place])
+        rows += untuned_rows(config, workspace, places[place])
     return rows
 
 
@@ -351,3 +295,36 @@ def last_category_rows(config: Config, workspace: Workspace, evaluation: Evaluat
         queries = test_queries(config, dataset, job, tested, config.evaluation.users, objective)
         frames.append(_ranked(config, workspace, dataset, job, tested, objective, model, queries))
     return _means(pl.concat(frames), replace(job, method=LAST_CATEGORY), tested)
+
+
+def untuned_rows(config: Config, workspace: Workspace, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The backbone before any training on one cell's candidates, put in words: it has no opinion on item codes.
+
+    Args:
+        config: `analysis.titles` targets of each objective are asked for, by a seeded draw; each reads 100 titles.
+        workspace: keeps the ranks, which cost as much as a model's.
+        evaluation: names protocol, stages and seed.
+
+    Returns:
+        As `sampled_rows`; none for `small`, whose weights before training are drawn at random and rank as chance does.
+    """
+    own, most = config.backbone, config.analysis.titles
+    if own.path is None or most == 0:
+        return []
+    dataset, tested = load_dataset(config, workspace), evaluation.tested
+    job = replace(evaluation.job, method=UNTUNED)
+    content = [weights_digest(own.path), dataset.digest(max(job.stage, tested)), job.stage, config.evaluation.users]
+    content += [most, config.search.rec_history]
+    name = f"{job.protocol}-{UNTUNED}-on{tested:02d}-{config.evaluation.negatives}-{digest_of(content)[:16]}.parquet"
+    path = workspace.stages / "candidates" / name
+    found = read_noted(path)
+    if found is None:
+        head, words = pretrained_backbone(own.path).head, BackboneVocabulary(own.path)
+        reader = TitleReader(bare_model(config, dataset, 0).eval(), head, words, dataset.catalogue.titles)
+        frames = []
+        for objective in dataset.interactions.objectives:
+            queries = test_queries(config, dataset, job, tested, config.evaluation.users, objective)
+            frames.append(_ranked(config, workspace, dataset, job, tested, objective, reader, queries, most))
+        found = pl.concat(frames)
+        store_noted(found, path)
+    return _means(found, job, tested)

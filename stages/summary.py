@@ -90,7 +90,8 @@ def _sampled(config: Config, workspace: Workspace, evaluations: Sequence[Evaluat
     """The 99 + 1 mode's rows beside a random ranker's; None where it is off."""
     if config.evaluation.negatives == "off":
         return None
-    from stages.sampled import NEGATIVES, RANDOM, sampled_rows  # loads torch, which a summary does not need otherwise
+    from stages.candidates import NEGATIVES
+    from stages.sampled import RANDOM, sampled_rows  # loads torch, which a summary does not need otherwise
 
     rows = sampled_rows(config, workspace, [one for one in evaluations if _is_headline(one)])
     return {"negatives": config.evaluation.negatives, "count": NEGATIVES, "random": RANDOM, "rows": rows}

@@ -19,7 +19,10 @@ from models.beam import beam_search
 from models.candidates import score_codes
 from models.generative import GenerativeModel
 from models.trie import Trie
-from stages.config import load_config
+from stages.analysis_config import AnalysisConfig
+from stages.candidates import draw_candidates
+from stages.config import BackboneConfig, load_config
+from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.evaluate import evaluate_stage
 from stages.interactions import Interactions
@@ -33,17 +36,17 @@ from stages.sampled import (
     LAST_CATEGORY,
     RANDOM,
     check_identities,
-    draw_candidates,
     evaluate_sampled,
     last_category_rows,
     sampled_ranks,
     sampled_rows,
+    untuned_rows,
 )
 from stages.split import split_stages
 from stages.synthetic import write_demo_log
 from stages.train import train_stage
 from stages.workspace import Workspace
-from tests import conftest, tiny
+from tests import conftest, tiny, worded
 
 
 def metrics_of(rank: np.ndarray) -> dict[str, float]:
@@ -242,6 +245,24 @@ def test_negatives_by_words_are_hard_for_a_search_and_uniform_for_a_recommendati
     drawn = {path.name.rsplit("-", 1)[0] for path in (workspace.stages / "candidates").glob("*.parquet")}
     assert "next_stage-search-on01-bm25_first" in drawn
     assert "next_stage-recommendation-on01-bm25_first" not in drawn
+
+
+def test_an_untuned_backbone_ranks_the_same_candidates_by_their_titles(
+    shop: tuple[Path, Workspace], tmp_path: Path
+) -> None:
+    config, workspace = load_config(shop[0]), shop[1]
+    cell = Evaluation(Job("single", 0, "next_stage", 0), 1, "", "", 0.0, 0, sampled=False)
+    assert untuned_rows(config, workspace, cell) == []  # `small` knows no words before it is trained
+    titles = load_dataset(config, workspace).catalogue.titles
+    path = str(worded.write_backbone(tmp_path, sorted({word for title in titles for word in title.split()})))
+    asked = config.model_copy(update={"backbone": BackboneConfig(path=path), "analysis": AnalysisConfig(titles=7)})
+    rows = untuned_rows(asked, workspace, cell)
+    assert [(row["method"], row["objective"], row["targets"]) for row in rows] == [
+        ("untuned", "recommendation", 7),
+        ("untuned", "search", 7),
+    ]
+    assert untuned_rows(asked, workspace, cell) == rows  # kept, and read back
+    assert untuned_rows(asked.model_copy(update={"analysis": AnalysisConfig(titles=0)}), workspace, cell) == []
 
 
 def test_a_log_without_categories_has_no_line_for_them(tmp_path: Path) -> None:

@@ -11,10 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from models.backbone import pretrained_backbone
 from models.generative import GenerativeModel
@@ -23,27 +20,18 @@ from models.words import BackboneVocabulary
 from stages.analysis import preservation, titles
 from stages.analysis.measured import Scope, measured, preservation_rows, title_rows
 from stages.analysis.titles import title_cases, title_ranks
+from stages.candidates import draw_candidates
 from stages.dataset import Dataset, load_dataset
 from stages.errors import UserError
 from stages.jobs import Job
-from stages.sampled import draw_candidates
 from stages.train import train_stage
-from tests import searching, tiny
-
-WORDS = {"<unk>": 0, "find": 2, **{f"thing{item}": 10 + item for item in range(tiny.ITEMS)}}
+from tests import searching, tiny, worded
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A decoder of random weights with a tokenizer of words."""
-    folder = tmp_path_factory.mktemp("backbone")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=60, bos_token_id=1, **sizes)).save_pretrained(folder)
-    core = Tokenizer(WordLevel(WORDS, unk_token="<unk>"))
-    core.pre_tokenizer = Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(folder)
-    return folder
+    return worded.write_backbone(tmp_path_factory.mktemp("backbone"), (f"thing{n}" for n in range(tiny.ITEMS)))
 
 
 def test_a_title_s_score_is_the_mean_log_probability_of_its_tokens(backbone: Path) -> None:

@@ -6,7 +6,6 @@ and after; so "right before, wrong after" against the untuned model is counted o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,24 +13,21 @@ import polars as pl
 from torch import Tensor
 
 from models.generative import GenerativeModel
-from models.titles import title_scores
+from models.titles import TitleReader, prompts_of
 from models.words import Vocabulary
+from stages.candidates import draw_candidates
 from stages.config import Config
 from stages.dataset import Dataset
 from stages.evaluate import test_queries
 from stages.interactions import IntArray
 from stages.jobs import Job
 from stages.ranking import asking_of, targets_of
-from stages.sampled import draw_candidates, sampled_ranks
+from stages.sampled import sampled_ranks
 from stages.search_config import Objective
 from stages.train import derived_seed
 
 CUTOFFS = (5, 10)
 """Right: the target's title is among so many likeliest of 100; chance 5 % and 10 %."""
-HISTORY = 10
-"""Titles of the newest history items that the prompt names."""
-TITLE_TOKENS = 32
-"""Tokens read of a title."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +71,10 @@ def title_cases(config: Config, dataset: Dataset, job: Job, objective: Objective
     query, item = targets.query[chosen], targets.item[chosen]
     asking = asking_of(events, queries, objective, "both", exclude_history=True)
     candidates, place = draw_candidates(asking, query, item, np.ones(known), seed)
-    texts = ["" for _ in query] if asking.texts is None else [asking.texts[number] for number in query]
-    histories = asking.histories(query)
-    prompts = [_prompt([titles[i] for i in own[-HISTORY:]], text) for own, text in zip(histories, texts, strict=True)]
+    texts = None if asking.texts is None else [asking.texts[number] for number in query]
+    prompts = prompts_of(titles, asking.histories(query), texts)
     users = pl.Series(events.user_ids, dtype=pl.String).gather(queries.user[query])
     return Cases(tuple(prompts), candidates, place, users)
-
-
-def _prompt(history: Sequence[str], query: str) -> str:
-    past = f"A customer took: {'; '.join(history)}. " if history else ""
-    return f'{past}The customer searched for "{query}" and took:' if query else f"{past}Next, the customer took:"
 
 
 def title_ranks(
@@ -99,13 +89,5 @@ def title_ranks(
         dataset: names the items.
         cases: as `title_cases` gives them.
     """
-    items = np.unique(cases.candidates).tolist()
-    texts = {item: vocabulary.encode(f" {dataset.catalogue.titles[item]}")[:TITLE_TOKENS] for item in items}
-    scores = np.full(cases.candidates.shape, -np.inf)  # what a title scores that the backbone has no words for
-    for line, prompt in enumerate(cases.prompts):
-        row = cases.candidates[line].tolist()
-        read = [place for place, item in enumerate(row) if texts[item]]
-        if read:
-            found = title_scores(model, head, vocabulary.encode(prompt), [texts[row[place]] for place in read])
-            scores[line, read] = found.numpy()
-    return sampled_ranks(scores, cases.place)
+    reader = TitleReader(model, head, vocabulary, dataset.catalogue.titles)
+    return sampled_ranks(reader.behind(cases.prompts, cases.candidates), cases.place)
