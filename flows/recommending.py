@@ -12,6 +12,7 @@ import numpy as np
 
 from flows.experiment import remembered_config, trained_models
 from flows.promotion.champion import predecessors
+from flows.promotion.history import read_history
 from stages.errors import UserError
 from stages.jobs import BASELINES, Job, Pin
 from stages.settings import nearest
@@ -109,16 +110,28 @@ def models_in_service(
     Behind the champion come those that a roll back reaches: the newest that can be loaded stands in for a damaged one.
 
     Raises:
-        UserError: nothing is trained, or not that.
+        UserError: nothing is trained, or not that, or the gate has let nothing into service.
     """
     root = workspace.root
-    crowned = predecessors(workspace) if method is None and seed is None else []
-    if crowned:
-        return [Chosen(found.job, found.pin) for found in crowned]
+    if method is None and seed is None:
+        if crowned := predecessors(workspace):
+            return [Chosen(found.job, found.pin) for found in crowned]
+        _see_refusal(workspace)
     models = trained_models(workspace)
     job = choose([found.job for found in models], method or favourite(root, objective), seed, root)
     key = next((found.key for found in models if found.job == job), None)
     return [Chosen(job, None if key is None else Pin(key))]
+
+
+def _see_refusal(workspace: Workspace) -> None:
+    """A model that the gate refused answers only where it is asked for by name."""
+    refused = next((line["challenger"] for line in reversed(read_history(workspace)[0]) if line.get("challenger")), None)
+    if refused is not None:
+        job = Job(**refused["job"])
+        raise UserError(
+            f"{workspace.root}: nothing is in service; the gate refused {job.method} after stage {job.stage}, and "
+            f"`driftrec history` says why; `--method {job.method}` answers with it all the same"
+        )
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,28 @@ def test_a_workspace_without_a_champion_answers_with_what_was_trained_last(shop:
     assert shop.listed() == answered
 
 
+def test_a_first_model_that_the_gate_refused_answers_only_where_it_is_named(tmp_path: Path, driftrec: Any) -> None:
+    shop = Shop(tmp_path)
+    write_shop(tmp_path, OPEN_GATE.replace("60000", "0.0001"))
+    assert [line["decision"] for line in shop.nightly()] == ["kept"]
+    asked = ("recommend", "-w", shop.workspace.root, "--user", "u03")
+    code, _, error = driftrec(*asked)
+    assert code == 2
+    assert "nothing is in service; the gate refused single after stage 1" in error
+    assert "`--method single` answers with it all the same" in error
+    assert driftrec(*asked, "--method", "single")[0] == 0
+    with pytest.raises(UserError, match="nothing is in service"):
+        load_served(shop.workspace.root)
+    assert load_served(shop.workspace.root, "single").job.stage == 1
+    assert "in service: nothing" in driftrec("history", "-w", shop.workspace.root)[1]
+
+
+def test_a_decision_that_a_kill_kept_from_champion_json_is_answered_by(shop: Shop) -> None:
+    answered = shop.listed()
+    (shop.workspace.root / champion.FILE).unlink()
+    assert shop.listed() == answered
+
+
 def test_an_earlier_code_version_s_champion_still_answers_and_meets_the_new_one(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,13 +126,13 @@ def _readable(workspace: Workspace) -> Champion | None:
 def predecessors(workspace: Workspace) -> list[Champion]:
     """The model in service and those that a roll back reaches, newest first, each once.
 
+    Where a kill came before champion.json was ever written, the history says who they are.
+
     Raises:
         UserError: champion.json or the history is unreadable.
     """
     present = in_service(workspace)
-    if present is None:
-        return []
-    found = [present]
+    found = [] if present is None else [present]
     for entry in reversed(served(read_history(workspace)[0])):
         earlier = _champion(entry, history_file(workspace))
         if not any(earlier.is_model(other) for other in found):
