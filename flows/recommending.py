@@ -125,7 +125,9 @@ def models_in_service(
 
 def _see_refusal(workspace: Workspace) -> None:
     """A model that the gate refused answers only where it is asked for by name."""
-    refused = next((line["challenger"] for line in reversed(read_history(workspace)[0]) if line.get("challenger")), None)
+    refused = next(
+        (line["challenger"] for line in reversed(read_history(workspace)[0]) if line.get("challenger")), None
+    )
     if refused is not None:
         job = Job(**refused["job"])
         raise UserError(

@@ -43,14 +43,19 @@ def closings(times: pl.Series, rule: CloseConfig, close_now: bool = False) -> li
 def _end(times: pl.Series, first: int, rule: CloseConfig) -> datetime | None:
     """End of the stage whose first event stands at place `first`; None where too few events are there."""
     if rule.period is not None:
-        return _boundary_after(times[first], rule.period)
+        return boundary_after(times[first], rule.period)
     last = first + (rule.events or 1) - 1
     return times[last] + TICK if last < len(times) else None
 
 
-def _boundary_after(time: datetime, period: str) -> datetime:
+def boundary_after(time: datetime, period: str) -> datetime:
+    """The calendar boundary of `period` after `time`.
+
+    Raises:
+        UserError: the period is none.
+    """
     try:
         return later_boundary(pl.Series([time]).dt.truncate(period)[0], period, KEY + ".period")
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, OverflowError, ValueError) as error:  # the latter two of years beyond 9999
         reason = str(error).splitlines()[0]
         raise UserError(f"{KEY}.period = {period!r} is no period such as 1d, 1w, 1mo: {reason}") from None

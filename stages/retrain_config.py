@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
+from stages.errors import UserError
 from stages.settings import Settings
 
 LatePolicy: TypeAlias = Literal["hold", "next_stage", "reject", "rebuild"]
@@ -24,6 +26,18 @@ class CloseConfig(Settings):
     def _one_rule(self) -> Self:
         if (self.period is None) == (self.events is None):
             raise ValueError('retrain.close needs one of period and events, such as { period = "1w" }')
+        return self
+
+    @model_validator(mode="after")
+    def _moves(self) -> Self:
+        """Tried at once: the first row that waits in the open stage may come weeks later."""
+        if self.period is not None:
+            from stages.closing import boundary_after
+
+            try:
+                boundary_after(datetime(2025, 1, 1, tzinfo=UTC), self.period)
+            except UserError as error:
+                raise ValueError(str(error)) from None
         return self
 
 
@@ -67,7 +81,8 @@ class RetrainConfig(Settings):
     protocol: Literal["same_stage", "next_stage"] = "same_stage"
     """`same_stage`: trained on the new stage without everybody's last baskets, which test it; in service at once.
     `next_stage`: trained up to the stage before, tested on the whole new one; stricter, and a stage behind."""
-    close: CloseConfig = CloseConfig(period="1w")
+    # Not tried: what tries it imports this module.
+    close: CloseConfig = CloseConfig.model_construct(period="1w")
     late: LatePolicy = "hold"
     """Rows older than the last closed stage's end: `hold` keeps them aside in `held/`, `next_stage` puts them into the
     open stage, `reject` lists them in `rejects/` for good, `rebuild` puts them where they belong and trains anew."""
@@ -78,5 +93,14 @@ class RetrainConfig(Settings):
     """Most of the rows of the files it reads that a look may refuse; above it the run fails and takes nothing. 1 never
     fails: refused rows are then only counted."""
     users: Annotated[int, Field(ge=1)] | None = None
-    """Seeded sample of test users; absent: all."""
+    """Seeded sample of test users, at least `gate.users`; absent: all."""
     gate: GateConfig = GateConfig()
+
+    @model_validator(mode="after")
+    def _enough_users(self) -> Self:
+        if self.users is not None and self.users < self.gate.users:
+            raise ValueError(
+                f"retrain.users ({self.users}) is below retrain.gate.users ({self.gate.users}), so that no challenger "
+                "could ever pass; raise the one or lower the other"
+            )
+        return self

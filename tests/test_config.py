@@ -12,7 +12,7 @@ from stages.config import RESERVED, Config, load_config
 from stages.errors import UserError
 from stages.jobs import BASELINES
 from stages.method_config import BUILT_IN, PesoConfig
-from stages.retrain_config import RetrainConfig
+from stages.retrain_config import CloseConfig, RetrainConfig
 from stages.sampled import LAST_CATEGORY
 
 EVENTS = 'name = "shop"\nworkspace = "w"\n[[log.sources]]\npath = "log.csv"\n'
@@ -60,6 +60,14 @@ def refused(tmp_path: Path, text: str) -> str:
         ("[retrain]\nrefused_share = 1.5\n", "retrain.refused_share: Input should be less than or equal to 1"),
         ("[retrain.gate]\nlatency_ms = -1\n", "retrain.gate.latency_ms: Input should be greater than 0"),
         ("[retrain.gate]\nlatency_ms = true\n", "retrain.gate.latency_ms: give milliseconds, or false"),
+        (
+            "[retrain]\nusers = 29\n",
+            "retrain.users (29) is below retrain.gate.users (30), so that no challenger could ever pass",
+        ),
+        ("[retrain]\nusers = 5\n[retrain.gate]\nusers = 6\n", "retrain.users (5) is below retrain.gate.users (6)"),
+        ('[retrain]\nclose = { period = "1x" }\n', "retrain.close.period = '1x' is no period such as 1d, 1w, 1mo"),
+        ('[retrain]\nclose = { period = "0d" }\n', "retrain.close.period = '0d' does not move forward"),
+        ('[retrain]\nclose = { period = "99999999999999999999d" }\n', "is no period such as 1d, 1w, 1mo"),
         ("[training]\nlearning_rate = -1e-3\n", "training.learning_rate: Input should be greater than 0"),
     ],
 )
@@ -72,6 +80,13 @@ def test_the_gate_s_bound_on_latency_can_be_left_out_in_toml(tmp_path: Path, wri
     path = tmp_path / "c.toml"
     path.write_text(BASE + f"[retrain.gate]\nlatency_ms = {written}\n")
     assert load_config(path).retrain.gate.latency_ms == bound
+
+
+def test_as_many_sampled_users_as_the_gate_asks_for_are_enough(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(BASE + '[retrain]\nusers = 30\nclose = { period = "2w" }\n')
+    assert load_config(path).retrain.close.period == "2w"
+    assert RetrainConfig().close == CloseConfig(period="1w")
 
 
 def test_the_longest_allowed_future_is_a_time_that_can_be_computed() -> None:
