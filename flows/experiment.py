@@ -77,11 +77,7 @@ def remembered_config(root: Path) -> tuple[Config, Workspace]:
     Raises:
         UserError: not a workspace, one in which nothing has run, or one whose settings break a rule of this version.
     """
-    stored = root / "config.json"
-    if not stored.exists():
-        raise UserError(
-            f"{root}: no driftrec workspace (config.json is missing); run `driftrec demo` or `compare` first"
-        )
+    workspace, stored = made(root), root / "config.json"
     values = _with_places(_settings(stored)["config"], lambda path: os.path.normpath(root.resolve() / path))
     try:
         config = Config.model_validate({**values, "workspace": str(root)})
@@ -90,9 +86,23 @@ def remembered_config(root: Path) -> tuple[Config, Workspace]:
             f"{stored}: written by another version of driftrec: {explain(error)}; run `compare` again with the config "
             "file, which writes it anew"
         ) from None
-    workspace = Workspace(root)
     workspace.claim(config.name)
     return config, workspace
+
+
+def made(root: Path) -> Workspace:
+    """A workspace in which something has run.
+
+    Raises:
+        UserError: none is there, or one of another version.
+    """
+    workspace = Workspace(root)
+    workspace.see_version()
+    if not (root / "config.json").exists():
+        raise UserError(
+            f"{root}: no driftrec workspace (config.json is missing); run `driftrec demo` or `compare` first"
+        )
+    return workspace
 
 
 def check_log(workspace: Workspace, digest: str) -> None:

@@ -79,6 +79,12 @@ def retrain_plan(config: Path, workspace: Path | None = None) -> Plan:
             f'{config}: retrain.gate.objective = "{own.gate.objective}" is not among search.objectives, so that '
             "nobody is tested on it; name it there, or let the gate look at another"
         )
+    sample = settings.evaluation.users
+    if own.users is None and sample is not None and sample < own.gate.users:
+        raise UserError(
+            f"{config}: evaluation.users ({sample}) is below retrain.gate.users ({own.gate.users}), so that no "
+            "challenger could ever pass; raise the one, lower the other, or give retrain.users"
+        )
     seed = settings.seeds[0] if own.seed is None else own.seed
     return steps.draft_plan(config, workspace, [own.method], [seed], users=own.users, comparison=False)
 
@@ -330,6 +336,14 @@ def name(job: Job) -> str:
     return f"{job.method} after stage {job.stage}"
 
 
+def told_apart(models: Sequence[Champion]) -> list[str]:
+    """Models in words; those of one name with the beginning of their checkpoint's digest."""
+    keys: dict[str, set[str]] = {}
+    for model in models:
+        keys.setdefault(name(model.job), set()).add(model.key)
+    return [f"{word} ({m.short})" if len(keys[word := name(m.job)]) > 1 else word for m in models]
+
+
 def mirror(plan: Plan, line: Entry) -> None:
     """Copy a decision into MLflow."""
     mirrored(plan.workspace, plan.config.name, line)
@@ -358,12 +372,13 @@ def told(lines: Sequence[Entry]) -> list[str]:
 
 def rows(lines: Sequence[Entry]) -> list[dict[str, Any]]:
     """The history as a table, newest last."""
+    words = iter(told_apart(champion.named(lines)))
     return [
         {
             "at": line["at"],
             "decision": line["decision"],
             "stage": line["stage"],
-            "champion": name(Job(**line["champion"]["job"])) if line["champion"] else "none",
+            "champion": next(words) if line["champion"] else "none",
             "why": line["why"],
         }
         for line in lines

@@ -68,7 +68,7 @@ def rollback(workspace: ThisFolder) -> None:
 
     config, place = remembered_config(workspace)
     gone, back = champion.roll_back(config, place)
-    said = f"{retraining.name(back.job)} is in service again, {retraining.name(gone.job)} is not"
+    said = "{} is in service again, {} is not".format(*retraining.told_apart([back, gone]))
     terminal.stdout().print(said, soft_wrap=True)
     onward = f"the next challenger goes on from the newest stage of {config.retrain.method}, not from this model"
     terminal.stdout().print(onward, soft_wrap=True)
@@ -89,12 +89,12 @@ def history(workspace: ThisFolder) -> None:
     """Print every decision about the champion, and which model is in service."""
     started_in(workspace)
     from flows import retraining, terminal
+    from flows.experiment import made
     from flows.promotion import champion
     from flows.promotion.history import history_file, read_history
     from flows.reporting import tables
-    from stages.workspace import Workspace
 
-    place = Workspace(workspace)
+    place = made(workspace)
     lines, torn = read_history(place)
     present = champion.in_service(place)
     console = terminal.stdout()
@@ -102,7 +102,9 @@ def history(workspace: ThisFolder) -> None:
         console.print(tables.decisions(retraining.rows(lines)))
     if torn:
         console.print(f"{torn} line(s) of {history_file(place)} cannot be read; a kill tears one", soft_wrap=True)
-    shown = "nothing" if present is None else f"{retraining.name(present.job)}, since {present.since}"
+    shown = "nothing"
+    if present is not None:
+        shown = f"{retraining.told_apart([*champion.named(lines), present])[-1]}, since {present.since}"
     console.print(f"in service: {shown}", soft_wrap=True)
 
 
@@ -149,8 +151,10 @@ def serve_flows(
     place = _place(config, workspace)
     started_in(place)
     from flows import retraining, schedule
+    from flows.experiment import see_fit
 
-    retraining.retrain_plan(config, place)
+    plan = retraining.retrain_plan(config, place)
+    see_fit(plan.config, plan.workspace)
     schedule.serve(config.resolve(), place, cron, every, timezone, port)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.growing import OPEN_GATE, listing, seconds, week, write_rows, write_shop
-from flows import cli, experiment, retrain, retraining, steps
+from flows import cli, experiment, retrain, retraining, schedule, steps
 from flows.experiment import exclusive
 from flows.promotion import champion, copies
 from flows.promotion.history import read_history
@@ -138,6 +138,52 @@ def test_a_champion_trained_anew_that_passes_can_be_gone_back_from(shop: Shop, d
     assert (shop.served.is_model(before), shop.listed()) == (True, answered)
     assert shop.nightly() == [], "what a roll back took out of service came back by itself"
     assert shop.listed() == answered
+
+
+def test_going_back_within_a_stage_names_the_checkpoints(shop: Shop, driftrec: Any) -> None:
+    before = shop.served
+    shop.set("[evaluation]", ANEW)
+    assert [line["decision"] for line in shop.nightly()] == ["rebuilt"]
+    anew = shop.served
+    old, new = (f"single after stage 2 ({one.key[-16:-8]})" for one in (before, anew))
+    assert old != new
+    _, said, _ = driftrec("rollback", "-w", shop.workspace.root)
+    assert f"{old} is in service again, {new} is not" in said
+    lines = read_history(shop.workspace)[0]
+    shown = [row["champion"] for row in retraining.rows(lines)]
+    assert shown == ["single after stage 1", old, new, old]
+    assert lines[-1]["why"].endswith(f"stage 2's model {anew.key[-16:-8]} was taken out of service")
+    assert f"in service: {old}, since" in driftrec("history", "-w", shop.workspace.root)[1]
+
+
+def test_a_history_is_told_only_of_a_workspace_of_this_version(shop: Shop, driftrec: Any) -> None:
+    code, _, error = driftrec("history", "-w", shop.folder / "typo")
+    assert (code, "typo: no driftrec workspace (config.json is missing)" in error) == (2, True)
+    marker = shop.workspace.root / "workspace.json"
+    marker.write_text(marker.read_text().replace('"schema": 1', '"schema": 2'))
+    code, _, error = driftrec("history", "-w", shop.workspace.root)
+    assert (code, "workspace schema 2, this version reads 1" in error) == (2, True)
+
+
+def test_a_schedule_is_refused_where_every_run_would_be(
+    shop: Shop, driftrec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "serve", lambda *_: pytest.fail("the schedule began"))
+    shop.set("codes_per_level = 8", "codes_per_level = 16")
+    code, _, error = driftrec("serve-flows", "-c", shop.config, "-w", shop.workspace.root, "--every", "9")
+    assert (code, "other settings in [items]" in error) == (2, True)
+
+
+@pytest.mark.parametrize("changed", ["workspace", "sample"])
+def test_a_sample_of_users_too_small_for_the_gate_is_refused(shop: Shop, changed: str) -> None:
+    shop.set("users = 1\n", "users = 30\n")
+    shop.set("[evaluation]", "[evaluation]\nusers = 29")
+    if changed == "sample":
+        with pytest.raises(UserError, match=r"evaluation.users \(29\) is below retrain.gate.users \(30\)"):
+            retraining.retrain_plan(shop.config)
+    else:
+        shop.set('method = "single"', 'method = "single"\nusers = 30')
+        assert retraining.retrain_plan(shop.config).config.evaluation.users == 30
 
 
 def test_the_challenger_of_changed_settings_meets_the_champion_of_the_old_ones(shop: Shop) -> None:

@@ -7,7 +7,7 @@ that takes and no longer: a roll back waits for no training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -53,6 +53,11 @@ class Champion:
     def pin(self) -> Pin | None:
         """What it is loaded by; None for one without a checkpoint, such as a baseline."""
         return Pin(self.key, self.tensors) if self.key else None
+
+    @property
+    def short(self) -> str:
+        """The beginning of its checkpoint's digest, which tells two trainings of one stage apart."""
+        return self.key.rsplit("-", 1)[-1][:8]
 
     def is_model(self, other: Champion | None) -> bool:
         """Whether both are the same tensors, whenever they went into service."""
@@ -217,7 +222,10 @@ def roll_back(config: Config, workspace: Workspace) -> tuple[Champion, Champion]
         if fault is not None:
             raise UserError(f"{fault}; the champion stays")
         back = replace(earlier, since=now())
-        why = f"asked for by `driftrec rollback`; stage {present.job.stage}'s model was taken out of service"
+        gone = f"stage {present.job.stage}'s model"
+        if present.job == back.job:
+            gone += f" {present.short}"
+        why = f"asked for by `driftrec rollback`; {gone} was taken out of service"
         line = {"at": back.since, "decision": "rolled_back", "stage": back.job.stage, "why": why}
         append_line(workspace, {**line, "challenger": None, "champion": back.as_json()})
         write_json(champion_file(workspace), back.as_json())
@@ -256,6 +264,11 @@ def served(lines: list[Entry]) -> list[dict[str, Any]]:
         elif line["decision"] in RISES:
             stack.append(line["champion"])
     return stack
+
+
+def named(lines: Sequence[Entry]) -> list[Champion]:
+    """The champions that decisions name, those without one left out."""
+    return [_champion(line["champion"], Path("history.jsonl")) for line in lines if line["champion"]]
 
 
 @contextmanager
