@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -192,17 +193,41 @@ def _disk(folder: Path) -> Check:
     return Check("ok", "disk", found)
 
 
+def _unreadable(workspace: Workspace) -> Iterator[UserError]:
+    """What ends the commands that read a workspace's settings and decisions."""
+    from flows.experiment import remembered_config
+    from flows.promotion.champion import in_service
+    from flows.promotion.history import read_history, see_end
+
+    if (error := _error_of(workspace.see_version)) is not None:
+        yield error
+        return
+    settings = [partial(remembered_config, workspace.root)] if (workspace.root / "config.json").exists() else []
+    decisions = [partial(each, workspace) for each in (see_end, read_history, in_service)]
+    for look in (*settings, *decisions):
+        if (error := _error_of(look)) is not None:
+            yield error
+
+
+def _error_of(look: Callable[[], object]) -> UserError | None:
+    try:
+        look()
+    except UserError as error:
+        return error
+    return None
+
+
+def _faulty(error: UserError) -> Check:
+    found, _, remedy = str(error).partition("; ")
+    return Check("fault", "workspace", found, remedy)
+
+
 def _workspace(root: Path) -> Iterator[Check]:
     if not (root / "workspace.json").exists():
         yield Check("advice", "workspace", f"{root} holds none yet", "driftrec demo, or driftrec compare --config ...")
         return
-    try:
-        Workspace(root).see_version()
-    except UserError as error:
-        found, _, remedy = str(error).partition("; ")
-        yield Check("fault", "workspace", found, remedy)
-        return
-    yield Check("ok", "workspace", str(root))
+    faults = [_faulty(error) for error in _unreadable(Workspace(root))]
+    yield from faults or [Check("ok", "workspace", str(root))]
     left = [str(path.relative_to(root)) for path in left_overs(root)]
     if left:
         yield Check(

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.growing import listing, opened
 from flows import doctor, machine
 from flows.doctor import Check, examine, healthy, pin
+from flows.experiment import open_workspace
 from stages.errors import UserError
 from stages.workspace import Workspace
 from tests.test_schedule import alone, free_port
@@ -121,6 +122,30 @@ def test_the_doctor_writes_nothing_into_a_workspace_of_another_version(
     assert (check.level, found in check.found, "another workspace" in check.remedy) == ("fault", True, True)
     with pytest.raises(UserError, match=found):
         list(doctor.repaired(workspace.root))
+    assert listing(workspace.root) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("config.json", "{", "config.json: not a readable JSON file"),
+        ("config.json", "{}", "config.json: not the settings of a workspace"),
+        ("history.jsonl", "garbage\n", "history.jsonl: line 1 is not what was written"),
+        ("history_end.json", "{}", "history_end.json: not a history's end"),
+        ("champion.json", "{}", "champion.json: not a champion of this version"),
+    ],
+)
+def test_the_doctor_names_a_damaged_file_of_settings_or_decisions(
+    tmp_path: Path, name: str, content: str, found: str
+) -> None:
+    config, workspace = opened(tmp_path)
+    open_workspace(config, workspace.root)
+    assert named(examine(workspace.root), "workspace").level == "ok"
+    (workspace.root / name).write_text(content)
+    before = listing(workspace.root)
+    check = named(checks := examine(workspace.root), "workspace")
+    assert (check.level, found in check.found, healthy(checks)) == ("fault", True, False)
+    assert check.remedy
     assert listing(workspace.root) == before
 
 

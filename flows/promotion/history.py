@@ -132,10 +132,23 @@ def _read(path: Path) -> _Held:
     return held
 
 
+def see_end(workspace: Workspace) -> None:
+    """Refuse a `history_end.json` that cannot be read: until it is written anew no lost decision is missed.
+
+    Raises:
+        UserError: it is damaged, or of another shape.
+    """
+    _end_in(history_file(workspace).with_name(END))
+
+
+def _end_in(place: Path) -> _End | None:
+    return shaped(_End, read_json(place), place, "not a history's end", "remove it") if place.is_file() else None
+
+
 def _named_end(path: Path) -> _End | None:
     place = path.with_name(END)
     try:
-        return shaped(_End, read_json(place), place, "not a history's end", "remove it") if place.is_file() else None
+        return _end_in(place)
     except UserError:
         log.warning("%s: unreadable; the next run writes it anew, and until then no lost decision is missed", place)
         return None
