@@ -126,7 +126,7 @@ def take_new_rows(
         finish_commit(workspace)
     stages, waiting = load_stages(workspace), _sound(load_waiting(workspace), new)
     end = _end_of(stages[-1])
-    incoming = _incoming(config, new, progress, waiting.files)
+    incoming = _incoming(config, new, progress, waiting)
     if not dry_run:
         _store_rejects(workspace, incoming.rejects)
     _see_refused(config, incoming)
@@ -187,10 +187,10 @@ def _end_of(stage: Stage) -> datetime:
     return instant(stage.end, f"stage {stage.index}")
 
 
-def _incoming(config: Config, new: str | None, progress: Progress, known: frozenset[str]) -> Incoming:
-    """What the sources hold, or the files given."""
+def _incoming(config: Config, new: str | None, progress: Progress, waiting: Waiting) -> Incoming:
+    """What the sources hold, or the files given; sources that a damaged table's rows must come from are not empty."""
     if new is None:
-        return read_events(config, progress, known)
+        return read_events(config, progress, waiting.files, quiet=not waiting.damaged)
     if len(config.log.sources) != 1 or config.log.sources[0].distinct:
         raise UserError(
             f"--new {new}: needs a config with one log source and without `distinct`, whose form the files have; "
@@ -198,7 +198,7 @@ def _incoming(config: Config, new: str | None, progress: Progress, known: frozen
         )
     source = config.log.sources[0].model_copy(update={"path": files_named(new)})
     log = config.log.model_copy(update={"sources": [source]})
-    return read_events(config.model_copy(update={"log": log}), progress, known)
+    return read_events(config.model_copy(update={"log": log}), progress, waiting.files)
 
 
 def _tell(before: Waiting, after: Waiting) -> None:

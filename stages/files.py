@@ -47,15 +47,27 @@ def source_files(pattern: str) -> list[File]:
     path = Path(expand(pattern))
     if path.is_file():
         return [File(path, {})]
-    if path.is_dir():
-        found = [each for each in path.rglob("*") if each.is_file() and _is_data(each.relative_to(path))]
-        base = path
-    else:
-        found = [Path(each) for each in glob.glob(str(path), recursive=True) if Path(each).is_file()]
-        base = _fixed_part(path)
+    found, base = _below(path)
     if not found:
         raise UserError(f"{path}: no such file, and nothing matches; check the path (docs/data.md has the layout)")
     return [File(each, _partitions(each.relative_to(base))) for each in sorted(found)]
+
+
+def is_emptied(pattern: str) -> bool:
+    """Whether a folder or glob holds no file while its folder is there, as where a producer clears what it delivered.
+
+    A file that is named and gone is none of it, and nor is a folder that is gone: it may not be mounted.
+    """
+    path = Path(expand(pattern))
+    found, base = _below(path)
+    return not found and base.is_dir() and (path.is_dir() or glob.has_magic(str(path)))
+
+
+def _below(path: Path) -> tuple[list[Path], Path]:
+    """The files of a folder or glob, and its fixed part."""
+    if path.is_dir():
+        return [each for each in path.rglob("*") if each.is_file() and _is_data(each.relative_to(path))], path
+    return [Path(each) for each in glob.glob(str(path), recursive=True) if Path(each).is_file()], _fixed_part(path)
 
 
 def _is_data(relative: Path) -> bool:

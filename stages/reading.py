@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import polars as pl
 from stages.clock import Window, window
 from stages.coded import ORDER, Coded, Coder
 from stages.config import Config, Source
-from stages.files import File, shown, source_files
+from stages.files import File, is_emptied, shown, source_files
 from stages.log_files import NUMBERS_FILE
 from stages.long_files import raw_file
 from stages.rows import EVENT_FIELDS, INSTANT, ITEM_FIELDS, Sifted, sift_events, sift_items
@@ -27,6 +28,7 @@ ITEM_SCHEMA = {
     "categories": pl.List(pl.String),
     "timestamp": INSTANT,
 }
+log = logging.getLogger("stages.reading")
 
 
 @dataclass(frozen=True)
@@ -75,22 +77,35 @@ def silent(message: str) -> None:
     """Progress for callers that want none."""
 
 
-def read_events(config: Config, progress: Callable[[str], None], known: Collection[str] = frozenset()) -> Incoming:
+def read_events(
+    config: Config, progress: Callable[[str], None], known: Collection[str] = frozenset(), quiet: bool = False
+) -> Incoming:
     """The events of `config.log.sources` as they are now; nothing is stored.
 
     Args:
         config: names the sources.
         progress: receives one line a file.
         known: keys of files to leave unread.
+        quiet: a source whose folder holds no file at all gives no rows and a warning, and is no error.
 
     Raises:
         UserError: a file that is missing, empty, unreadable or inconsistent.
     """
+    if quiet:
+        config = _of_sources_with_files(config)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / NUMBERS_FILE
-        table, log, _ = event_table(config, window(config.log.earliest, config.log.latest), progress, path, known)
-        rows = log.whole().drop("block")
+        table, coded, _ = event_table(config, window(config.log.earliest, config.log.latest), progress, path, known)
+        rows = coded.whole().drop("block")
         return Incoming(rows, table.rejects, table.clean, table.unread, table.accepted)
+
+
+def _of_sources_with_files(config: Config) -> Config:
+    emptied = [source for source in config.log.sources if is_emptied(source.path)]
+    for source in emptied:
+        log.warning("%s: no file is there; the source gives 0 rows", source.path)
+    there = [source for source in config.log.sources if source not in emptied]
+    return config.model_copy(update={"log": config.log.model_copy(update={"sources": there})})
 
 
 def read_items(config: Config, progress: Callable[[str], None] = silent) -> pl.DataFrame:

@@ -107,6 +107,39 @@ def test_the_same_files_twice_change_nothing(shop: tuple[Config, Workspace, Path
     assert after == before
 
 
+@pytest.mark.parametrize("pattern", ["events/*.csv", "events"])
+def test_a_folder_that_its_producer_emptied_gives_no_rows_and_a_line(
+    shop: tuple[Config, Workspace, Path], pattern: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, workspace, events = shop
+    (source,) = config.log.sources
+    place = source.model_copy(update={"path": str(events.parent / pattern)})
+    config = config.model_copy(update={"log": config.log.model_copy(update={"sources": [place]})})
+    write_rows(events / "week2.csv", week(2))
+    take(config, workspace)
+    for file in events.iterdir():
+        file.unlink()
+    for dry_run in (True, False):
+        caplog.clear()
+        found = take(config, workspace, dry_run=dry_run)
+        assert (found.read, found.taken, found.open, found.closed) == (0, 0, 160, ())
+        assert f"{place.path}: no file is there; the source gives 0 rows" in caplog.text
+    next((workspace.root / "open").glob("*.parquet")).unlink()
+    with pytest.raises(UserError, match="no such file, and nothing matches"):
+        take(config, workspace)  # its rows can only come from there
+
+
+def test_a_source_that_is_named_and_gone_is_an_error(shop: tuple[Config, Workspace, Path]) -> None:
+    config, workspace, events = shop
+    with pytest.raises(UserError, match="no such file, and nothing matches"):
+        take(config, workspace, new=str(events / "no*.csv"))
+    shutil.rmtree(events)  # as where a disk is not mounted
+    with pytest.raises(UserError, match="no such file, and nothing matches"):
+        take(config, workspace)
+    with pytest.raises(UserError, match="no such file, and nothing matches"):
+        append.read_events(config, reading.silent)
+
+
 def test_a_file_taken_whole_is_not_read_again_until_it_or_its_reading_changes(
     shop: tuple[Config, Workspace, Path],
 ) -> None:
@@ -564,8 +597,8 @@ def test_a_log_without_a_clock_cannot_be_retrained(shop: tuple[Config, Workspace
 
 
 def test_a_period_that_is_none_is_named() -> None:
-    with pytest.raises(UserError, match=r"retrain\.close\.period = 'soon'"):
-        closings(times(0, 1), CloseConfig(period="soon"))
+    with pytest.raises(ValueError, match=r"retrain\.close\.period = 'soon'"):
+        CloseConfig(period="soon")
 
 
 def test_new_items_get_their_texts_and_known_ones_keep_theirs(shop: tuple[Config, Workspace, Path]) -> None:
