@@ -56,6 +56,7 @@ def see_fit(config: Config, workspace: Workspace) -> tuple[dict[str, Any], dict[
         UserError: as `open_workspace`.
     """
     root = workspace.root
+    workspace.see_place()
     workspace.check(config.name)
     values = _with_places(config.model_dump(mode="json"), lambda path: os.path.relpath(path, root.resolve()))
     stored = root / "config.json"

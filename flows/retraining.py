@@ -16,6 +16,7 @@ from flows.promotion import champion, copies
 from flows.promotion.champion import Champion
 from flows.promotion.gate import verdict
 from flows.promotion.history import Entry, read_history
+from flows.promotion.telling import name
 from flows.recommending import favourite
 from flows.steps import evaluate, train
 from flows.terminal import watcher
@@ -121,6 +122,7 @@ def grow(plan: Plan) -> None:
     """Codes for the items of new stages, and a look whether what follows has room on the disk."""
     from stages.append import grow_catalogue
 
+    champion.settle(plan.workspace)
     grow_catalogue(plan.config, plan.workspace)
     steps.give_ids(plan)
     anew = outdated(plan)
@@ -128,18 +130,25 @@ def grow(plan: Plan) -> None:
     steps.see_room(plan, jobs, exports=jobs)
 
 
-def outdated(plan: Plan) -> Job | None:
+def outdated(plan: Plan, rebuilt: Sequence[int] = ()) -> Job | None:
     """The champion's job, where its checkpoints are damaged or are not what its data and settings give now.
 
     What the history decided about once is not tried again, refused or taken out of service as it may have been.
+    Nothing is written.
+
+    Args:
+        plan: the retraining.
+        rebuilt: stages that a look would put late rows into.
     """
-    from stages.commit import checkpoint_folder
+    from stages.commit import checkpoint_folder, lineage_jobs
     from stages.dataset import load_dataset
 
-    present = champion.settle(plan.workspace)
+    present = champion.decided(plan.workspace)
     if present is None or present.pin is None or not _is_known(plan, present.job.method):
         return None
-    dataset = load_dataset(plan.config, plan.workspace)
+    if rebuilt and min(rebuilt) <= lineage_jobs(plan.config, present.job)[-1].stage:
+        return present.job
+    dataset = load_dataset(plan.config, plan.workspace, answering=True)
     folder = checkpoint_folder(plan.config, plan.workspace, dataset, present.job)
     if folder.name != present.key:
         tried = _was_decided(plan, folder.name) and _standing(plan) is not None
@@ -182,7 +191,7 @@ def _was_decided(plan: Plan, key: str, tensors: str | None = None) -> bool:
 
 def _standing(plan: Plan) -> Champion | None:
     """Who answers now: the champion, or the newest one before it that is intact."""
-    found = champion.predecessors(plan.workspace)
+    found = champion.predecessors(plan.workspace, champion.decided(plan.workspace))
     return next((one for one in found if champion.fault_of(plan.config, plan.workspace, one) is None), None)
 
 
@@ -205,19 +214,32 @@ def next_match(plan: Plan) -> Match | None:
 
 def awaited(plan: Plan) -> list[Job]:
     """The challengers of all decisions that are due, oldest first; asked before new items have their codes."""
-    present = champion.settle(plan.workspace)
+    return [job for _, job in upcoming(plan)]
+
+
+def upcoming(plan: Plan, closed: Sequence[int] = ()) -> list[tuple[int, Job]]:
+    """(stage, challenger) of all decisions that are due, oldest first; nothing is written.
+
+    Args:
+        plan: the retraining.
+        closed: stages that a look would close.
+    """
+    present = champion.decided(plan.workspace)
     if present is not None or read_history(plan.workspace)[0]:
-        return [job for _, job in _due(plan, -1 if present is None else present.job.stage)]
-    first = _first(plan)
-    return [] if first is None else [first.challenger, *(job for _, job in _due(plan, first.challenger.stage))]
+        return _due(plan, -1 if present is None else present.job.stage, closed)
+    first = _first(plan, closed)
+    if first is None:
+        return []
+    return [(first.stage, first.challenger), *_due(plan, first.challenger.stage, closed)]
 
 
-def _due(plan: Plan, seen: int) -> list[tuple[int, Job]]:
+def _due(plan: Plan, seen: int, closed: Sequence[int] = ()) -> list[tuple[int, Job]]:
     """(stage, challenger) for every appended stage nothing is decided on, of challengers newer than stage `seen`."""
     ahead, lineage = _ahead(plan), _lineage(plan)
     lines, ruled = read_history(plan.workspace)[0], ("first", "promoted", "kept")
     decided = {line["stage"] for line in lines if line["decision"] in ruled and not line.get("anew")}
-    appended = [row["index"] for row in read_json(plan.workspace.stages / "manifest.json").get("appended", [])]
+    rows = read_json(plan.workspace.stages / "manifest.json").get("appended", [])
+    appended = list(dict.fromkeys([*(row["index"] for row in rows), *closed]))
     open_ones = [index for index in appended if index not in decided and index - ahead > seen]
     return [(index, lineage.at(index - ahead)) for index in open_ones]
 
@@ -240,9 +262,10 @@ def _match(plan: Plan, stage: int, challenger: Job, present: Champion | None, an
     return Match(stage, challenger, present and _standing(plan), baselines, present, anew)
 
 
-def _first(plan: Plan) -> Match | None:
+def _first(plan: Plan, closed: Sequence[int] = ()) -> Match | None:
     """A champion to begin with: the best method of the last report, or the configured one trained up to here."""
-    last, ahead = len(read_json(plan.workspace.stages / "manifest.json")["stages"]) - 1, _ahead(plan)
+    cut = len(read_json(plan.workspace.stages / "manifest.json")["stages"])
+    last, ahead = max([cut - 1, *closed]), _ahead(plan)
     trained = [job for job in trained_jobs(plan.workspace) if job.protocol == plan.config.retrain.protocol]
     if trained:
         best = favourite(plan.workspace.root, plan.config.retrain.gate.objective)
@@ -331,19 +354,6 @@ def _sentence(match: Match, passed: bool, why: str) -> str:
     return f"{name(match.champion.job)} stays in service, {challenger} does not replace it: {why}"
 
 
-def name(job: Job) -> str:
-    """A model in words."""
-    return f"{job.method} after stage {job.stage}"
-
-
-def told_apart(models: Sequence[Champion]) -> list[str]:
-    """Models in words; those of one name with the beginning of their checkpoint's digest."""
-    keys: dict[str, set[str]] = {}
-    for model in models:
-        keys.setdefault(name(model.job), set()).add(model.key)
-    return [f"{word} ({m.short})" if len(keys[word := name(m.job)]) > 1 else word for m in models]
-
-
 def mirror(plan: Plan, line: Entry) -> None:
     """Copy a decision into MLflow."""
     mirrored(plan.workspace, plan.config.name, line)
@@ -368,18 +378,3 @@ def summary(intake: Intake, lines: Sequence[Entry]) -> str:
 def told(lines: Sequence[Entry]) -> list[str]:
     """Decisions as a list in Markdown."""
     return [f"- **{line['decision']}**: {line['why']}" for line in lines]
-
-
-def rows(lines: Sequence[Entry]) -> list[dict[str, Any]]:
-    """The history as a table, newest last."""
-    words = iter(told_apart(champion.named(lines)))
-    return [
-        {
-            "at": line["at"],
-            "decision": line["decision"],
-            "stage": line["stage"],
-            "champion": next(words) if line["champion"] else "none",
-            "why": line["why"],
-        }
-        for line in lines
-    ]

@@ -62,13 +62,14 @@ def run_retrain(config: Path, workspace: Path, new: str | None = None, close_now
 def rollback(workspace: ThisFolder) -> None:
     """Put the champion before the present one back into service; a retraining under way does not hold it up."""
     started_in(workspace)
-    from flows import retraining, terminal
+    from flows import terminal
     from flows.experiment import InUseError, exclusive, remembered_config
     from flows.promotion import champion
+    from flows.promotion.telling import told_apart
 
     config, place = remembered_config(workspace)
     gone, back = champion.roll_back(config, place)
-    said = "{} is in service again, {} is not".format(*retraining.told_apart([back, gone]))
+    said = "{} is in service again, {} is not".format(*told_apart([back, gone]))
     terminal.stdout().print(said, soft_wrap=True)
     onward = f"the next challenger goes on from the newest stage of {config.retrain.method}, not from this model"
     terminal.stdout().print(onward, soft_wrap=True)
@@ -88,10 +89,11 @@ def rollback(workspace: ThisFolder) -> None:
 def history(workspace: ThisFolder) -> None:
     """Print every decision about the champion, and which model is in service."""
     started_in(workspace)
-    from flows import retraining, terminal
+    from flows import terminal
     from flows.experiment import made
     from flows.promotion import champion
     from flows.promotion.history import history_file, read_history
+    from flows.promotion.telling import rows, told_apart
     from flows.reporting import tables
 
     place = made(workspace)
@@ -99,12 +101,12 @@ def history(workspace: ThisFolder) -> None:
     present = champion.in_service(place)
     console = terminal.stdout()
     if lines:
-        console.print(tables.decisions(retraining.rows(lines)))
+        console.print(tables.decisions(rows(lines)))
     if torn:
         console.print(f"{torn} line(s) of {history_file(place)} cannot be read; a kill tears one", soft_wrap=True)
     shown = "nothing"
     if present is not None:
-        shown = f"{retraining.told_apart([*champion.named(lines), present])[-1]}, since {present.since}"
+        shown = f"{told_apart([*champion.named(lines), present])[-1]}, since {present.since}"
     console.print(f"in service: {shown}", soft_wrap=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -102,6 +103,17 @@ class Workspace:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise self._unwritable(error) from None
+
+    def see_place(self) -> None:
+        """Refuse a root that is no folder to write to, and cannot become one; nothing is written.
+
+        Raises:
+            UserError: it, or what is above it, is a file, a link to nowhere, or somebody else's.
+        """
+        place = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if os.path.lexists(path))
+        code = errno.EACCES if place.is_dir() else errno.ENOTDIR
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            raise self._unwritable(OSError(code, os.strerror(code)))
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"{self.root}: cannot write the workspace: {error.strerror}; choose another folder")

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.growing import OPEN_GATE, listing, seconds, week, write_rows, write_shop
 from flows import cli, experiment, retrain, retraining, schedule, steps
 from flows.experiment import exclusive
-from flows.promotion import champion, copies
+from flows.promotion import champion, copies, telling
 from flows.promotion.history import read_history
 from flows.recommending import recommend
 from flows.serving.served import InService, load_served
@@ -150,7 +150,7 @@ def test_going_back_within_a_stage_names_the_checkpoints(shop: Shop, driftrec: A
     _, said, _ = driftrec("rollback", "-w", shop.workspace.root)
     assert f"{old} is in service again, {new} is not" in said
     lines = read_history(shop.workspace)[0]
-    shown = [row["champion"] for row in retraining.rows(lines)]
+    shown = [row["champion"] for row in telling.rows(lines)]
     assert shown == ["single after stage 1", old, new, old]
     assert lines[-1]["why"].endswith(f"stage 2's model {anew.key[-16:-8]} was taken out of service")
     assert f"in service: {old}, since" in driftrec("history", "-w", shop.workspace.root)[1]

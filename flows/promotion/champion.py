@@ -108,16 +108,26 @@ def settle(workspace: Workspace) -> Champion | None:
         return _settled(workspace)
 
 
-def _settled(workspace: Workspace) -> Champion | None:
+def decided(workspace: Workspace) -> Champion | None:
+    """What `settle` returns; nothing is written.
+
+    Raises:
+        UserError: as `settle`.
+    """
     lines, _ = read_history(workspace)
     if not lines:
         return in_service(workspace)
-    confirm(workspace)
     stack = served(lines)
-    decided = _champion(stack[-1], history_file(workspace)) if stack else None
-    if decided is not None and decided != _readable(workspace):
-        write_json(champion_file(workspace), decided.as_json())
-    return decided
+    return _champion(stack[-1], history_file(workspace)) if stack else None
+
+
+def _settled(workspace: Workspace) -> Champion | None:
+    found = decided(workspace)
+    if read_history(workspace)[0]:
+        confirm(workspace)
+        if found is not None and found != _readable(workspace):
+            write_json(champion_file(workspace), found.as_json())
+    return found
 
 
 def _readable(workspace: Workspace) -> Champion | None:
@@ -128,15 +138,19 @@ def _readable(workspace: Workspace) -> Champion | None:
         return None
 
 
-def predecessors(workspace: Workspace) -> list[Champion]:
+def predecessors(workspace: Workspace, present: Champion | None = None) -> list[Champion]:
     """The model in service and those that a roll back reaches, newest first, each once.
 
     Where a kill came before champion.json was ever written, the history says who they are.
 
+    Args:
+        workspace: where.
+        present: the model in service; absent: whom champion.json names.
+
     Raises:
         UserError: champion.json or the history is unreadable.
     """
-    present = in_service(workspace)
+    present = present or in_service(workspace)
     found = [] if present is None else [present]
     for entry in reversed(served(read_history(workspace)[0])):
         earlier = _champion(entry, history_file(workspace))
