@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from html import escape
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import polars as pl
 
 from benchmarks.faults.harness import Bench, Row, user_error
-from flows.reporting.page import element
 from stages.config import Config
 from stages.items import build_semantic_ids
 from stages.log import LogReport, read_log
@@ -212,32 +212,84 @@ HOSTILE = (
 )
 
 
+MARKUP = "<script>alert(2)<img src=x onerror=alert(3)>.jsonl"
+"""Name of the log's file, the one text of a user's that a report shows; a name holds no slash."""
+SMALL = {
+    "backbone": {"hidden": 16, "layers": 1, "heads": 2, "feed_forward": 32, "precision": "float32"},
+    "training": {"first_epochs": 1, "epochs": 1},
+    "evaluation": {"matrix_users": 0, "bootstrap": 100},
+}
+
+
+def hostile_shop(bench: Bench) -> Config:
+    """A log whose users, items, titles, categories and file are hostile texts; one row has no user."""
+    begin, count = int(START.timestamp()), len(HOSTILE)
+    users = [f"{HOSTILE[number % count]}{number // count}" for number in range(2 * count)]
+    rows = [
+        (user, HOSTILE[(number + visit) % count], begin + 100 * visit + number)
+        for visit in range(count)
+        for number, user in enumerate(users)
+    ]
+    path, place = written(bench.place() / MARKUP, [*rows, ("", HOSTILE[0], begin)]), bench.place()
+    table = bench.place() / "items.jsonl"
+    table.parent.mkdir()
+    lines = [{"item_id": text, "title": text, "categories": [text]} for text in HOSTILE]
+    table.write_text("\n".join(map(json.dumps, lines)))
+    values = {**config(place, path).model_dump(mode="json"), "catalogue": {"sources": [{"path": str(table)}]}, **SMALL}
+    return Config.model_validate(values)
+
+
 def texts(bench: Bench, count: int, rng: Random) -> Iterator[str]:
     """Ids and titles that are markup, formulas, control strings or odd Unicode; bytes that are no text."""
     begin = int(START.timestamp())
-    for _ in range(count):
-        place = bench.place()
-        rows = [(f"u{number % 5}", text, begin + number) for number, text in enumerate(HOSTILE * 3)]
-        path = written(bench.place() / "log.jsonl", rows)
-        table = bench.place() / "items.jsonl"
-        table.parent.mkdir()
-        table.write_text("\n".join(json.dumps({"item_id": text, "title": text}) for text in HOSTILE))
-        settings = config(place, path)
-        sources = [{"path": str(table)}]
-        settings = Config.model_validate({**settings.model_dump(mode="json"), "catalogue": {"sources": sources}})
-        found = read_log(settings, Workspace(place))
-        split_stages(settings, Workspace(place))
-        build_semantic_ids(settings, Workspace(place))
-        titles = dict(pl.read_parquet(place / "catalogue" / "items.parquet").select("item_id", "title").iter_rows())
-        wrong = [text for text in HOSTILE if titles.get(text) != text and not found.rejected]
-        yield f"not the same text: {wrong}" if wrong else ""
-        page = str(element("td", HOSTILE[0]))
-        yield "markup reaches the page" if "<script" in page else ""
+    for number in range(count):
+        settings = hostile_shop(bench)
+        place = Workspace(Path(settings.workspace))
+        page, runs = reported(settings, place, mirrored=bench.commands and not number)
+        titles = dict(pl.read_parquet(place.catalogue / "items.parquet").select("item_id", "title").iter_rows())
+        users = pl.read_parquet(place.log)["user_id"].n_unique()
+        wrong = [text for text in HOSTILE if titles.get(text) != text]
+        yield f"not the same text: {wrong}; {users} users" if wrong or users != 2 * len(HOSTILE) else ""
+        yield shown(page, runs)
         raw = bench.place() / "raw.csv"
         raw.parent.mkdir()
         raw.write_bytes(b"user_id,item_id,timestamp\n" + b"u1,caf\xe9,%d\nu2,ok,%d\nu3,n\x00l,%d\n" % ((begin,) * 3))
         mixed = read(bench, raw)
         yield "" if mixed.accepted + sum(mixed.rejected.values()) == 3 and mixed.accepted <= 2 else str(mixed.rejected)
+
+
+def reported(settings: Config, place: Workspace, mirrored: bool) -> tuple[str, list[str]]:
+    """The page of a comparison of one method, and the names and tags of its runs where MLflow is told."""
+    from flows import steps
+    from flows.continual import follow_all
+    from flows.plan import Plan
+
+    plan = steps.claimed(Plan(settings, place, ("single",), (0,), comparison=False))
+    steps.read(plan)
+    plan = steps.split(plan)
+    steps.identify(plan)
+    trained, tests = follow_all(plan, steps)
+    folder = steps.summarise(plan, tests, trained)
+    runs = runs_of(place) if mirrored and steps.record(place, folder) else []
+    return (folder / "report.html").read_text(encoding="utf-8"), runs
+
+
+def runs_of(place: Workspace) -> list[str]:
+    """Names and tags of every run in MLflow."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(place.mlflow_uri)
+    everything = [experiment.experiment_id for experiment in client.search_experiments()]
+    return [text for run in client.search_runs(everything) for text in (run.info.run_name, *run.data.tags.values())]
+
+
+def shown(page: str, runs: list[str]) -> str:
+    """ "" if the page shows the file's name as text, holds no markup of the log's, and no id or title names a run."""
+    if escape(MARKUP) not in page:
+        return "the page does not name the file of the refused row: nothing was tried"
+    raw = [text for text in (MARKUP, "<script>alert", "<img src=x", *HOSTILE) if "<" in text and text in page]
+    named = [text for text in HOSTILE if any(text in name for name in runs)]
+    return f"markup reaches the page: {raw}; texts name runs: {named}" if raw or named else ""
 
 
 def control(bench: Bench, count: int, rng: Random) -> Iterator[str]:
@@ -273,6 +325,14 @@ TABLE = (
     Row(30, "events dated in the future", "Q", future, 2, 50),
     Row(31, "times in every unit, mixed, zero, negative, missing, overflowing", "inferred; E; Q", times, 1, 20),
     Row(32, "ids of 2^63 and more, look-alikes, empty, 1 MB", "distinct as text or integers; Q; floats E", ids, 1, 20),
-    Row(33, "hostile text in ids and titles, bytes that are none", "round trip or Q; escaped", texts, 1, 20),
+    Row(
+        33,
+        "hostile text in ids, titles and a file's name, bytes that are none",
+        "round trip or Q; escaped",
+        texts,
+        1,
+        20,
+        "a report names files, and no item; titles in the service's page: tests/test_service_page.py",
+    ),
     Row(34, "control strings in item text", "never parsed as control tokens", control, 1, 20),
 )
