@@ -24,7 +24,7 @@ def retrain(
         bool, typer.Option("--close-now", help="Close the open stage whatever its rule says.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be taken and closed; change nothing.")
+        bool, typer.Option("--dry-run", help="Say what would be taken, closed and trained; change nothing.")
     ] = False,
     workspace: Folder = None,
 ) -> None:

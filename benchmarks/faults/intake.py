@@ -285,11 +285,11 @@ def runs_of(place: Workspace) -> list[str]:
 
 def shown(page: str, runs: list[str]) -> str:
     """ "" if the page shows the file's name as text, holds no markup of the log's, and no id or title names a run."""
-    if escape(MARKUP) not in page:
-        return "the page does not name the file of the refused row: nothing was tried"
     raw = [text for text in (MARKUP, "<script>alert", "<img src=x", *HOSTILE) if "<" in text and text in page]
     named = [text for text in HOSTILE if any(text in name for name in runs)]
-    return f"markup reaches the page: {raw}; texts name runs: {named}" if raw or named else ""
+    if raw or named:
+        return f"markup reaches the page: {raw}; texts name runs: {named}"
+    return "" if escape(MARKUP) in page else "the page does not name the file of the refused row: nothing was tried"
 
 
 def control(bench: Bench, count: int, rng: Random) -> Iterator[str]:
