@@ -109,7 +109,7 @@ _known: dict[str, list[Link]] = {}
 
 
 def _common(config: Config, dataset: Dataset, job: Job) -> dict[str, Any]:
-    searching = {} if dataset.interactions.query is None else {"search": config.search.model_dump(exclude={"repeats"})}
+    searching = {} if dataset.interactions.query is None else {"search": config.search.trained_with()}
     return {
         **searching,
         "code": CODE_VERSION,

@@ -271,5 +271,5 @@ def _evaluation_key(
     drawn = None if sample is None else [sample, "by id"]
     read = config if found is None else found.config
     place = [tested, job.protocol, drawn, read.training.history_length, dataset.digest(max(tested, job.stage))]
-    searching = {} if dataset.interactions.query is None else {"search": read.search.model_dump()}
+    searching = {} if dataset.interactions.query is None else {"search": read.search.model_dump(exclude={"own_moment"})}
     return digest_of({"code": CODE_VERSION, "model": model, "evaluation": settings, "place": place, **searching})

@@ -24,7 +24,7 @@ from stages.examples import Windows
 from stages.interactions import IntArray
 from stages.jobs import Job
 from stages.methods.contract import LooksAhead, Losses, SharedLosses, Step
-from stages.search_examples import SearchWindows
+from stages.search_examples import Branches
 from stages.stage_examples import Examples, validation_batches
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -130,12 +130,12 @@ class Fit:
             }
             yield SharedLosses(losses, self.examples.weights(piece, shares))
 
-    def plain_loss(self, objective: str, windows: Windows | SearchWindows, chosen: IntArray) -> tuple[float, int]:
+    def plain_loss(self, objective: str, windows: Windows | Branches, chosen: IntArray) -> tuple[float, int]:
         """Summed cross-entropy (nats) of a batch, without smoothing, and its code tokens."""
         batch = self.examples.parts[objective].batch(windows, chosen)
         return float(self._loss_of(batch, 0.0)), len(batch.labels)
 
-    def _loss(self, objective: str, windows: Windows | SearchWindows, chosen: np.ndarray, smoothing: float) -> Tensor:
+    def _loss(self, objective: str, windows: Windows | Branches, chosen: np.ndarray, smoothing: float) -> Tensor:
         with record_function("driftrec/batches"):
             batch = self.examples.parts[objective].batch(windows, chosen)
         return self._loss_of(batch, smoothing)
@@ -164,7 +164,7 @@ class Fit:
             return sum(total / codes for total, codes in found) / len(found)
         return sum(total for total, _ in found) / sum(codes for _, codes in found)
 
-    def _validation_loss(self, objective: str, windows: Windows | SearchWindows) -> float:
+    def _validation_loss(self, objective: str, windows: Windows | Branches) -> float:
         parts = validation_batches(windows, 2 * self.settings.batch_size)
         return sum(float(self._loss(objective, windows, part, 0.0)) for part in parts)
 
