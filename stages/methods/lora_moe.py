@@ -51,7 +51,7 @@ class LoraMoe:
         for parameter in trained.values():
             parameter.requires_grad_(True)
         for one in mixtures.values():
-            one.recording = True
+            one.inside = model.inside
         chosen = [*trained.values(), *let_rows_train(model, self.evolve_rows)]
         return moe_step(chosen, list(mixtures.values()), self.settings, schedule)
 
