@@ -156,6 +156,7 @@ def test_unknown_users_items_methods_and_folders_are_answered_with_what_to_do(
         (["-w", root, "-u", "nobody at all"], "--history"),
         (["-w", root], "give --user"),
         (["-w", root, "--history", "i0001,i000x"], "'i000x'"),
+        (["-w", root, "-u", "u", "--history", "i0001"], "--user u and --history exclude each other; give one"),
         (["-w", root, "-u", "u", "-m", "sinlge"], "did you mean 'single'"),
         (["-w", root, "-u", "u", "-m", "single", "--seed", "7"], "seed 7 is not trained"),
         (["-w", root, "-u", "u", "-k", "0"], "-k 0"),
