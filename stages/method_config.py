@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.settings import Settings
+from stages.settings import Settings, Targets
 
 
 class MethodConfig(Settings):
@@ -119,6 +119,7 @@ class GemsConfig(MethodConfig):
     """Tokens of the corpus that are read."""
     k_rule: Literal["energy", "relative", "absolute", "fixed"] = "energy"
     k_value: Annotated[float, Field(gt=0)] = 0.95
+    """A share for `energy` and `relative`, a mean square for `absolute`, a whole number of directions for `fixed`."""
     weight_decay: Literal["none", "to_start_projected", "to_zero"] = "none"
     """Of the linear maps, with training.weight_decay as its strength."""
     carry_state: bool = False
@@ -143,6 +144,18 @@ class GemsConfig(MethodConfig):
                 f'null_space = "{self.null_space}" needs a corpus; name a text file or "previous_stage", '
                 'or set null_space = "off"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rule_takes_value(self) -> Self:
+        if self.null_space == "off" or self.k_rule == "absolute":
+            return self
+        given = f'k_value = {self.k_value:g}, but k_rule = "{self.k_rule}" takes'
+        if self.k_rule == "fixed" and not self.k_value.is_integer():
+            raise ValueError(f'{given} a whole number of directions; set k_value = 8, say, or use k_rule = "energy"')
+        if self.k_rule != "fixed" and self.k_value >= 1:
+            usual = 0.95 if self.k_rule == "energy" else 0.01
+            raise ValueError(f"{given} a share above 0 and below 1; set k_value = {usual}, say")
         return self
 
     def check(self, pretrained: bool) -> None:
@@ -182,7 +195,7 @@ class LoraMoeConfig(MethodConfig):
     """Of each expert."""
     alpha: Annotated[float, Field(gt=0)] = 8.0
     """An expert's product is multiplied by alpha / rank."""
-    targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    targets: Targets = ("gate_proj", "up_proj", "down_proj")
     balance: Literal["repaired", "as_printed"] = "repaired"
     """As printed, the term takes samples away from the experts of their own kind."""
     balance_weight: Annotated[float, Field(ge=0)] = 0.1
