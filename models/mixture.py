@@ -70,7 +70,8 @@ def attach(
     for name, module in found:
         if rank > min(module.weight.shape):
             d_out, d_in = module.weight.shape
-            raise ValueError(f"adapter.rank {rank} exceeds {name}, which is {d_out} x {d_in}; lower the rank")
+            least = min(min(one.weight.shape) for _, one in found)
+            raise ValueError(f"rank {rank} exceeds {name}, which is {d_out} x {d_in}; give at most {least}")
         mixtures[name] = MixtureLinear(module, experts, rank, alpha, generator).to(module.weight.device)
         replace_module(stack, name, mixtures[name])
     return mixtures

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from stages.backbone_shape import BackboneShape
 from stages.settings import Settings, Targets
 
 
@@ -21,6 +23,17 @@ class MethodConfig(Settings):
 
         Raises:
             ValueError: the settings need a file or a backbone that is not there.
+        """
+
+    def check_shape(self, shape: BackboneShape, targets: Sequence[str]) -> None:
+        """Refuse at once what does not fit the backbone's linear maps.
+
+        Args:
+            shape: of the backbone.
+            targets: maps that an adapter sits on.
+
+        Raises:
+            ValueError: it begins with the key.
         """
 
 
@@ -170,6 +183,39 @@ class GemsConfig(MethodConfig):
         if not Path(self.corpus).is_file():
             raise ValueError(f'corpus = {self.corpus!r} is no file; name a text file, "previous_stage" or "off"')
 
+    def rank_at(self, width: int) -> int:
+        """r of the shared subspace in a model of this width."""
+        return self.rank or min(64, max(1, width // 4))
+
+    def check_shape(self, shape: BackboneShape, targets: Sequence[str]) -> None:
+        """Refuse a state larger than Adam's, and a fixed k that leaves an input nothing to train."""
+        if not shape.maps:
+            raise ValueError('method = "gems" finds no linear map in the backbone; use full_finetune')
+        name = min(shape.maps, key=lambda one: shape.maps[one][1])
+        least = shape.maps[name][1]
+        if self.null_space != "off" and self.k_rule == "fixed" and self.k_value >= least:
+            raise ValueError(
+                f'k_value = {self.k_value:g} with k_rule = "fixed" leaves none of the {least} input directions of '
+                f"{name} to train; give at most {least - 1}"
+            )
+        if not self.allow_large_state:
+            self._check_state(self.rank_at(shape.width), list(shape.maps.values()))
+
+    def _check_state(self, rank: int, shapes: list[tuple[int, int]]) -> None:
+        from regularizers.subspace import too_large  # torch, which reading a config does without
+
+        if (state := too_large(shapes, rank, self.side, self.subspaces)) is None:
+            return
+        highest = min(rank - 1, 2 * max(map(min, shapes)))  # above it every subspace is capped
+        fitting = (r for r in range(highest, 0, -1) if too_large(shapes, r, self.side, self.subspaces) is None)
+        largest = next(fitting, None)
+        remedy = "" if largest is None else f"give at most {largest}, or "
+        given = f"rank = {rank}{'' if self.rank else ', the default,'}"
+        raise ValueError(
+            f"{given} needs {4 * state[0]:,} bytes of bases and moments, more than Adam's {4 * state[1]:,} on the same "
+            f"weights; {remedy}set allow_large_state = true"
+        )
+
 
 class SurgeryConfig(MethodConfig):
     """`single` whose search and recommendation gradients are reconciled: PCGrad, or Ortho-LoRA matrix by matrix."""
@@ -183,6 +229,17 @@ class OsfConfig(MethodConfig):
     method: Literal["osf"] = "osf"
     preserved: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the singular triples that stay, the largest ones."""
+
+    def check_shape(self, shape: BackboneShape, targets: Sequence[str]) -> None:
+        """Refuse a share that is less than one triple of a map."""
+        found = shape.named(targets)
+        name = min(found, key=lambda one: min(found[one]))
+        size = min(found[name])
+        if int(size * self.preserved) < 1:
+            raise ValueError(
+                f"preserved = {self.preserved:g} keeps 0 of the {size} singular directions of {name}; "
+                f"give at least {1 / size:g}"
+            )
 
 
 class LoraMoeConfig(MethodConfig):
@@ -201,6 +258,10 @@ class LoraMoeConfig(MethodConfig):
     balance_weight: Annotated[float, Field(ge=0)] = 0.1
     skew: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """δ: how much more of its own objective an expert gets; 0 balances all alike."""
+
+    def check_shape(self, shape: BackboneShape, targets: Sequence[str]) -> None:
+        """Refuse maps that are not there, and experts wider than one."""
+        shape.check_low_rank(self.rank, self.targets)
 
 
 AnyMethod = Annotated[

@@ -86,9 +86,16 @@ def restore_model(config: Config, workspace: Workspace, dataset: Dataset, job: J
 
 
 def put_together(found: Stored, dataset: Dataset, job: Job) -> GenerativeModel:
-    """The model of verified checkpoints in eval mode, with its adapter folded in."""
+    """The model of verified checkpoints in eval mode, with its adapter folded in.
+
+    Raises:
+        UserError: the settings do not fit the backbone or the checkpoints.
+    """
     model = bare_model(found.config, dataset, job.seed)
-    method_of(found.config, job.method).restore(model, found.folders)
+    try:
+        method_of(found.config, job.method).restore(model, found.folders)
+    except ValueError as error:
+        raise UserError(f"method {job.method}, stage {job.stage}: {error}") from None
     lora.fold(model.stack)
     return model.eval()
 

@@ -24,7 +24,8 @@ from stages.methods.contract import Schedule, SharedLosses
 from stages.methods.lora_moe import mean_balance, moe_step
 from stages.search_examples import query_vocabulary
 from stages.stage_examples import stage_examples
-from stages.train import begin_stage, restore_model, train_stage, training_log
+from stages.stored import stored
+from stages.train import begin_stage, put_together, restore_model, train_stage, training_log
 from tests import searching, tiny
 
 QUICK = {"training": {"first_epochs": 2, "epochs": 2}}
@@ -238,9 +239,29 @@ def test_settings_that_leave_nothing_are_told(tmp_path: Path) -> None:
         "nowhere": LoraMoeConfig(targets=("x",)),
     }
     config = tiny.config(**QUICK).model_copy(update={"methods": methods})
-    for name, message in (("all", "keeps 0 of the 32"), ("wide", "exceeds"), ("nowhere", "match no linear map")):
-        with pytest.raises(UserError, match=message):
+    for name, message in (
+        ("all", "keeps 0 of the 32"),
+        ("wide", "rank 40 exceeds"),
+        ("nowhere", "match no linear map"),
+    ):
+        with pytest.raises(UserError, match=f"^method {name}, stage 1: .*{message}") as caught:
             train_stage(config, workspace, replace(JOB, method=name))
+        assert "adapter" not in str(caught.value)
+
+
+def test_a_mixture_that_does_not_fit_leaves_stage_0_alone_and_is_told_later_as_a_mistake(tmp_path: Path) -> None:
+    workspace = searching.ring(tmp_path, stages=2)
+    train_stage(tiny.config(**QUICK), workspace, JOB)
+    dataset = load_dataset(tiny.config(**QUICK), workspace)
+    moe = tiny.config(**QUICK).model_copy(update={"methods": {"lora_moe": LoraMoeConfig(rank=40)}})
+    frozen = restore_model(moe, workspace, dataset, Job("frozen", 0, "same_stage", 0))
+    start = restore_model(moe, workspace, dataset, replace(JOB, stage=0))
+    for (name, a), (other, b) in zip(start.named_parameters(), frozen.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(a, b), name
+    found = stored(tiny.config(**QUICK), workspace, dataset, JOB)
+    with pytest.raises(UserError, match=r"method lora_moe, stage 1: .*rank 40 exceeds .*give at most 32"):
+        put_together(replace(found, config=moe), dataset, JOB)
 
 
 def test_a_mixtures_tensors_are_named_after_their_maps() -> None:
