@@ -24,7 +24,7 @@ from stages.workspace import Workspace, digest_of, sha256_once
 CODE_VERSION = 2
 """Raised whenever training would give other bytes for the same settings and data."""
 
-METHOD_VERSIONS = {"gems": 4}
+METHOD_VERSIONS = {"gems": 4, "lora_moe": 2}
 """As `CODE_VERSION`, for one kind of method; 1 where none is named."""
 
 LATER_ONLY = {"epochs", "learning_rate", "full_learning_rate", "token_rows"}

@@ -47,10 +47,20 @@ class Fit:
         step: the method's optimiser step.
         examples: windows to train and validate on.
         seed: of the batch order.
+        rate: the setting of `training` that the step's peak rate is, for the remedy of a run that diverges.
     """
 
-    def __init__(self, config: Config, model: GenerativeModel, step: Step, examples: Examples, seed: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: GenerativeModel,
+        step: Step,
+        examples: Examples,
+        seed: int,
+        rate: str = "learning_rate",
+    ) -> None:
         self.settings: TrainingConfig = config.training
+        self.rate = rate
         self.model, self.step, self.examples, self.seed = model, step, examples, seed
         self.bfloat16 = wants_bfloat16(config.backbone.precision, model.device)
         self.equal = config.search.mix == "equal"
@@ -96,7 +106,8 @@ class Fit:
                 if not np.isfinite(value):
                     raise UserError(
                         f"the {name} became {value} in epoch {epoch}, in the batch of "
-                        f"{_first_windows(chosen)}; lower training.learning_rate. Nothing was saved"
+                        f"{_first_windows(chosen)}; lower training.{self.rate}, which is "
+                        f"{getattr(self.settings, self.rate):g}. Nothing was saved"
                     )
             yield numbers
 

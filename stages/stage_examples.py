@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from models.generative import TokenBatch
+from models.generative import TokenBatch, inside
 from models.words import Vocabulary
 from stages.config import Config
 from stages.dataset import Dataset
@@ -34,10 +34,8 @@ class Part:
         return self.encoder.batch(windows, chosen)
 
     def inside(self, batch: TokenBatch) -> Tensor:
-        """(B, T) bool, False on padding; the token that opens a sequence also pads it."""
-        inside = batch.tokens != self.encoder.bos
-        inside[:, 0] = True
-        return inside
+        """(B, T) bool, False on padding."""
+        return inside(batch.tokens, self.encoder.bos)
 
 
 @dataclass(frozen=True)
