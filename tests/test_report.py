@@ -222,6 +222,31 @@ def test_the_best_possible_score_is_named_once_a_protocol_where_it_is_known(inve
     assert printed(tables.headline(Findings(invented_report))).count("best possible") == 1
 
 
+def test_chance_among_candidates_reaches_no_further_than_any_model(invented_report: dict[str, Any]) -> None:
+    """A target that no model knew is a miss for all; later stages count alike, a line of fewer targets not at all."""
+    chance = {"hit_at_5": 0.05, "hit_at_10": 0.10, "ndcg_at_5": 0.029485, "ndcg_at_10": 0.045436}
+    place = {"objective": "recommendation", "seed": 0, **dict.fromkeys(chance, 0.04)}
+
+    def row(protocol: str, method: str, stage: int, **more: float) -> dict[str, Any]:
+        return {**place, "protocol": protocol, "method": method, "stage": stage, "targets": 90, **more}
+
+    rows = [
+        *(row("next_stage", name, 1, reachable=0.9) for name in ("single", "peso", "popularity")),
+        row("next_stage", "single", 2, reachable=0.5),
+        row("next_stage", "untuned", 2, targets=20, reachable=0.1),
+        row("same_stage", "single", 0, reachable=0.2),
+        row("same_stage", "single", 1),  # of an earlier version
+    ]
+    invented_report["sampled"] = {"negatives": "uniform", "count": 99, "random": chance, "rows": rows}
+    found = Findings(invented_report)
+    assert found.chance("next_stage", "recommendation") == pytest.approx({k: 0.7 * v for k, v in chance.items()})
+    assert found.chance("same_stage", "recommendation") == chance
+    assert [line[1:5] for line in read(render(invented_report, {})).rows if line and line[0] == "random"] == [
+        ["0.0350", "0.0700", "0.0206", "0.0318"],
+        ["0.0500", "0.1000", "0.0295", "0.0454"],
+    ]
+
+
 def test_a_narrow_terminal_puts_the_interval_below_its_number(invented_report: dict[str, Any]) -> None:
     text = printed(tables.headline(Findings(invented_report), width=100))
     assert "0.0510 [" not in text
