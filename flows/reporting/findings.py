@@ -185,13 +185,33 @@ class Findings:
 
     def sampled(self, protocol: str, objective: str) -> dict[str, dict[str, float | None]]:
         """The 99 + 1 mode's metrics by method, mean over the later stages (or all there are) and over seeds."""
-        found = self.report.get("sampled") or {"rows": [], "random": {}}
-        wanted = [row for row in found["rows"] if (row["protocol"], row["objective"]) == (protocol, objective)]
-        later = [row for row in wanted if row["stage"] > 0] or wanted
+        later, names = self._sampled_rows(protocol, objective), self._random
         return {
-            method: {name: _mean([row[name] for row in later if row["method"] == method]) for name in found["random"]}
+            method: {name: _mean([row[name] for row in later if row["method"] == method]) for name in names}
             for method in dict.fromkeys(row["method"] for row in later)
         }
+
+    def chance(self, protocol: str, objective: str) -> dict[str, float]:
+        """What a random order scores in the 99 + 1 mode: a target that no model knew is a miss for it, too.
+
+        `reachable`, of each row, is the share of the other targets, averaged over users as the metrics are; rows of
+        earlier versions have none. All methods of a cell rank the same targets, but for a line that asks for a sample.
+        """
+        whole: dict[int, Row] = {}
+        for row in self._sampled_rows(protocol, objective):
+            whole[row["stage"]] = max(whole.get(row["stage"], row), row, key=lambda one: one["targets"])
+        share = _mean([row.get("reachable", 1.0) for row in whole.values()])
+        return {} if share is None else {name: value * share for name, value in self._random.items()}
+
+    @property
+    def _random(self) -> dict[str, float]:
+        return (self.report.get("sampled") or {"random": {}})["random"]
+
+    def _sampled_rows(self, protocol: str, objective: str) -> list[Row]:
+        """The 99 + 1 mode's rows of the later stages, or of all there are."""
+        rows = (self.report.get("sampled") or {"rows": []})["rows"]
+        wanted = [row for row in rows if (row["protocol"], row["objective"]) == (protocol, objective)]
+        return [row for row in wanted if row["stage"] > 0] or wanted
 
     def continual(self, method: str, objective: str | None = None) -> dict[str, float | None]:
         """BWT and its kin, averaged over the seeds that have them.
