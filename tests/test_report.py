@@ -185,6 +185,26 @@ def test_a_report_without_matrix_costs_or_slices_still_draws(invented_report: di
     assert "Same stage" not in page
 
 
+def test_a_report_without_any_test_says_so_and_shows_what_was_trained(
+    invented_report: dict[str, Any], tmp_path: Path
+) -> None:
+    untested = invented_report | {part: [] for part in ("rows", "differences", "matrix", "continual", "oracle")}
+    untested["sampled"] = {"negatives": "uniform", "count": 99, "random": {"hit_at_10": 0.1}, "rows": []}
+    page, found = write_report(untested, tmp_path).read_text(), Findings(untested)
+    assert "Nothing was tested" in page
+    assert "99 + 1 candidates" not in page
+    assert "3 methods" in page
+    assert "What it costs" in page
+    assert "Nothing was tested" in summary(found)
+    assert "Nothing was tested" not in render(invented_report, {}) + summary(Findings(invented_report))
+    assert (found.methods, found.protocols, found.objectives) == (["frozen", "single", "peso"], [], [])
+    assert found.leading_protocol == "same_stage"
+    assert found.lines("same_stage") == []
+    assert (found.oracle("same_stage"), found.difference("peso", "same_stage", "hit_at_10")) == (None, None)
+    assert (found.continual("single"), found.grid("single")) == ({}, {})
+    assert tables.headline(found) == []
+
+
 def test_the_drift_picture_is_put_inside_when_it_is_there(invented_report: dict[str, Any], tmp_path: Path) -> None:
     picture = b"\x89PNG invented"
     (tmp_path / "figures").mkdir()

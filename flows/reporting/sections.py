@@ -148,6 +148,8 @@ def sampled(findings: Findings) -> Markup:
                 head = ["method", *map(metric_title, found["random"]), f"full catalogue: {metric_title(HEADLINE[0])}"]
                 title = f"{PROTOCOL_TITLES.get(protocol, protocol)}, {objective}"
                 blocks += [element("h3", title), table(head, rows)]
+    if not blocks:
+        return Markup("")
     drawn = DRAWN[found["negatives"]]
     intro = (
         f"Each target among {found['count']} {drawn}, mean over the stages after the first: for comparison with tables "
