@@ -104,8 +104,10 @@ def crossed_interval(tables: Sequence[FloatArray], combine: Combine, draws: int)
     """
     if min(tables[0].shape) < 2 or not np.isfinite(combine([column_means(table) for table in tables])).any():
         return None
-    rows = np.concatenate(list(user_weights(tables[0].shape[0], draws, SEED)))
-    columns = np.concatenate(list(user_weights(tables[0].shape[1], draws, SEED + 1)))
+    rows, columns = (
+        np.concatenate(list(user_weights(size, draws, seed))).astype(np.float64)
+        for size, seed in zip(tables[0].shape, (SEED, SEED + 1), strict=True)
+    )
     values = combine([column_means(table, rows) for table in tables])  # (draws, columns)
     defined = np.isfinite(values)
     above, below = (np.where(defined, values, 0.0) * columns).sum(axis=1), (defined * columns).sum(axis=1)
