@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from flows import mirror
 from flows.experiment import exclusive, remembered_config
 from flows.reporting.stored import latest_report
@@ -13,6 +15,7 @@ from flows.terminal import watcher
 from stages.config import PROTOCOLS, Config, Protocol, load_config
 from stages.errors import UserError
 from stages.jobs import Evaluation, Job
+from stages.method_config import AnyMethod, MethodConfig
 from stages.settings import nearest
 from stages.workspace import Workspace, read_json, write_json
 
@@ -52,7 +55,9 @@ def analyse(
     if not jobs["checkpoints"]:
         raise UserError(f"{folder}: this report trained no model; run `driftrec compare` or `train` first")
     with exclusive(workspace):
-        found = _measured(_scope(settings, workspace, jobs, methods, seed, stages), read_json(folder / "report.json"))
+        whole = read_json(folder / "report.json")
+        measured_with = _as_measured(settings, whole)
+        found = _measured(_scope(measured_with, workspace, jobs, methods, seed, stages), whole)
         write_json(folder / FILE, found, seal=True)
         from flows.reporting.report import write_page
 
@@ -74,6 +79,13 @@ def _experiment(root: Path | None, config: Path | None) -> tuple[Config, Workspa
         raise UserError(f"{workspace.root}: no such workspace; run `driftrec compare --config {config}` first")
     workspace.claim(settings.name)
     return settings, workspace
+
+
+def _as_measured(config: Config, report: dict[str, Any]) -> Config:
+    """`config` with its methods as they were when the report was made: a default may have changed since."""
+    adapter: TypeAdapter[MethodConfig] = TypeAdapter(AnyMethod)
+    own = {name: adapter.validate_python(table) for name, table in report.get("settings", {}).items()}
+    return config.model_copy(update={"methods": {**config.methods, **own}})
 
 
 def _scope(

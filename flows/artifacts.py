@@ -20,7 +20,7 @@ from flows.plan import Plan
 from flows.promotion import copies
 from flows.promotion.history import Entry
 from flows.reporting import stored
-from flows.reporting.findings import HEADLINE, PROTOCOL_TITLES, Findings, Line, metric_title, sample_note
+from flows.reporting.findings import HEADLINE, PROTOCOL_TITLES, Findings, Line, metric_title, sample_note, untested_note
 from flows.terminal import watcher
 
 if TYPE_CHECKING:
@@ -130,8 +130,7 @@ def stage_rows(findings: Findings, stage: int) -> list[dict[str, Any]]:
 
 def summary(findings: Findings) -> str:
     """The headline tables as Markdown."""
-    note = sample_note(findings.report)
-    parts = [f"**{note}**\n"] if note else []
+    parts = [f"**{note}**\n" for note in (sample_note(findings.report), untested_note(findings)) if note]
     for protocol in findings.protocols:
         parts.append(f"### {PROTOCOL_TITLES.get(protocol, protocol)}\n")
         parts.append("| method | " + " | ".join(metric_title(metric) for metric in HEADLINE) + " |")

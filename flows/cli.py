@@ -147,8 +147,8 @@ def compare(
     _show(_compare(config, place, methods, seeds, stages, users, workers, profile), profile=profile)
 
 
-AsUser = Annotated[str | None, typer.Option("--user", "-u", help="User id in the log.")]
-History = Annotated[str | None, typer.Option(help="Item ids, oldest first, separated by commas.")]
+AsUser = Annotated[str | None, typer.Option("--user", "-u", help="User id in the log; not with --history.")]
+History = Annotated[str | None, typer.Option(help="Item ids, oldest first, with commas; not with --user.")]
 Length = Annotated[int, typer.Option("-k", help="Length of the list.")]
 ByMethod = Annotated[
     str | None, typer.Option("--method", "-m", help="Absent: the champion, or the best of the last report.")
@@ -287,7 +287,7 @@ def _list(
     job = found.job
     console = terminal.stdout()
     recent = ", ".join(found.history[-5:]) or "nothing"
-    asked = "" if query is None else f"searched for {query} "
+    asked = "" if query is None else f"searched for {tables.shortened(query)} "
     console.print(f"{tables.escaped(asked)}after {tables.escaped(recent)}", style="dim")
     title = f"{job.method}, seed {job.seed}, after stage {job.stage}"
     console.print(tables.recommendations(found.rows, title))

@@ -60,17 +60,20 @@ def recommend(
     Args:
         root: a workspace in which something was trained.
         user: id in the log.
-        history: item ids, oldest first; instead of the user's own.
+        history: item ids, oldest first; in place of a user.
         k: length of the list, at most the config's `evaluation.beam` for a trained model.
         method: a trained method or a baseline; absent: the champion, or what the newest report puts first.
         seed: absent: the lowest trained one.
         query: what to search for; absent: a recommendation.
 
     Raises:
-        UserError: nothing trained, or an unknown user, item, method or seed; an empty query, or no search in the log.
+        UserError: nothing trained, or an unknown user, item, method or seed; a user and a history; an empty query, or
+            no search in the log.
     """
     from stages.dataset import load_dataset
 
+    if user is not None and history is not None:
+        raise UserError(f"--user {user} and --history exclude each other; give one, as a user's history is the log's")
     config, workspace = remembered_config(root)
     objective: Objective = "recommendation" if query is None else "search"
     chosen = models_in_service(workspace, method, seed, objective)

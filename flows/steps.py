@@ -12,8 +12,8 @@ from flows import experiment, machine, mirror
 from flows.plan import Plan
 from flows.terminal import watcher
 from flows.workers import fitting
+from stages.backbone_shape import check_methods
 from stages.config import load_config
-from stages.errors import UserError
 from stages.jobs import Checkpoint, Evaluation, Job, Pin
 from stages.workspace import Workspace, read_json, sweep, write_json
 
@@ -80,11 +80,7 @@ def draft_plan(
     changed = settings.evaluation.model_dump() | ({"users": users} if users is not None else {})
     settings = settings.model_copy(update={"evaluation": type(settings.evaluation).model_validate(changed)})
     names = tuple(dict.fromkeys(methods or settings.compare))
-    for name in names:
-        try:
-            settings.method(name).check(pretrained=settings.backbone.path is not None)
-        except ValueError as error:
-            raise UserError(f"{config}: methods.{name}: {error}") from None
+    check_methods(settings, names, Path(config))
     chosen = tuple(dict.fromkeys(settings.seeds if seeds is None else seeds))
     place = Workspace(workspace if workspace is not None else Path(settings.workspace).expanduser())
     command = {

@@ -165,7 +165,7 @@ def points(findings: Findings, subject: Subject) -> list[Point]:
     ]
     for row in report["costs"]:
         if (row["method"], row["seed"]) == (subject.method, subject.seed):
-            place = "" if row["protocol"] == findings.protocols[0] else f"_{PREFIX[row['protocol']]}"
+            place = "" if row["protocol"] == findings.leading_protocol else f"_{PREFIX[row['protocol']]}"
             costs = {"train_s": row["train_seconds"], "adapter_mb": _megabytes(row["bytes"])}
             costs |= {"queries_per_s": row.get("queries_per_second"), "trained_parameters": row["trained_parameters"]}
             costs["peak_mb"] = _megabytes(row["peak_memory_bytes"])
@@ -180,7 +180,7 @@ def _metric_name(findings: Findings, row: dict[str, Any]) -> str | None:
     if row["slice"] != "all" and row["metric"] not in HEADLINE:
         return None
     parts: list[str] = [PREFIX[row["protocol"]]]
-    if row["objective"] != findings.objectives[0]:
+    if row["objective"] != findings.leading_objective:
         parts.append(row["objective"])
     parts.append(row["metric"])
     return "/".join(parts if row["slice"] == "all" else [*parts, row["slice"]])
@@ -307,7 +307,7 @@ class Book:
         """How far each stage moved the weights, and after which epoch it stopped; named by protocol as the costs."""
         found = []
         for checkpoint in subject.checkpoints:
-            leading = checkpoint.job.protocol == self.findings.protocols[0]
+            leading = checkpoint.job.protocol == self.findings.leading_protocol
             place = "" if leading else f"_{PREFIX[checkpoint.job.protocol]}"
             state = self._state(checkpoint)
             found += [

@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel
 
 from models.untrusted import check_model_folder
 
@@ -89,6 +89,23 @@ def pretrained_backbone(path: str) -> Backbone:
     stack = cast(PreTrainedModel, model.base_model)
     head = cast(nn.Linear, model.get_output_embeddings()).weight.detach()
     return Backbone(stack=stack, bos=int(bos if bos is not None else 0), head=head, pretrained=True)
+
+
+def skeleton(path: str) -> PreTrainedModel | None:
+    """The decoder stack that `pretrained_backbone` would load, without weights, from config.json alone.
+
+    Returns:
+        None where it is not on this machine, or cannot be read: loading it says why.
+    """
+    try:
+        if Path(path).is_dir():
+            check_model_folder(Path(path))
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:  # a config of somebody else's may break any rule
+        return None
+    return cast(PreTrainedModel, model.base_model)
 
 
 def _first_line(error: Exception) -> str:

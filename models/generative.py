@@ -81,6 +81,7 @@ class GenerativeModel(nn.Module):
         self.pretrained = backbone.pretrained
         self.codes = codes
         self.dropout = dropout
+        self._newest = torch.empty(0, 0, dtype=torch.int64)
         embedding = self.own_embedding.detach()
         generator = torch.Generator().manual_seed(seed)
         spread = 0.02 if not backbone.pretrained else float(embedding.std())
@@ -136,10 +137,15 @@ class GenerativeModel(nn.Module):
             mask: (B or 1, 1, T, T), in place of the causal mask: added to the attention scores, or true where seen.
             places: (B, T) position of each token, where several sequences share a row.
         """
+        self._newest = tokens
         with record_function("driftrec/embedding"):
             vectors = self.embed(tokens)
         out = self.stack(inputs_embeds=vectors, position_ids=places, attention_mask=mask, use_cache=False)
         return out.last_hidden_state
+
+    def inside(self) -> Tensor:
+        """`inside` of what `hidden` read last, or is reading."""
+        return inside(self._newest, self.bos)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., C), or (..., C + V) with the full vocabulary."""
@@ -155,6 +161,13 @@ class GenerativeModel(nn.Module):
             logits = self.logits(states).float()
             logits = logits if temperature == 1 else logits / temperature  # dividing by 1 costs two passes over them
             return F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=smoothing)
+
+
+def inside(tokens: Tensor, bos: int) -> Tensor:
+    """(B, T) bool, False on padding; the token that opens a sequence also pads it."""
+    found = tokens != bos
+    found[:, 0] = True
+    return found
 
 
 def band_mask(length: int, levels: int, items: int) -> Tensor:

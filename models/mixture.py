@@ -7,7 +7,7 @@ into W: a trained mixture answers as it was trained.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -20,9 +20,9 @@ class MixtureLinear(nn.Module):
     """A frozen linear map with E experts, A (E, r, d_in) ~ U(±1/√d_in), B (E, d_out, r) = 0, and a router R (E, d_in).
 
     Attributes:
-        recording: note the routing of each forward pass that a backward may follow.
-        routed: what was noted, (B, E) a pass, oldest first: routing mass summed over a row's tokens, padding included;
-            whoever reads it empties it.
+        inside: gives (B, T) of a pass, False on padding; the routing of each that a backward may follow is then noted.
+        routed: what was noted, (B, E) a pass, oldest first: mean routing weights of a row's own tokens; whoever reads
+            it empties it.
     """
 
     def __init__(self, base: nn.Linear, experts: int, rank: int, alpha: float, generator: torch.Generator) -> None:
@@ -34,14 +34,15 @@ class MixtureLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(experts, d_out, rank))
         self.router = nn.Parameter(torch.empty(experts, d_in).uniform_(-bound, bound, generator=generator))
         self.scale = alpha / rank
-        self.recording = False
+        self.inside: Callable[[], Tensor] | None = None
         self.routed: list[Tensor] = []
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)."""
         weights = (inputs @ self.router.T).softmax(dim=-1)  # (..., E)
-        if self.recording and self.training and torch.is_grad_enabled():
-            self.routed.append(weights.flatten(1, -2).sum(dim=1))
+        if self.inside is not None and self.training and torch.is_grad_enabled():
+            own = self.inside().to(weights)
+            self.routed.append((weights * (own / own.sum(dim=1, keepdim=True))[..., None]).sum(dim=1))
         experts, rank, _ = self.lora_A.shape
         inner = (inputs @ self.lora_A.flatten(0, 1).T).unflatten(-1, (experts, rank)) * weights[..., None]
         outer = self.lora_B.permute(0, 2, 1).flatten(0, 1)  # (E·r, d_out)
@@ -69,7 +70,8 @@ def attach(
     for name, module in found:
         if rank > min(module.weight.shape):
             d_out, d_in = module.weight.shape
-            raise ValueError(f"adapter.rank {rank} exceeds {name}, which is {d_out} x {d_in}; lower the rank")
+            least = min(min(one.weight.shape) for _, one in found)
+            raise ValueError(f"rank {rank} exceeds {name}, which is {d_out} x {d_in}; give at most {least}")
         mixtures[name] = MixtureLinear(module, experts, rank, alpha, generator).to(module.weight.device)
         replace_module(stack, name, mixtures[name])
     return mixtures

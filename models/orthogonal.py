@@ -47,7 +47,10 @@ def attach(stack: nn.Module, targets: Sequence[str], preserved: float) -> dict[s
         size = min(module.weight.shape)
         rank = int(size * preserved)
         if not 0 < rank < size:
-            raise ValueError(f"preserved = {preserved:g} keeps {rank} of the {size} singular directions of {name}")
+            raise ValueError(
+                f"preserved = {preserved:g} keeps {rank} of the {size} singular directions of {name}; "
+                f"give at least {1 / size:g}"
+            )
         layers[name] = OsfLinear(module, NAME, config=OSFConfig(), effective_rank=rank)
         replace_module(stack, name, layers[name])
     return layers

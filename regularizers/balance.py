@@ -19,7 +19,8 @@ def localized_balance(mass: Tensor, experts: Sequence[int], samples: Sequence[in
     balance.
 
     Args:
-        mass: Q (E, S), routing weight of each expert summed over the tokens of each sample.
+        mass: Q (E, S), mean routing weight of each expert over the tokens of each sample; were they summed, samples of
+            different lengths would count as imbalance.
         experts: (E,) type of each expert.
         samples: (S,) type of each sample.
         skew: δ in [0, 1).

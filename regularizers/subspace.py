@@ -80,6 +80,26 @@ def state_floats(rows: int, cols: int, ranks: Sequence[int]) -> int:
     return sum((cols + 2 * rows) * rank for rank in ranks)
 
 
+def ranks(shape: Sequence[int], rank: int, subspaces: Literal["three", "one"]) -> list[int]:
+    """Ranks of all subspaces of a matrix: r, r // 2 and r // 2, or 2r alone, capped as `ranks_of` does."""
+    if subspaces == "one":
+        return [ranks_of(shape, rank * JOINED)[0]]
+    shared, specific = ranks_of(shape, rank)
+    return [shared, specific, specific]
+
+
+def too_large(
+    shapes: Sequence[tuple[int, ...]], rank: int, side: str, subspaces: Literal["three", "one"]
+) -> tuple[int, int] | None:
+    """Floats of bases and moments of these matrices, and of Adam's moments, where the former are more; else None."""
+    floats = weights = 0
+    for shape, count in Counter(shapes).items():
+        rows, cols = shape if side_of(shape, side) == "right" else shape[::-1]
+        floats += count * state_floats(rows, cols, ranks(shape, rank, subspaces))
+        weights += count * rows * cols
+    return (floats, 2 * weights) if floats > 2 * weights else None
+
+
 def orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis (cols × r) of the columns; columns that depend on others are replaced by further directions.
 

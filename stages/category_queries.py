@@ -2,13 +2,14 @@
 
 The recipe of the Amazon product-search sets (Ai et al., 2017): the levels of a category path as one string, letters and
 spaces only, lower case, no stop words, stemmed, and of a repeated word the last occurrence; a path of one level gives
-none. Krovetz's stemmer needs his dictionary; here runs Harman's S-stemmer, which is its rule for plurals.
+none. Krovetz's stemmer needs his dictionary; here runs Harman's S-stemmer, which is its rule for plurals. Letters are
+those of any script; stop words and stemmer are English and leave words with other letters as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,13 +22,27 @@ SEED = 0  # queries are drawn once for all seeds of a comparison
 
 
 def path_query(levels: Sequence[str]) -> str | None:
-    """The query of a category path, widest level first; None for a path of one level, or one without words."""
-    if len(levels) < 2:
+    """The query of a category path, widest level first; None for a path of one level, or one without words.
+
+    A level without text is none.
+    """
+    filled = _filled(levels)
+    if len(filled) < 2:
         return None
-    words = re.findall(r"[a-z]+", re.sub(r"[^a-z\s]", "", " ".join(levels).lower()))
-    stems = [_singular(word) for word in words if word not in ENGLISH_STOP_WORDS]
+    words = "".join(sign for sign in " ".join(filled).casefold() if sign.isspace() or _is_letter(sign)).split()
+    stems = [_singular(word) if word.isascii() else word for word in words if word not in ENGLISH_STOP_WORDS]
     kept = dict.fromkeys(reversed(stems))  # scanned from the end, so that the last occurrence stays
     return " ".join(reversed(list(kept))) or None
+
+
+def _filled(levels: Sequence[str]) -> list[str]:
+    """The levels that hold text."""
+    return [level for level in levels if level and not level.isspace()]
+
+
+def _is_letter(sign: str) -> bool:
+    """Whether it is a letter, or a mark upon one: many scripts write their vowels as marks."""
+    return unicodedata.category(sign)[0] in "LM"
 
 
 def _singular(word: str) -> str:
@@ -56,14 +71,18 @@ def item_queries(catalogue: pl.DataFrame, separator: str) -> pl.DataFrame:
     made = {}  # rows of one category list are many
     for path in map(tuple, paths):
         if path not in made:
-            parts = (
-                [path] if not separator else [[level.strip() for level in one.split(separator)] for one in path if one]
-            )
+            parts = _split(path, separator)
             made[path] = list(dict.fromkeys(query for part in parts if (query := path_query(part)) is not None))
     queries = pl.Series("queries", [made[tuple(path)] for path in paths], dtype=pl.List(pl.String))
     found = rows.select("item_id", pl.col("timestamp").alias("since")).with_columns(queries)
     found = found.filter(pl.col("queries").list.len() > 0)
     return found.unique("item_id", keep="first", maintain_order=True)
+
+
+def _split(categories: Sequence[str], separator: str) -> list[list[str]]:
+    """An item's category paths, each as its levels with text; without a separator the list is one path."""
+    paths = [one.split(separator) for one in categories if one] if separator else [list(categories)]
+    return [[level.strip() for level in _filled(path)] for path in paths]
 
 
 def with_category_queries(log: pl.DataFrame, catalogue: pl.DataFrame, separator: str) -> pl.DataFrame:
@@ -78,16 +97,13 @@ def with_category_queries(log: pl.DataFrame, catalogue: pl.DataFrame, separator:
         separator: parts a category into levels.
 
     Raises:
-        UserError: the log has searches of its own, or no item has a category path of two levels.
+        UserError: the log has searches of its own, or no item has a category path of two levels with words in it.
     """
     if (log["event"] == "search").any():
         raise UserError('log.queries = "categories" is for logs without searches, and this one has some; remove it')
     queries = item_queries(catalogue, separator)
     if queries.is_empty():
-        raise UserError(
-            'log.queries = "categories" found no category path of two levels in the item table; check '
-            f"catalogue.sources and catalogue.level_separator ({separator!r})"
-        )
+        raise UserError(_why_none(catalogue, separator))
     bought = log.join(queries, on="item_id", how="inner", maintain_order="left")
     bought = bought.filter(pl.col("since").is_null() | (pl.col("since") <= pl.col("timestamp")))
     lots = _lots(bought)
@@ -95,6 +111,22 @@ def with_category_queries(log: pl.DataFrame, catalogue: pl.DataFrame, separator:
         event=pl.lit("search"), query=pl.col("queries").list.get(pl.Series(lots) % pl.col("queries").list.len())
     )
     return pl.concat([log, searches.select(log.columns)])
+
+
+def _why_none(catalogue: pl.DataFrame, separator: str) -> str:
+    """What is wrong with an item table that gives no query, and the remedy."""
+    categories = catalogue["categories"].drop_nulls().unique(maintain_order=True).to_list()
+    deep = next((path for own in categories for path in _split(own, separator) if len(path) > 1), None)
+    if deep is None:
+        return (
+            'log.queries = "categories" found no category path of two levels in the item table; check '
+            f"catalogue.sources and catalogue.level_separator ({separator!r})"
+        )
+    shown = f" {separator or '>'} ".join(deep)
+    return (
+        f'log.queries = "categories" found category paths of two levels, such as {shown}, but no words in them: a '
+        "query is made of letters, English stop words left out; map the column that holds names, or remove log.queries"
+    )
 
 
 def _lots(rows: pl.DataFrame) -> np.ndarray:

@@ -24,7 +24,7 @@ from stages.workspace import Workspace, digest_of, sha256_once
 CODE_VERSION = 2
 """Raised whenever training would give other bytes for the same settings and data."""
 
-METHOD_VERSIONS = {"gems": 4}
+METHOD_VERSIONS = {"gems": 4, "lora_moe": 2}
 """As `CODE_VERSION`, for one kind of method; 1 where none is named."""
 
 LATER_ONLY = {"epochs", "learning_rate", "full_learning_rate", "token_rows"}
@@ -109,7 +109,7 @@ _known: dict[str, list[Link]] = {}
 
 
 def _common(config: Config, dataset: Dataset, job: Job) -> dict[str, Any]:
-    searching = {} if dataset.interactions.query is None else {"search": config.search.model_dump(exclude={"repeats"})}
+    searching = {} if dataset.interactions.query is None else {"search": config.search.trained_with()}
     return {
         **searching,
         "code": CODE_VERSION,

@@ -23,7 +23,7 @@ from stages.log_config import CatalogueConfig, LogConfig, Source
 from stages.method_config import BUILT_IN, AnyMethod, GemsConfig, MethodConfig
 from stages.retrain_config import RetrainConfig
 from stages.search_config import SearchConfig
-from stages.settings import Settings, nearest
+from stages.settings import Settings, Targets, nearest
 
 Protocol = Literal["same_stage", "next_stage"]
 PROTOCOLS: tuple[Protocol, ...] = ("same_stage", "next_stage")
@@ -137,7 +137,7 @@ class AdapterConfig(Settings):
 
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: Targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class TrainingConfig(Settings):

@@ -23,9 +23,8 @@ from stages.jobs import BASELINES, SEARCH_BASELINES, Evaluation, Job, Pin
 from stages.locks import held
 from stages.queries import (
     Queries,
-    next_stage_tests,
+    asked_moments,
     objective_queries,
-    same_stage_tests,
     sample_users,
     training_targets,
 )
@@ -191,10 +190,7 @@ def test_queries(
 ) -> Queries:
     """What stage `tested` asks of one objective under the job's protocol, of all users or of `sample` seeded ones."""
     events, own = dataset.interactions, config.evaluation
-    if job.protocol == "same_stage":
-        moments = same_stage_tests(events, tested)
-    else:
-        moments = next_stage_tests(events, tested, own.next_target)
+    moments = asked_moments(events, job.protocol, tested, own.next_target)
     fresh = config.search.repeats == "leave_out"
     queries = objective_queries(events, moments, objective, own.baskets, fresh)
     return queries if sample is None else sample_users(events, queries, sample, SAMPLE_SEED)
@@ -271,5 +267,5 @@ def _evaluation_key(
     drawn = None if sample is None else [sample, "by id"]
     read = config if found is None else found.config
     place = [tested, job.protocol, drawn, read.training.history_length, dataset.digest(max(tested, job.stage))]
-    searching = {} if dataset.interactions.query is None else {"search": read.search.model_dump()}
+    searching = {} if dataset.interactions.query is None else {"search": read.search.model_dump(exclude={"own_moment"})}
     return digest_of({"code": CODE_VERSION, "model": model, "evaluation": settings, "place": place, **searching})

@@ -24,7 +24,7 @@ from stages.examples import Windows
 from stages.interactions import IntArray
 from stages.jobs import Job
 from stages.methods.contract import LooksAhead, Losses, SharedLosses, Step
-from stages.search_examples import SearchWindows
+from stages.search_examples import Branches
 from stages.stage_examples import Examples, validation_batches
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -47,10 +47,20 @@ class Fit:
         step: the method's optimiser step.
         examples: windows to train and validate on.
         seed: of the batch order.
+        rate: the setting of `training` that the step's peak rate is, for the remedy of a run that diverges.
     """
 
-    def __init__(self, config: Config, model: GenerativeModel, step: Step, examples: Examples, seed: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: GenerativeModel,
+        step: Step,
+        examples: Examples,
+        seed: int,
+        rate: str = "learning_rate",
+    ) -> None:
         self.settings: TrainingConfig = config.training
+        self.rate = rate
         self.model, self.step, self.examples, self.seed = model, step, examples, seed
         self.bfloat16 = wants_bfloat16(config.backbone.precision, model.device)
         self.equal = config.search.mix == "equal"
@@ -96,7 +106,8 @@ class Fit:
                 if not np.isfinite(value):
                     raise UserError(
                         f"the {name} became {value} in epoch {epoch}, in the batch of "
-                        f"{_first_windows(chosen)}; lower training.learning_rate. Nothing was saved"
+                        f"{_first_windows(chosen)}; lower training.{self.rate}, which is "
+                        f"{getattr(self.settings, self.rate):g}. Nothing was saved"
                     )
             yield numbers
 
@@ -130,12 +141,12 @@ class Fit:
             }
             yield SharedLosses(losses, self.examples.weights(piece, shares))
 
-    def plain_loss(self, objective: str, windows: Windows | SearchWindows, chosen: IntArray) -> tuple[float, int]:
+    def plain_loss(self, objective: str, windows: Windows | Branches, chosen: IntArray) -> tuple[float, int]:
         """Summed cross-entropy (nats) of a batch, without smoothing, and its code tokens."""
         batch = self.examples.parts[objective].batch(windows, chosen)
         return float(self._loss_of(batch, 0.0)), len(batch.labels)
 
-    def _loss(self, objective: str, windows: Windows | SearchWindows, chosen: np.ndarray, smoothing: float) -> Tensor:
+    def _loss(self, objective: str, windows: Windows | Branches, chosen: np.ndarray, smoothing: float) -> Tensor:
         with record_function("driftrec/batches"):
             batch = self.examples.parts[objective].batch(windows, chosen)
         return self._loss_of(batch, smoothing)
@@ -164,7 +175,7 @@ class Fit:
             return sum(total / codes for total, codes in found) / len(found)
         return sum(total for total, _ in found) / sum(codes for _, codes in found)
 
-    def _validation_loss(self, objective: str, windows: Windows | SearchWindows) -> float:
+    def _validation_loss(self, objective: str, windows: Windows | Branches) -> float:
         parts = validation_batches(windows, 2 * self.settings.batch_size)
         return sum(float(self._loss(objective, windows, part, 0.0)) for part in parts)
 

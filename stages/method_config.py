@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.settings import Settings
+from stages.backbone_shape import BackboneShape
+from stages.settings import Settings, Targets
 
 
 class MethodConfig(Settings):
@@ -21,6 +23,17 @@ class MethodConfig(Settings):
 
         Raises:
             ValueError: the settings need a file or a backbone that is not there.
+        """
+
+    def check_shape(self, shape: BackboneShape, targets: Sequence[str]) -> None:
+        """Refuse at once what does not fit the backbone's linear maps.
+
+        Args:
+            shape: of the backbone.
+            targets: maps that an adapter sits on.
+
+        Raises:
+            ValueError: it begins with the key.
         """
 
 
@@ -119,6 +132,7 @@ class GemsConfig(MethodConfig):
     """Tokens of the corpus that are read."""
     k_rule: Literal["energy", "relative", "absolute", "fixed"] = "energy"
     k_value: Annotated[float, Field(gt=0)] = 0.95
+    """A share for `energy` and `relative`, a mean square for `absolute`, a whole number of directions for `fixed`."""
     weight_decay: Literal["none", "to_start_projected", "to_zero"] = "none"
     """Of the linear maps, with training.weight_decay as its strength."""
     carry_state: bool = False
@@ -145,6 +159,18 @@ class GemsConfig(MethodConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rule_takes_value(self) -> Self:
+        if self.null_space == "off" or self.k_rule == "absolute":
+            return self
+        given = f'k_value = {self.k_value:g}, but k_rule = "{self.k_rule}" takes'
+        if self.k_rule == "fixed" and not self.k_value.is_integer():
+            raise ValueError(f'{given} a whole number of directions; set k_value = 8, say, or use k_rule = "energy"')
+        if self.k_rule != "fixed" and self.k_value >= 1:
+            usual = 0.95 if self.k_rule == "energy" else 0.01
+            raise ValueError(f"{given} a share above 0 and below 1; set k_value = {usual}, say")
+        return self
+
     def check(self, pretrained: bool) -> None:
         """Refuse a text that is not there, or that the backbone cannot read."""
         if self.null_space == "off" or self.corpus == "previous_stage":
@@ -156,6 +182,39 @@ class GemsConfig(MethodConfig):
             )
         if not Path(self.corpus).is_file():
             raise ValueError(f'corpus = {self.corpus!r} is no file; name a text file, "previous_stage" or "off"')
+
+    def rank_at(self, width: int) -> int:
+        """r of the shared subspace in a model of this width."""
+        return self.rank or min(64, max(1, width // 4))
+
+    def check_shape(self, shape: BackboneShape, targets: Sequence[str]) -> None:
+        """Refuse a state larger than Adam's, and a fixed k that leaves an input nothing to train."""
+        if not shape.maps:
+            raise ValueError('method = "gems" finds no linear map in the backbone; use full_finetune')
+        name = min(shape.maps, key=lambda one: shape.maps[one][1])
+        least = shape.maps[name][1]
+        if self.null_space != "off" and self.k_rule == "fixed" and self.k_value >= least:
+            raise ValueError(
+                f'k_value = {self.k_value:g} with k_rule = "fixed" leaves none of the {least} input directions of '
+                f"{name} to train; give at most {least - 1}"
+            )
+        if not self.allow_large_state:
+            self._check_state(self.rank_at(shape.width), list(shape.maps.values()))
+
+    def _check_state(self, rank: int, shapes: list[tuple[int, int]]) -> None:
+        from regularizers.subspace import too_large  # torch, which reading a config does without
+
+        if (state := too_large(shapes, rank, self.side, self.subspaces)) is None:
+            return
+        highest = min(rank - 1, 2 * max(map(min, shapes)))  # above it every subspace is capped
+        fitting = (r for r in range(highest, 0, -1) if too_large(shapes, r, self.side, self.subspaces) is None)
+        largest = next(fitting, None)
+        remedy = "" if largest is None else f"give at most {largest}, or "
+        given = f"rank = {rank}{'' if self.rank else ', the default,'}"
+        raise ValueError(
+            f"{given} needs {4 * state[0]:,} bytes of bases and moments, more than Adam's {4 * state[1]:,} on the same "
+            f"weights; {remedy}set allow_large_state = true"
+        )
 
 
 class SurgeryConfig(MethodConfig):
@@ -171,6 +230,17 @@ class OsfConfig(MethodConfig):
     preserved: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the singular triples that stay, the largest ones."""
 
+    def check_shape(self, shape: BackboneShape, targets: Sequence[str]) -> None:
+        """Refuse a share that is less than one triple of a map."""
+        found = shape.named(targets)
+        name = min(found, key=lambda one: min(found[one]))
+        size = min(found[name])
+        if int(size * self.preserved) < 1:
+            raise ValueError(
+                f"preserved = {self.preserved:g} keeps 0 of the {size} singular directions of {name}; "
+                f"give at least {1 / size:g}"
+            )
+
 
 class LoraMoeConfig(MethodConfig):
     """LoRA-MoE (Dou et al., 2023): LoRA experts under a router, with localized balance between the objectives."""
@@ -182,12 +252,16 @@ class LoraMoeConfig(MethodConfig):
     """Of each expert."""
     alpha: Annotated[float, Field(gt=0)] = 8.0
     """An expert's product is multiplied by alpha / rank."""
-    targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    targets: Targets = ("gate_proj", "up_proj", "down_proj")
     balance: Literal["repaired", "as_printed"] = "repaired"
     """As printed, the term takes samples away from the experts of their own kind."""
     balance_weight: Annotated[float, Field(ge=0)] = 0.1
     skew: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """δ: how much more of its own objective an expert gets; 0 balances all alike."""
+
+    def check_shape(self, shape: BackboneShape, targets: Sequence[str]) -> None:
+        """Refuse maps that are not there, and experts wider than one."""
+        shape.check_low_rank(self.rank, self.targets)
 
 
 AnyMethod = Annotated[

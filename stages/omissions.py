@@ -9,10 +9,10 @@ from typing import Any
 import polars as pl
 
 from regularizers.gate import LEARNED
-from stages.config import Config
-from stages.interactions import load_interactions
+from stages.config import Config, Protocol
+from stages.interactions import Interactions, load_interactions, used_objectives
 from stages.jobs import Checkpoint
-from stages.queries import same_stage_tests
+from stages.queries import asked_moments, repeated_targets, same_stage_tests
 from stages.workspace import Workspace, read_json
 
 COUNTS = ("rows", "filtered", "rejected", "duplicates", "accepted", "units")
@@ -38,21 +38,25 @@ def log_counts(workspace: Workspace) -> dict[str, Any]:
 
 
 def omission_notes(
-    config: Config, workspace: Workspace, same_stage: Collection[int], checkpoints: Sequence[Checkpoint]
+    config: Config,
+    workspace: Workspace,
+    tested: Mapping[Protocol, Collection[int]],
+    checkpoints: Sequence[Checkpoint],
 ) -> list[str]:
     """Sentences for the report, one a kind of omission that occurs; what a workspace does not hold is not mentioned.
 
     Args:
         config: the experiment.
         workspace: holds log, stages, catalogue and checkpoints.
-        same_stage: stages tested under the same-stage protocol.
+        tested: stages by the protocol that was to test them.
         checkpoints: everything trained.
     """
-    states = _states(workspace, checkpoints)
+    states, events = _states(workspace, checkpoints), _events(config, workspace, tested)
     return [
         *_rows_note(_log_manifest(workspace)),
         *_search_note(config, workspace),
-        *_skipped_note(config, workspace, sorted(same_stage)),
+        *_repeats_notes(config, events, tested),
+        *_skipped_note(events, sorted(tested.get("same_stage", ()))),
         *_unseen_note(states),
         *_alone_notes(states),
         *_waiting_note(states),
@@ -101,10 +105,42 @@ def _search_note(config: Config, workspace: Workspace) -> list[str]:
     return [f"Searches: {searches:,} events. A history ends where its target's moment begins{repeats}."]
 
 
-def _skipped_note(config: Config, workspace: Workspace, tested: Sequence[int]) -> list[str]:
-    if not tested or not (workspace.catalogue / "items.parquet").exists() or not workspace.stage_file(0).exists():
+def _events(config: Config, workspace: Workspace, tested: Mapping[Protocol, Collection[int]]) -> Interactions | None:
+    """The events where they are needed: for tests of visits, or of a log with searches."""
+    if not (workspace.catalogue / "items.parquet").exists() or not workspace.stage_file(0).exists():
+        return None
+    wanted = config.search.objectives
+    if not tested.get("same_stage") and "search" not in used_objectives(workspace, wanted):
+        return None
+    return load_interactions(workspace, config.evaluation.baskets, wanted)
+
+
+def _repeats_notes(
+    config: Config, events: Interactions | None, tested: Mapping[Protocol, Collection[int]]
+) -> list[str]:
+    """How many targets `search.repeats` left out, and where it left none; it says nothing to a log without searches."""
+    if events is None or events.query is None or config.search.repeats == "ask":
         return []
-    events = load_interactions(workspace, config.evaluation.baskets, config.search.objectives)
+    some, none = [], []
+    for protocol, stages in tested.items():
+        moments = [asked_moments(events, protocol, stage, config.evaluation.next_target) for stage in sorted(stages)]
+        counts = [repeated_targets(events, own) for own in moments]
+        for objective in events.objectives:
+            repeats, targets = (sum(one[objective][place] for one in counts) for place in (0, 1))
+            named = protocol.replace("_", "-"), objective
+            if repeats and repeats == targets:
+                none.append(
+                    f"Nothing is left to test of {' '.join(named)}: all {targets:,} targets are items their users had "
+                    'before; set search.repeats = "ask".'
+                )
+            elif repeats:
+                some.append(f"{repeats:,} of {targets:,} targets ({', '.join(named)})")
+    return [f"Left out of the tests as items their users had before: {', '.join(some)}."] * bool(some) + none
+
+
+def _skipped_note(events: Interactions | None, tested: Sequence[int]) -> list[str]:
+    if events is None:
+        return []
     skipped = {stage: same_stage_tests(events, stage).skipped for stage in tested}
     if not any(skipped.values()):
         return []

@@ -134,6 +134,35 @@ def training_targets(interactions: Interactions, stages: Collection[int], protoc
     return np.repeat(keep, baskets.end - baskets.start)
 
 
+def asked_moments(
+    interactions: Interactions, protocol: Protocol, stage: int, target: Literal["all", "first"]
+) -> Queries:
+    """The moments of `stage` that a protocol asks about; `target` says which, for next-stage tests."""
+    if protocol == "same_stage":
+        return same_stage_tests(interactions, stage)
+    return next_stage_tests(interactions, stage, target)
+
+
+def repeated_targets(interactions: Interactions, moments: Queries) -> dict[Objective, tuple[int, int]]:
+    """How many targets of the moments are items that their user has met before, and how many there are.
+
+    Args:
+        interactions: events of all stages.
+        moments: queries of whole moments, of both kinds of events.
+
+    Returns:
+        (repeats, targets) of each objective of the log; `objective_queries` leaves out the repeats where `fresh`.
+    """
+    sizes = moments.end - moments.cut
+    row, cut = runs(moments.cut, sizes), np.repeat(moments.cut, sizes)
+    repeats, searched = interactions.first_rows[row] < cut, interactions.searched[row]
+    found: dict[Objective, tuple[int, int]] = {}
+    for name in interactions.objectives:
+        own = searched == (name == "search")
+        found[name] = int((repeats & own).sum()), int(own.sum())
+    return found
+
+
 def objective_queries(
     interactions: Interactions, moments: Queries, objective: Objective, sets: bool, fresh: bool
 ) -> Queries:

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from models.backbone import pretrained_backbone
 from models.baselines.bm25 import WordWeights
 from models.baselines.last_category import LastCategory
 from models.generative_recommender import GenerativeRecommender
 from models.recommender import Recommender
 from models.titles import TitleReader
 from models.words import BackboneVocabulary
+from stages.analysis.preservation import own_head
 from stages.candidates import NEGATIVES, ROWS, draw_candidates
 from stages.commit import weights_digest
 from stages.config import Config
@@ -259,9 +259,10 @@ def _means(ranked: pl.DataFrame, job: Job, tested: int) -> list[dict[str, Any]]:
         rank, alone = part["rank"].to_numpy(), np.ones(len(part), dtype=np.int64)
         columns = {f"hit_at_{k}": hit_at_k(rank, alone, k) for k in (5, 10)}
         columns |= {f"ndcg_at_{k}": ndcg_at_k(rank, alone, k) for k in (5, 10)}
+        columns["reachable"] = (rank > 0).astype(np.float64)
         users = part.select("user").with_columns(**columns).group_by("user", maintain_order=True).mean()
-        means = users.select(pl.col(METRICS).mean()).row(0)
-        values = {name: float(value) for name, value in zip(METRICS, means, strict=True)}
+        means = users.select(pl.col(*columns).mean()).row(0)
+        values = {name: float(value) for name, value in zip(columns, means, strict=True)}
         check_identities(values)
         place = {"method": job.method, "seed": job.seed, "protocol": job.protocol, "objective": objective}
         rows.append({**place, "stage": tested, **values, "targets": len(part)})
@@ -319,7 +320,7 @@ def untuned_rows(config: Config, workspace: Workspace, evaluation: Evaluation) -
     path = workspace.stages / "candidates" / name
     found = read_noted(path)
     if found is None:
-        head, words = pretrained_backbone(own.path).head, BackboneVocabulary(own.path)
+        head, words = own_head(own.path), BackboneVocabulary(own.path)
         reader = TitleReader(bare_model(config, dataset, 0).eval(), head, words, dataset.catalogue.titles)
         frames = []
         for objective in dataset.interactions.objectives:

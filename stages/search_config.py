@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -21,12 +21,19 @@ class SearchConfig(Settings):
     """`natural`: every target of a batch weighs the same; `equal`: each objective has half the weight of the batch."""
     rec_history: Literal["both", "recommendation"] = "both"
     """What a recommendation is predicted from: items of both kinds of events, or of recommendation events only."""
+    own_moment: Literal["apart", "read"] = "apart"
+    """What a recommendation is learnt from: only what came before its moment, as it is tested, or also what the log has
+    before it of its own moment (one month, say)."""
     query_tokens: Annotated[int, Field(ge=1, le=512)] = 32
     """Tokens read of a query; the rest is cut off."""
     words: Annotated[int, Field(ge=0, le=1_000_000)] = 8192
     """Words of stage 0's queries that get a token of their own with `small`, the commonest first; others are spelt."""
     repeats: Literal["leave_out", "ask"] = "leave_out"
     """Whether a test asks for an item that the user has met before, by either kind of event."""
+
+    def trained_with(self) -> dict[str, Any]:
+        """What training depends on, by name; a choice that came later is named where it is not the former way."""
+        return self.model_dump(exclude={"repeats"} | ({"own_moment"} if self.own_moment == "read" else set()))
 
     @field_validator("objectives")
     @classmethod

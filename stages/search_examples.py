@@ -1,8 +1,9 @@
-"""Search examples: a user's history, a query, and the item that was found.
+"""Examples that branch off a history: a user's history, a query where there is one, and the item that was taken.
 
 Targets that are near each other in a user's history share it: the history is read once, and each target is a branch
 (the query's text, the request, the item's codes) that sees the history up to its own moment and nothing of the other
-branches. To the model a branch is what it would be as a sequence of its own.
+branches. To the model a branch is what it would be as a sequence of its own. Searches are always learnt so;
+recommendations where several were taken at one moment.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from stages.queries import moment_starts, training_targets
 
 
 @dataclass(frozen=True)
-class SearchWindows:
+class Branches:
     """W histories with R targets that branch off them.
 
     Attributes:
@@ -58,15 +59,15 @@ class SearchWindows:
         return self.end - self.start + self.count
 
 
-def make_search_windows(interactions: Interactions, mask: BoolArray, training: TrainingConfig) -> SearchWindows:
-    """Group the searched targets of a user that lie within `targets_per_window` rows of each other.
+def make_branches(interactions: Interactions, mask: BoolArray, training: TrainingConfig) -> Branches:
+    """Group the targets of a user that lie within `targets_per_window` rows of each other.
 
     Every target sees at least `history_length` items, where the user has them; with `layout = "per_prefix"` it stands
     alone and sees exactly those, as it does with `packed_exact`, where only targets of one past share a window.
 
     Args:
         interactions: N events.
-        mask: (N,) which events are targets; all of them searches.
+        mask: (N,) which events are targets, of one kind.
         training: gives `layout`, `history_length` and `targets_per_window`.
     """
     row = np.flatnonzero(mask)
@@ -85,10 +86,10 @@ def make_search_windows(interactions: Interactions, mask: BoolArray, training: T
         first = np.flatnonzero(opens | (place % size == 0))
     count = np.diff(np.append(first, len(row)))
     start = np.maximum(interactions.offsets[user[first]], cut[first] - training.history_length)
-    return SearchWindows(start=start, end=cut[first + count - 1], count=count, row=row, cut=cut)
+    return Branches(start=start, end=cut[first + count - 1], count=count, row=row, cut=cut)
 
 
-def search_batch(encoder: Encoder, windows: SearchWindows, chosen: IntArray) -> TokenBatch:
+def branch_batch(encoder: Encoder, windows: Branches, chosen: IntArray) -> TokenBatch:
     """Tokens, places, sight and targets of the chosen windows; a target item is a target at each of its codes."""
     begins = np.cumsum(windows.count) - windows.count
     start, end, count = windows.start[chosen], windows.end[chosen], windows.count[chosen]
@@ -119,15 +120,20 @@ def search_batch(encoder: Encoder, windows: SearchWindows, chosen: IntArray) -> 
     )
 
 
+_NOTHING = np.empty(0, dtype=np.int64)
+
+
 def _branches(encoder: Encoder, row: IntArray, codes: np.ndarray) -> tuple[IntArray, IntArray]:
     """Each target's query, request and codes but the last, one branch after the other, and their lengths."""
-    texts = [encoder.text(query) for query in encoder.interactions.queries(row)]
+    searched = encoder.interactions.searched[row]
+    queries = iter(encoder.interactions.queries(row[searched]))
+    texts = [encoder.text(next(queries)) if one else _NOTHING for one in searched.tolist()]
     words = np.array([len(text) for text in texts], dtype=np.int64)
     sizes = words + encoder.levels
     ends = np.cumsum(sizes)
     flat = np.empty(int(sizes.sum()), dtype=np.int64)
-    flat[runs(ends - sizes, words)] = np.concatenate([*texts, np.empty(0, dtype=np.int64)])
-    asked = np.concatenate([np.full((len(row), 1), encoder.marker(True)), codes[:, :-1]], axis=1)
+    flat[runs(ends - sizes, words)] = np.concatenate([*texts, _NOTHING])
+    asked = np.concatenate([encoder.marker(searched)[:, None], codes[:, :-1]], axis=1)
     flat[(ends - encoder.levels)[:, None] + np.arange(encoder.levels)] = asked
     return flat, sizes
 

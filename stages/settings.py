@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
     """A frozen table that refuses keys it does not know, and numbers that are not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _some(targets: tuple[str, ...]) -> tuple[str, ...]:
+    if not targets:
+        raise ValueError('name at least one kind of linear map, such as "gate_proj"; got none')
+    return targets
+
+
+Targets = Annotated[tuple[str, ...], AfterValidator(_some)]
+"""Last names of the linear maps that a method works on."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from models.generative import TokenBatch
+from models.generative import TokenBatch, inside
 from models.words import Vocabulary
 from stages.config import Config
 from stages.dataset import Dataset
 from stages.examples import Encoder, Windows, batches, make_windows
-from stages.interactions import BoolArray, IntArray
+from stages.interactions import BoolArray, IntArray, Interactions
 from stages.jobs import Job
-from stages.queries import next_stage_validation, same_stage_validation, training_targets
-from stages.search_examples import SearchWindows, make_search_windows, mixed_batches, search_batch
+from stages.queries import moment_starts, next_stage_validation, same_stage_validation, training_targets
+from stages.search_examples import Branches, branch_batch, make_branches, mixed_batches
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,18 @@ class Part:
     """One objective's examples."""
 
     encoder: Encoder
-    training: Windows | SearchWindows
-    validation: Windows | SearchWindows
+    training: Windows | Branches
+    validation: Windows | Branches
 
-    def batch(self, windows: Windows | SearchWindows, chosen: IntArray) -> TokenBatch:
+    def batch(self, windows: Windows | Branches, chosen: IntArray) -> TokenBatch:
         """Tokens and targets of the chosen windows."""
-        if isinstance(windows, SearchWindows):
-            return search_batch(self.encoder, windows, chosen)
+        if isinstance(windows, Branches):
+            return branch_batch(self.encoder, windows, chosen)
         return self.encoder.batch(windows, chosen)
 
     def inside(self, batch: TokenBatch) -> Tensor:
-        """(B, T) bool, False on padding; the token that opens a sequence also pads it."""
-        inside = batch.tokens != self.encoder.bos
-        inside[:, 0] = True
-        return inside
+        """(B, T) bool, False on padding."""
+        return inside(batch.tokens, self.encoder.bos)
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class Examples:
         }
 
 
-def validation_batches(windows: Windows | SearchWindows, size: int) -> Iterator[IntArray]:
+def validation_batches(windows: Windows | Branches, size: int) -> Iterator[IntArray]:
     """Window numbers for a pass that only measures, alike in length."""
     return batches(windows.lengths, size, None)
 
@@ -153,9 +151,7 @@ def stage_examples(
     if "recommendation" in events.objectives:
         parts["recommendation"] = _recommendations(config, dataset, encoder, targets, validation)
     if "search" in events.objectives:
-        windows = (
-            make_search_windows(events, mask & events.searched, config.training) for mask in (targets, validation)
-        )
+        windows = (make_branches(events, mask & events.searched, config.training) for mask in (targets, validation))
         parts["search"] = Part(encoder, *windows)
     return Examples(parts, encoder.levels, len(new))
 
@@ -169,7 +165,15 @@ def _recommendations(
         encoder = Encoder(events, dataset.catalogue)
     else:
         targets, validation = targets & kept, validation & kept
-    return Part(encoder, *(make_windows(events, mask, config.training) for mask in (targets, validation)))
+    apart = events.query is not None and config.search.own_moment == "apart"
+    cut = make_branches if apart and not _alone(events, targets | validation) else make_windows
+    return Part(encoder, *(cut(events, mask, config.training) for mask in (targets, validation)))
+
+
+def _alone(events: Interactions, targets: BoolArray) -> bool:
+    """Whether nothing of a target's own moment stands before it: then to read the log's order is to read the past."""
+    rows = np.flatnonzero(targets)
+    return bool((moment_starts(events)[rows] == rows).all())
 
 
 def _validation_targets(dataset: Dataset, job: Job) -> BoolArray:

@@ -81,7 +81,7 @@ def summarise(
     report["sampled"] = _sampled(config, workspace, evaluations)
     report["costs"] = _cost_rows(evaluations, checkpoints)
     report |= _context(config, workspace)
-    omitted = omission_notes(config, workspace, _tested(evaluations)["same_stage"], checkpoints)
+    omitted = omission_notes(config, workspace, _asked(evaluations), checkpoints)
     report["notes"] = [*_notes(config, evaluations, report["catalogue_known_in_advance"]), *omitted]
     return report
 
@@ -313,13 +313,18 @@ def _target_rules(config: Config) -> dict[str, str]:
     return {"same_stage": same, "next_stage": following[config.evaluation.next_target]}
 
 
+def _asked(evaluations: Sequence[Evaluation]) -> dict[Protocol, set[int]]:
+    """The stages of each protocol's headline cells, those without a query, too."""
+    asked: dict[Protocol, set[int]] = {"same_stage": set(), "next_stage": set()}
+    for evaluation in evaluations:
+        if _is_headline(evaluation):
+            asked[evaluation.job.protocol].add(evaluation.tested)
+    return asked
+
+
 def _tested(evaluations: Sequence[Evaluation]) -> dict[Protocol, set[int]]:
     """The stages each protocol has headline tests in; a stage without events has none."""
-    tested: dict[Protocol, set[int]] = {"same_stage": set(), "next_stage": set()}
-    for evaluation in evaluations:
-        if _is_headline(evaluation) and evaluation.queries:
-            tested[evaluation.job.protocol].add(evaluation.tested)
-    return tested
+    return _asked([evaluation for evaluation in evaluations if evaluation.queries])
 
 
 def _notes(config: Config, evaluations: Sequence[Evaluation], shipped: bool) -> list[str]:

@@ -86,9 +86,16 @@ def restore_model(config: Config, workspace: Workspace, dataset: Dataset, job: J
 
 
 def put_together(found: Stored, dataset: Dataset, job: Job) -> GenerativeModel:
-    """The model of verified checkpoints in eval mode, with its adapter folded in."""
+    """The model of verified checkpoints in eval mode, with its adapter folded in.
+
+    Raises:
+        UserError: the settings do not fit the backbone or the checkpoints.
+    """
     model = bare_model(found.config, dataset, job.seed)
-    method_of(found.config, job.method).restore(model, found.folders)
+    try:
+        method_of(found.config, job.method).restore(model, found.folders)
+    except ValueError as error:
+        raise UserError(f"method {job.method}, stage {job.stage}: {error}") from None
     lora.fold(model.stack)
     return model.eval()
 
@@ -201,7 +208,8 @@ def begin_stage(config: Config, workspace: Workspace, dataset: Dataset, job: Job
     model = bare_model(config, dataset, job.seed, vocabulary)
     model.dropout = config.backbone.dropout if job.stage == 0 and not model.pretrained else 0.0
     folders = lineage_folders(config, workspace, dataset, replace(job, stage=job.stage - 1)) if job.stage else []
-    schedule = _schedule(config, job, method.every_weight, examples.windows, seed)
+    rate = _rate(job, method.every_weight)
+    schedule = _schedule(config, job, rate, examples.windows, seed)
     schedule = replace(schedule, steps=max(schedule.steps, steps))
     if job.stage:
         schedule = replace(schedule, past=past_of(config, workspace, dataset, job, vocabulary))
@@ -209,7 +217,7 @@ def begin_stage(config: Config, workspace: Workspace, dataset: Dataset, job: Job
         step = method.begin(model, folders, schedule)
     except ValueError as error:
         raise UserError(f"method {job.method}, stage {job.stage}: {error}") from None
-    return Beginning(Fit(config, model, step, examples, seed), folders)
+    return Beginning(Fit(config, model, step, examples, seed, rate), folders)
 
 
 def _train(config: Config, workspace: Workspace, dataset: Dataset, job: Job, progress: Progress) -> None:
@@ -276,12 +284,18 @@ def _epochs(config: Config, job: Job) -> int:
     return config.training.first_epochs if job.stage == 0 else config.training.epochs
 
 
-def _schedule(config: Config, job: Job, every_weight: bool, windows: int, seed: int) -> Schedule:
+def _rate(job: Job, every_weight: bool) -> str:
+    """The setting of `training` that is the stage's peak rate."""
+    if job.stage == 0:
+        return "first_learning_rate"
+    return "full_learning_rate" if every_weight else "learning_rate"
+
+
+def _schedule(config: Config, job: Job, rate: str, windows: int, seed: int) -> Schedule:
     own = config.training
-    later = own.full_learning_rate if every_weight else own.learning_rate
     return Schedule(
         steps=_epochs(config, job) * -(-windows // own.batch_size),
-        learning_rate=own.first_learning_rate if job.stage == 0 else later,
+        learning_rate=getattr(own, rate),
         warmup=own.warmup,
         weight_decay=own.weight_decay,
         clip_norm=own.clip_norm,

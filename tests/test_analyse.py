@@ -12,6 +12,7 @@ from flows import steps
 from flows.reporting import stored
 from flows.reporting.insights import FIGURES, Insights
 from flows.reporting.report import write_page
+from stages.method_config import BUILT_IN, GemsConfig
 from stages.workspace import Workspace, read_json, write_json
 from tests import conftest
 from tests.test_cli import driftrec
@@ -58,6 +59,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_finished_comparison_is_analysed_drawn_and_recorded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compared: Path
 ) -> None:
+    monkeypatch.setitem(
+        BUILT_IN, "gems", GemsConfig(scale=7.0)
+    )  # a default changes; the report's models are as they were
     code, out, err = driftrec(monkeypatch, capsys, "analyse", "-w", compared, "--methods", "single,gems")
     assert code == 0, err
     folder = stored.latest_report(Workspace(compared))

@@ -29,6 +29,12 @@ START = datetime(2024, 1, 1, tzinfo=UTC)
         (["Men's Wear", "T-Shirts"], "men wear tshirt"),
         (["The", "of"], None),
         (["Glasses", "Bus"], "glasse bus"),  # the S-stemmer, endings in us and ss stay
+        (["Électronique", "Téléphones & Casques"], "électronique téléphones casque"),  # English rules, ASCII words
+        (["Электроника", "Телефоны 5G"], "электроника телефоны g"),
+        (["STRASSE", "Große Straße"], "grosse strasse"),
+        (["मोबाइल", "फ़ोन"], "मोबाइल फ़ोन"),  # vowel signs are marks
+        (["Home", ""], None),
+        (["", "Home", " "], None),
     ],
 )
 def test_a_path_gives_the_string_of_the_recipe(levels: list[str], query: str | None) -> None:
@@ -49,6 +55,11 @@ def test_each_path_of_an_item_is_a_query_and_equal_ones_count_once() -> None:
     assert found.select("item_id", "queries").rows() == [("a", ["x y z w", "y x"])]
     whole = item_queries(catalogue([("a", ["Tools", "Hand Tools", "Saws"], None)]), "")
     assert whole["queries"].to_list() == [["hand tool saw"]]
+
+
+def test_an_empty_level_is_none() -> None:
+    table = catalogue([("a", ["Home >"], None), ("b", ["> Home", " > "], None), ("c", ["Home > > Knives"], None)])
+    assert item_queries(table, ">").select("item_id", "queries").rows() == [("c", ["home knive"])]
 
 
 def log(rows: list[tuple[str, str, int]]) -> pl.DataFrame:
@@ -92,6 +103,10 @@ def test_a_log_with_searches_and_a_table_without_paths_are_refused() -> None:
         with_category_queries(events.with_columns(event=pl.lit("search")), TABLE, ">")
     with pytest.raises(UserError, match="found no category path of two levels"):
         with_category_queries(events, TABLE, "/")
+    with pytest.raises(UserError, match="found no category path of two levels"):
+        with_category_queries(events, catalogue([("a", ["Home >"], None)]), ">")
+    with pytest.raises(UserError, match="two levels, such as 3 > 14, but no words in them"):
+        with_category_queries(events, catalogue([("a", ["alone", "3 > 14", "The > of"], None)]), ">")
     with pytest.raises(ValueError, match=r'needs log\.kind = "events"'):
         Config.model_validate(
             {"name": "x", "workspace": "w", "log": {"kind": "sequences", "sequences": "s", "queries": "categories"}}

@@ -156,6 +156,7 @@ def test_unknown_users_items_methods_and_folders_are_answered_with_what_to_do(
         (["-w", root, "-u", "nobody at all"], "--history"),
         (["-w", root], "give --user"),
         (["-w", root, "--history", "i0001,i000x"], "'i000x'"),
+        (["-w", root, "-u", "u", "--history", "i0001"], "--user u and --history exclude each other; give one"),
         (["-w", root, "-u", "u", "-m", "sinlge"], "did you mean 'single'"),
         (["-w", root, "-u", "u", "-m", "single", "--seed", "7"], "seed 7 is not trained"),
         (["-w", root, "-u", "u", "-k", "0"], "-k 0"),
@@ -204,6 +205,65 @@ def test_a_text_that_gems_cannot_read_is_told_before_anything_is_trained(tmp_pat
     words.unlink()
     with pytest.raises(UserError, match=r"words.txt' is no file; name a text file"):
         draft_plan(config, methods=["own"])
+
+
+SHOP = 'name = "x"\nworkspace = "w"\n[[log.sources]]\npath = "a.csv"\n'
+NARROW = "[backbone]\nhidden = 16\nlayers = 1\nheads = 2\nfeed_forward = 32\n[adapter]\nrank = 2\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (
+            'method = "lora_moe"\nrank = 400\n',
+            "methods.own.rank = 400 exceeds .*gate_proj, which is 32 x 16; give at most 16",
+        ),
+        (
+            'method = "lora_moe"\ntargets = ["foo"]\n',
+            r"methods.own.targets = \['foo'\] match no .*: down_proj, gate_proj, k_",
+        ),
+        (
+            'method = "osf"\npreserved = 0.01\n',
+            "methods.own.preserved = 0.01 keeps 0 of the 16 .*; give at least 0.0625",
+        ),
+        (
+            'method = "gems"\nrank = 4096\n',
+            "methods.own.rank = 4096 needs .*; give at most 5, or set allow_large_state = true",
+        ),
+        (
+            'method = "gems"\nk_rule = "fixed"\nk_value = 16\n',
+            'methods.own.k_value = 16 with k_rule = "fixed" leaves .* 16 input directions.*; give at most 15',
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_backbone_are_told_before_anything_is_trained(
+    own: str, message: str, tmp_path: Path
+) -> None:
+    from flows.steps import draft_plan
+
+    config = tmp_path / "x.toml"
+    config.write_text(f"{SHOP}{NARROW}[methods.own]\n{own}")
+    with pytest.raises(UserError, match=f"x.toml: {message}"):
+        draft_plan(config, methods=["own"])
+    assert draft_plan(config, methods=["single"]).methods == ("single",)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ("rank = 17", "adapter.rank = 17 exceeds .*, which is 16 x 16; give at most 16"),
+        ('targets = ["foo"]', r"adapter.targets = \['foo'\] match no linear map"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_backbone_is_told_before_anything_is_trained(
+    adapter: str, message: str, tmp_path: Path
+) -> None:
+    from flows.steps import draft_plan
+
+    config = tmp_path / "x.toml"
+    config.write_text(SHOP + NARROW.replace("rank = 2", adapter))
+    with pytest.raises(UserError, match=f"x.toml: {message}"):
+        draft_plan(config, methods=["frozen"])
 
 
 def test_a_missing_source_is_one_line_without_a_traceback(tmp_path: Path) -> None:

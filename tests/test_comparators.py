@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,10 +21,11 @@ from stages.errors import UserError
 from stages.jobs import Job
 from stages.method_config import LoraMoeConfig, OsfConfig
 from stages.methods.contract import Schedule, SharedLosses
-from stages.methods.lora_moe import moe_step
+from stages.methods.lora_moe import mean_balance, moe_step
 from stages.search_examples import query_vocabulary
 from stages.stage_examples import stage_examples
-from stages.train import begin_stage, restore_model, train_stage, training_log
+from stages.stored import stored
+from stages.train import begin_stage, put_together, restore_model, train_stage, training_log
 from tests import searching, tiny
 
 QUICK = {"training": {"first_epochs": 2, "epochs": 2}}
@@ -50,18 +53,66 @@ def test_a_mixture_is_the_sum_of_its_experts_weighted_by_the_router() -> None:
     torch.testing.assert_close(one(inputs), even)
 
 
+def everywhere(rows: int, tokens: int) -> Callable[[], Tensor]:
+    return lambda: torch.ones(rows, tokens, dtype=torch.bool)
+
+
 def test_a_fresh_mixture_changes_nothing_and_notes_its_routing_only_when_asked() -> None:
     one = MixtureLinear(nn.Linear(3, 4), 2, 2, alpha=4.0, generator=torch.Generator().manual_seed(0))
     inputs = torch.ones(2, 5, 3)
     torch.testing.assert_close(one(inputs), one.base_layer(inputs))
     assert one.routed == []
-    one.recording = True
+    one.inside = everywhere(2, 5)
     with torch.no_grad():
         one(inputs)
     assert one.routed == []
     one(inputs)
     (mass,) = one.routed
-    torch.testing.assert_close(mass.sum(dim=1), torch.full((2,), 5.0))
+    torch.testing.assert_close(mass.sum(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_routing_is_balanced_whatever_the_lengths_and_the_padding(even: bool) -> None:
+    one = small(torch.Generator().manual_seed(3))
+    if even:
+        with torch.no_grad():
+            one.router.zero_()
+    settings = LoraMoeConfig(experts=2, skew=0.0)
+    inputs = torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(1))
+    inputs[1] = inputs[1, 0]
+
+    def balance(searched: Tensor, own: int) -> float:
+        for rows, tokens in ((inputs[:1], 30), (searched, own)):
+            one.inside = lambda rows=rows, tokens=tokens: torch.arange(rows.shape[1])[None] < tokens
+            one(rows)
+        return float(mean_balance([one], ["recommendation", "search"], settings).detach())
+
+    found = balance(inputs[1:, :8], 8)
+    assert found == pytest.approx(0.0, abs=1e-6) if even else found > 0.01
+    assert balance(inputs[1:], 30) == pytest.approx(found)  # the same token more often
+    padded = inputs[1:].clone()
+    padded[:, 8:] = 9.0
+    assert balance(padded, 8) == pytest.approx(found)
+
+
+def test_a_model_knows_which_tokens_of_the_batch_it_reads_are_padding(tmp_path: Path) -> None:
+    config, workspace = tiny.config(**QUICK), searching.ring(tmp_path, stages=2)
+    train_stage(config, workspace, replace(JOB, stage=0))
+    fit = begin_stage(config, workspace, load_dataset(config, workspace), JOB).fit
+    fit.model.train()
+    mixtures = [one for one in fit.model.modules() if isinstance(one, MixtureLinear)]
+    for chosen in fit.batches(1):
+        for losses in fit.losses(chosen):
+            for one in mixtures:
+                assert len(one.routed) == len(losses)
+                for mass in one.routed:
+                    torch.testing.assert_close(mass.sum(dim=1), torch.ones(len(mass)))
+                one.routed.clear()
+    part = fit.examples.parts["search"]
+    batch = part.batch(part.training, np.arange(len(part.training)))
+    fit.model.loss(batch)
+    assert not bool(part.inside(batch).all())
+    assert torch.equal(fit.model.inside(), part.inside(batch))
 
 
 def test_localized_balance_by_hand() -> None:
@@ -83,7 +134,7 @@ def routed_share(weight: float, how: str, objectives: tuple[str, ...] = ("recomm
     """Share of the searches' routing that the expert meant for searches gets after training on the balance alone."""
     generator = torch.Generator().manual_seed(3)
     one = small(generator)
-    one.recording = True
+    one.inside = everywhere(1, 4)
     inputs = {"recommendation": torch.tensor([1.0, 0.0, 0.0]), "search": torch.tensor([0.0, 1.0, 0.0])}
     settings = LoraMoeConfig(experts=2, balance_weight=weight, skew=0.5, balance=how)  # pyright: ignore[reportArgumentType]
     schedule = Schedule(steps=60, learning_rate=0.2, warmup=0, weight_decay=0, clip_norm=1e9, seed=0)
@@ -188,9 +239,29 @@ def test_settings_that_leave_nothing_are_told(tmp_path: Path) -> None:
         "nowhere": LoraMoeConfig(targets=("x",)),
     }
     config = tiny.config(**QUICK).model_copy(update={"methods": methods})
-    for name, message in (("all", "keeps 0 of the 32"), ("wide", "exceeds"), ("nowhere", "match no linear map")):
-        with pytest.raises(UserError, match=message):
+    for name, message in (
+        ("all", "keeps 0 of the 32"),
+        ("wide", "rank 40 exceeds"),
+        ("nowhere", "match no linear map"),
+    ):
+        with pytest.raises(UserError, match=f"^method {name}, stage 1: .*{message}") as caught:
             train_stage(config, workspace, replace(JOB, method=name))
+        assert "adapter" not in str(caught.value)
+
+
+def test_a_mixture_that_does_not_fit_leaves_stage_0_alone_and_is_told_later_as_a_mistake(tmp_path: Path) -> None:
+    workspace = searching.ring(tmp_path, stages=2)
+    train_stage(tiny.config(**QUICK), workspace, JOB)
+    dataset = load_dataset(tiny.config(**QUICK), workspace)
+    moe = tiny.config(**QUICK).model_copy(update={"methods": {"lora_moe": LoraMoeConfig(rank=40)}})
+    frozen = restore_model(moe, workspace, dataset, Job("frozen", 0, "same_stage", 0))
+    start = restore_model(moe, workspace, dataset, replace(JOB, stage=0))
+    for (name, a), (other, b) in zip(start.named_parameters(), frozen.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(a, b), name
+    found = stored(tiny.config(**QUICK), workspace, dataset, JOB)
+    with pytest.raises(UserError, match=r"method lora_moe, stage 1: .*rank 40 exceeds .*give at most 32"):
+        put_together(replace(found, config=moe), dataset, JOB)
 
 
 def test_a_mixtures_tensors_are_named_after_their_maps() -> None:

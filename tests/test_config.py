@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +12,13 @@ from stages.commit import FIRST
 from stages.config import RESERVED, Config, load_config
 from stages.errors import UserError
 from stages.jobs import BASELINES
-from stages.method_config import BUILT_IN, PesoConfig
+from stages.method_config import BUILT_IN, GemsConfig, PesoConfig
 from stages.retrain_config import CloseConfig, RetrainConfig
 from stages.sampled import LAST_CATEGORY
 
 EVENTS = 'name = "shop"\nworkspace = "w"\n[[log.sources]]\npath = "log.csv"\n'
 BASE = 'name = "shop"\nworkspace = "w"\n[log]\nkind = "sequences"\nsequences = "log.txt"\n'
+GEMS = '[methods.m]\nmethod = "gems"\n'
 
 
 def refused(tmp_path: Path, text: str) -> str:
@@ -46,6 +48,12 @@ def refused(tmp_path: Path, text: str) -> str:
         ('[backbone]\nvocabulary = "full"\n', 'backbone.vocabulary = "full" needs a pretrained backbone; set'),
         ("[evaluation]\nprotocols = []\n", "evaluation.protocols must be distinct and at least one, got []"),
         ('[evaluation]\nprotocols = ["same_stage", "same_stage"]\n', "evaluation.protocols must be distinct"),
+        (GEMS + 'k_rule = "fixed"\n', 'methods.m.gems: k_value = 0.95, but k_rule = "fixed" takes a whole number of'),
+        (GEMS + 'k_rule = "fixed"\nk_value = 2.5\n', "k_value = 2.5, but"),
+        (GEMS + "k_value = 1.5\n", 'k_value = 1.5, but k_rule = "energy" takes a share above 0 and below 1;'),
+        (GEMS + 'k_rule = "relative"\nk_value = 2\n', 'k_value = 2, but k_rule = "relative" takes a share'),
+        ('[methods.m]\nmethod = "lora_moe"\ntargets = []\n', "targets: name at least one kind of linear map, such as"),
+        ("[adapter]\ntargets = []\n", "adapter.targets: name at least one kind of linear map, such as"),
         ('[methods."../up"]\nmethod = "peso"\n', "'../up' cannot name a method"),
         ('[methods.first]\nmethod = "peso"\n', "'first' is taken by driftrec itself"),
         ('[methods.item_graph]\nmethod = "peso"\n', "'item_graph' is taken by driftrec itself"),
@@ -73,6 +81,18 @@ def refused(tmp_path: Path, text: str) -> str:
 )
 def test_a_wrong_value_is_named_with_its_rule(tmp_path: Path, tail: str, said: str) -> None:
     assert said in refused(tmp_path, BASE + tail)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"k_rule": "fixed", "k_value": 3},
+        {"k_rule": "absolute", "k_value": 7.5},
+        {"k_rule": "fixed", "null_space": "off"},  # nothing is protected, whatever the rule
+    ],
+)
+def test_a_rule_s_own_numbers_are_taken(settings: dict[str, Any]) -> None:
+    assert GemsConfig(**settings).k_rule == settings["k_rule"]
 
 
 @pytest.mark.parametrize(("written", "bound"), [("false", None), ("0", None), ("0.5", 0.5)])

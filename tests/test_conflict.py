@@ -25,6 +25,7 @@ from stages.analysis.conflict import (
     BETWEEN,
     Coefficients,
     Halves,
+    Matrices,
     Pair,
     above_floor,
     applied_updates,
@@ -32,16 +33,17 @@ from stages.analysis.conflict import (
     coefficients,
     coefficients_by_kind,
     raw_gradients,
+    tables_of,
 )
+from stages.analysis.intervals import column_means
 from stages.analysis.measured import Scope, gems_among, place_of
 from stages.analysis.preservation import drifts, held_out_items, mixture_drifts, moments_of, relative_drift
-from stages.analysis.sensitivity import drift_report, sensitivity
 from stages.analysis.state_memory import footprints
 from stages.analysis.transitions import Transitions, transitions
 from stages.dataset import load_dataset
 from stages.fit import Fit
 from stages.jobs import Job
-from stages.method_config import BUILT_IN, GemsConfig, MethodConfig
+from stages.method_config import GemsConfig
 from stages.search_examples import query_vocabulary
 from stages.stage_examples import Examples, stage_examples
 from stages.train import bare_model, begin_stage, restore_model, train_stage
@@ -115,7 +117,24 @@ def test_pairs_are_between_the_objectives_and_the_floor_within_each() -> None:
         coefficients(iter([{"search": ({}, {})}]))
 
 
-def test_what_lies_above_the_floor_is_taken_pair_by_pair_and_map_by_map() -> None:
+def test_one_gradient_seen_through_unlike_noise_lies_on_the_floor_and_two_above_it() -> None:
+    rng = np.random.default_rng(0)
+    size, pairs = 20_000, 40
+    shared, other = rng.normal(size=(2, size))
+
+    def seen(truth: np.ndarray, noise: float) -> tuple[Matrices, Matrices]:
+        a, b = (torch.from_numpy(truth + noise * rng.normal(size=size)) for _ in range(2))
+        return {"w": a}, {"w": b}
+
+    def above(first: np.ndarray, second: np.ndarray) -> float:
+        halves_ = ({"search": seen(first, 1.0), "recommendation": seen(second, 10.0)} for _ in range(pairs))
+        return float(above_floor([column_means(table) for table in tables_of(coefficients(halves_))])[0])
+
+    assert above(shared, shared) == pytest.approx(0, abs=0.01)  # the mean of the floors would say .18
+    assert above(shared, other) > 0.05  # unlike, as far as so noisy a second side lets it be seen
+
+
+def test_what_lies_above_the_floor_is_taken_map_by_map() -> None:
     found = [
         Coefficients(BETWEEN, "a", (1.5, 1.7, 1.0, math.nan)),
         Coefficients(BETWEEN, "b", (0.2, 0.4, 1.0, 1.0)),
@@ -124,8 +143,14 @@ def test_what_lies_above_the_floor_is_taken_pair_by_pair_and_map_by_map() -> Non
         Coefficients("recommendation", "a", (0.7, 0.75)),
         Coefficients("recommendation", "b", (1.0, math.nan)),
     ]
-    values = above_floor(found)
-    assert values == pytest.approx(np.array([[1.6 - 0.6, 0.3 - 0.9], [1.0 - 0.5, math.nan]]), nan_ok=True)
+    tables = tables_of(found)
+    between, searches, recommendations = tables
+    assert between == pytest.approx(np.array([[1.6, 0.3], [1.0, 1.0]]))
+    assert searches == pytest.approx(np.array([[0.5, 0.8], [0.25, math.nan]]), nan_ok=True)
+    assert recommendations == pytest.approx(np.array([[0.7, 1.0], [0.75, math.nan]]), nan_ok=True)
+    values = above_floor([column_means(table) for table in tables])
+    wanted = [1.3 - (1 - math.sqrt((1 - 0.375) * (1 - 0.725))), 0.65 - 1.0]
+    assert values == pytest.approx(np.array(wanted))
 
 
 def test_batches_of_a_pair_are_disjoint_and_fewer_where_windows_are(ring: Workspace) -> None:
@@ -325,61 +350,6 @@ def test_bytes_counted_on_tensors_are_those_of_the_formulas(rank: int | None, ev
     assert sizes["adamw", "state"] == 8 * sum(m * n for m, n in shapes)
     assert sizes["lora", "state"] == 8 * sum(4 * (m + n) for m, n in shapes)
     assert linear_maps(model.stack).keys() == linear_maps(bare_model(config, dataset, 0).stack).keys()
-
-
-def report(values: dict[str, float], **methods: MethodConfig) -> dict[str, Any]:
-    rows = [
-        {"method": name, "seed": 0, "stage": "mean", "protocol": "same_stage", "objective": "search", "slice": "all"}
-        | {"metric": "hit_at_10", "value": value, "low": None, "high": None}
-        for name, value in values.items()
-    ]
-    named = {name: settings.model_dump(mode="json") for name, settings in methods.items()}
-    return {"rows": rows, "settings": named, "config": {"backbone": {}}, "command": {"seeds": [0]}}
-
-
-def test_a_curve_holds_what_differs_in_one_setting_alone() -> None:
-    first = report(
-        {"a": 0.1, "b": 0.2, "c": 0.3, "single": 0.9},
-        a=GemsConfig(scale=1.0),
-        b=GemsConfig(scale=2.0),
-        c=GemsConfig(scale=3.0, gate_temperature=2.0),
-    )
-    older = report({"a": 0.7, "d": 0.4}, a=GemsConfig(scale=1.0), d=GemsConfig(scale=1.0, gate_temperature=0.5))
-    found = [(row["axis"], row["x"], row["value"]) for row in sensitivity([first, older])]
-    assert found == [
-        ("gate_temperature", 0.5, 0.4),
-        ("gate_temperature", 1.0, 0.1),
-        ("scale", 1.0, 0.1),
-        ("scale", 2.0, 0.2),
-    ]
-    drifted = [("a", 1, 0.5), ("a", 1, 0.7), ("a", 0, 9.0), ("b", 1, 0.2), ("single", 1, 3.0)]
-    rows = [{"method": method, "stage": stage, "value": value} for method, stage, value in drifted]
-    moved = drift_report(rows, 1, first, "same_stage", 0)
-    assert [(row["axis"], row["x"], row["value"]) for row in sensitivity([moved])] == [
-        ("scale", 1.0, pytest.approx(0.6)),
-        ("scale", 2.0, 0.2),
-    ]
-    assert not sensitivity([{**one, "settings": {}} for one in (first, older)])  # what they ran is not known
-    older["config"]["backbone"] = {"hidden": 7}
-    assert [row["value"] for row in sensitivity([first, older])] == [0.4, 0.7, 0.1, 0.2]  # two models, two curves
-
-
-def test_the_refresh_is_an_axis_of_its_own_at_an_equal_warm_up() -> None:
-    names = ("gems", "gems_refresh_50", "gems_refresh_1000", "gems_refresh_svd", "gems_refresh_rsvd")
-    settings = {**{name: BUILT_IN[name] for name in names}, "alone": GemsConfig(refresh_every=7)}
-    own = report({name: 0.1 * place for place, name in enumerate(settings)}, **settings)
-    found = [(row["axis"], row["x"], row["method"]) for row in sensitivity([own])]
-    assert found == [  # the one whose gate warms up for 7 steps differs in two settings
-        ("refresh", "power", "gems"),
-        ("refresh", "rsvd", "gems_refresh_rsvd"),
-        ("refresh", "svd", "gems_refresh_svd"),
-        ("refresh_every", 50, "gems_refresh_50"),
-        ("refresh_every", 200, "gems"),
-        ("refresh_every", 1000, "gems_refresh_1000"),
-    ]
-    fixed = {f"every_{t}": GemsConfig(refresh_every=t, gate="constant") for t in (7, 70)}
-    found = sensitivity([report(dict.fromkeys(fixed, 0.5), **fixed)])
-    assert [(row["axis"], row["x"]) for row in found] == [("refresh_every", 7), ("refresh_every", 70)]
 
 
 def test_layers_and_weight_types_are_read_off_a_maps_name() -> None:

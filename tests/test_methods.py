@@ -111,6 +111,23 @@ def test_the_same_seed_gives_the_same_bytes_twice(method: str, tmp_path: Path) -
     assert digests[0] == digests[1]
 
 
+@pytest.mark.parametrize(
+    ("method", "stage", "rate"),
+    [
+        ("single", 0, "first_learning_rate"),
+        ("single", 1, "learning_rate"),
+        ("full_finetune", 1, "full_learning_rate"),
+        ("osf", 1, "full_learning_rate"),
+    ],
+)
+def test_a_run_that_diverges_names_the_rate_it_used(method: str, stage: int, rate: str, tmp_path: Path) -> None:
+    workspace = tiny.checkerboard(tmp_path, stages=2)
+    train_stage(tiny.config(**QUICK), workspace, job(method, 0))
+    config = tiny.config(training={**QUICK["training"], rate: 1e30})
+    with pytest.raises(UserError, match=rf"became (nan|inf) .*; lower training\.{rate}, which is 1e\+30\. Nothing was"):
+        train_stage(config, workspace, job(method, stage))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_committed_stage_is_returned_and_never_trained_again(method: str, board: Workspace) -> None:
     config = tiny.config(**QUICK)

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from stages.config import Protocol
 from stages.dataset import load_dataset
+from stages.evaluate import test_queries as asked
 from stages.fit import Fit
 from stages.jobs import Checkpoint, Job
 from stages.method_config import BUILT_IN, GemsConfig
@@ -20,7 +22,7 @@ from stages.omissions import omission_notes
 from stages.stage_examples import stage_examples
 from stages.train import bare_model
 from stages.workspace import Workspace, write_json
-from tests import tiny
+from tests import searching, tiny
 
 BOTH, WARMING = ["search", "recommendation"], [{"step": step, "ce": 1.0} for step in range(1, 8)]
 
@@ -31,7 +33,7 @@ def waiting(tmp_path: Path, *states: dict[str, Any], opening: str = "The learnin
     for place, state in enumerate(states):
         write_json(space.checkpoints / f"key{place}" / "state.json", state)
         trained.append(Checkpoint(Job(**state["job"]), f"key{place}", "d", 1.0, 1, 1, None, 1, reused=False))
-    notes = omission_notes(tiny.config(), space, [], trained)
+    notes = omission_notes(tiny.config(), space, {}, trained)
     return [note for note in notes if note.startswith(opening)]
 
 
@@ -130,3 +132,28 @@ def test_a_protected_text_is_called_by_its_files_name(tmp_path: Path) -> None:
     (note,) = waiting(tmp_path, state, opening="Null space")
     assert "the inputs of the text glosses.txt give" in note
     assert digest not in note
+
+
+def test_targets_that_users_had_before_are_counted_and_a_test_without_any_other_is_told_of(tmp_path: Path) -> None:
+    """One walk over three items, made again in the next stage."""
+    walk: list[searching.Row] = [("a", f"i0{place}", 10 * place, None) for place in range(3)]
+    walk.append(("a", "i02", 20, "find thing2"))
+    space = searching.log(tmp_path, [walk, walk])
+    tested: dict[Protocol, set[int]] = {"same_stage": {0, 1}, "next_stage": {1}}
+    leaving, asking = (tiny.config(search={"repeats": repeats}) for repeats in ("leave_out", "ask"))
+    some, *none = (note for note in omission_notes(leaving, space, tested, []) if "their users had before" in note)
+    assert some == (
+        "Left out of the tests as items their users had before: 1 of 2 targets (same-stage, recommendation), "
+        "1 of 2 targets (same-stage, search)."
+    )
+    assert none == [
+        f"Nothing is left to test of next-stage {objective}: all {count} targets are items their users had before; set "
+        'search.repeats = "ask".'
+        for objective, count in (("recommendation", 3), ("search", 1))
+    ]
+    dataset, job = load_dataset(leaving, space), Job("single", 0, "next_stage", 0)
+    counts = [[len(asked(own, dataset, job, 1, None, name)) for name in BOTH] for own in (leaving, asking)]
+    assert counts == [[0, 0], [1, 3]]
+    assert not any("had before" in note for note in omission_notes(asking, space, tested, []))
+    alone = tiny.config(search={"objectives": ["recommendation"]})
+    assert not any("had before" in note for note in omission_notes(alone, space, tested, []))

@@ -185,6 +185,26 @@ def test_a_report_without_matrix_costs_or_slices_still_draws(invented_report: di
     assert "Same stage" not in page
 
 
+def test_a_report_without_any_test_says_so_and_shows_what_was_trained(
+    invented_report: dict[str, Any], tmp_path: Path
+) -> None:
+    untested = invented_report | {part: [] for part in ("rows", "differences", "matrix", "continual", "oracle")}
+    untested["sampled"] = {"negatives": "uniform", "count": 99, "random": {"hit_at_10": 0.1}, "rows": []}
+    page, found = write_report(untested, tmp_path).read_text(), Findings(untested)
+    assert "Nothing was tested" in page
+    assert "99 + 1 candidates" not in page
+    assert "3 methods" in page
+    assert "What it costs" in page
+    assert "Nothing was tested" in summary(found)
+    assert "Nothing was tested" not in render(invented_report, {}) + summary(Findings(invented_report))
+    assert (found.methods, found.protocols, found.objectives) == (["frozen", "single", "peso"], [], [])
+    assert found.leading_protocol == "same_stage"
+    assert found.lines("same_stage") == []
+    assert (found.oracle("same_stage"), found.difference("peso", "same_stage", "hit_at_10")) == (None, None)
+    assert (found.continual("single"), found.grid("single")) == ({}, {})
+    assert tables.headline(found) == []
+
+
 def test_the_drift_picture_is_put_inside_when_it_is_there(invented_report: dict[str, Any], tmp_path: Path) -> None:
     picture = b"\x89PNG invented"
     (tmp_path / "figures").mkdir()
@@ -220,6 +240,31 @@ def test_the_best_possible_score_is_named_once_a_protocol_where_it_is_known(inve
     assert page.count("Best possible") == 1
     assert page.index("Best possible: Hit@10 0.7500, NDCG@10 0.5000") < page.index("<h2>Same stage</h2>")
     assert printed(tables.headline(Findings(invented_report))).count("best possible") == 1
+
+
+def test_chance_among_candidates_reaches_no_further_than_any_model(invented_report: dict[str, Any]) -> None:
+    """A target that no model knew is a miss for all; later stages count alike, a line of fewer targets not at all."""
+    chance = {"hit_at_5": 0.05, "hit_at_10": 0.10, "ndcg_at_5": 0.029485, "ndcg_at_10": 0.045436}
+    place = {"objective": "recommendation", "seed": 0, **dict.fromkeys(chance, 0.04)}
+
+    def row(protocol: str, method: str, stage: int, **more: float) -> dict[str, Any]:
+        return {**place, "protocol": protocol, "method": method, "stage": stage, "targets": 90, **more}
+
+    rows = [
+        *(row("next_stage", name, 1, reachable=0.9) for name in ("single", "peso", "popularity")),
+        row("next_stage", "single", 2, reachable=0.5),
+        row("next_stage", "untuned", 2, targets=20, reachable=0.1),
+        row("same_stage", "single", 0, reachable=0.2),
+        row("same_stage", "single", 1),  # of an earlier version
+    ]
+    invented_report["sampled"] = {"negatives": "uniform", "count": 99, "random": chance, "rows": rows}
+    found = Findings(invented_report)
+    assert found.chance("next_stage", "recommendation") == pytest.approx({k: 0.7 * v for k, v in chance.items()})
+    assert found.chance("same_stage", "recommendation") == chance
+    assert [line[1:5] for line in read(render(invented_report, {})).rows if line and line[0] == "random"] == [
+        ["0.0350", "0.0700", "0.0206", "0.0318"],
+        ["0.0500", "0.1000", "0.0295", "0.0454"],
+    ]
 
 
 def test_a_narrow_terminal_puts_the_interval_below_its_number(invented_report: dict[str, Any]) -> None:

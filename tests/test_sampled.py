@@ -262,6 +262,7 @@ def test_an_untuned_backbone_ranks_the_same_candidates_by_their_titles(
         ("untuned", "search", 7),
     ]
     assert untuned_rows(asked, workspace, cell) == rows  # kept, and read back
+    assert all(0 < row["reachable"] <= 1 for row in rows)  # of the targets: no ranker finds one outside the catalogue
     assert untuned_rows(asked.model_copy(update={"analysis": AnalysisConfig(titles=0)}), workspace, cell) == []
 
 

@@ -87,6 +87,16 @@ def test_search_lists_titles_for_a_user_for_a_history_and_for_nobody(
     assert title in out.split("\n", 1)[1]
 
 
+def test_a_long_query_is_not_repeated_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compared: tuple[Workspace, Path]
+) -> None:
+    code, out, _ = driftrec(monkeypatch, capsys, "search", "-w", compared[0].root, "-q", "hat " * 30_000, "-k", 1)
+    assert code == 0
+    assert len(out) < 2_000
+    assert re.search(r"searched\s+for\s+hat hat", out)
+    assert "…" in out
+
+
 def test_a_query_changes_the_list(compared: tuple[Workspace, Path]) -> None:
     titles = pl.read_parquet(compared[0].catalogue / "items.parquet")["title"]
     lists = [recommend(compared[0].root, history=[], k=5, query=query).rows for query in (None, titles[3], titles[30])]
@@ -100,6 +110,8 @@ def test_a_query_changes_the_list(compared: tuple[Workspace, Path]) -> None:
         (["-q", "hat", "-u", "nobody"], "user 'nobody' is not in the log"),
         (["-q", "hat", "--history", "i000x"], "'i000x'"),
         (["-q", "hat", "-k", 99], "-k 99"),
+        (["-q", "hat", "-u", "s0u000", "--history", "i000"], "--user s0u000 and --history exclude each other"),
+        (["-q", "hat", "-u", "s0u000", "--history", ""], "--user s0u000 and --history exclude each other"),
     ],
 )
 def test_a_search_that_cannot_be_answered_says_why(

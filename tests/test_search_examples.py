@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from stages.examples import Encoder, make_windows
 from stages.interactions import Interactions, load_interactions
 from stages.jobs import Job
 from stages.queries import moment_starts, training_targets
-from stages.search_examples import SearchWindows, make_search_windows, mixed_batches, query_vocabulary, search_batch
+from stages.search_examples import Branches, branch_batch, make_branches, mixed_batches, query_vocabulary
 from stages.stage_examples import Examples, stage_examples
 from tests import searching, tiny
 
@@ -66,7 +67,7 @@ def test_neither_a_search_nor_its_purchase_is_history_of_the_other(tmp_path: Pat
     rec, found = (asked(config, own, job(0, "next_stage"), 1, None, kind) for kind in ("recommendation", "search"))
     assert (rec.cut.tolist(), rec.first.tolist(), rec.end.tolist()) == ([1, 2, 6], [1, 2, 6], [2, 3, 7])
     assert (found.cut.tolist(), found.first.tolist(), found.end.tolist()) == ([2, 4], [3, 4], [4, 6])
-    windows = make_search_windows(own.interactions, own.interactions.searched, config.training)
+    windows = make_branches(own.interactions, own.interactions.searched, config.training)
     assert windows.cut.tolist() == [2, 4, 4]
 
 
@@ -101,7 +102,7 @@ def seen_pairs(examples: Examples, own: Interactions) -> set[tuple[int, int]]:
     """(user, item) of every row that a training example holds, as history or as target."""
     part = examples.parts.get("search")
     rows: set[int] = set()
-    if part is not None and isinstance(part.training, SearchWindows):
+    if part is not None and isinstance(part.training, Branches):
         rows |= set(part.training.row.tolist())
         rows |= {r for a, b in zip(part.training.start, part.training.end, strict=True) for r in range(a, b)}
     part = examples.parts.get("recommendation")
@@ -167,12 +168,12 @@ def test_a_training_example_reads_what_a_test_prompt_reads(tmp_path: Path) -> No
     own = dataset(tmp_path, [VISIT])
     log, encoder = own.interactions, encoder_of(own)
     training = tiny.config(training={"layout": "per_prefix"}).training
-    searches = make_search_windows(log, log.searched, training)
+    searches = make_branches(log, log.searched, training)
     purchases = make_windows(log, ~log.searched, training)
     for windows, kind in ((searches, True), (purchases, False)):
         for number in range(len(windows)):
             chosen = np.array([number])
-            batch = search_batch(encoder, windows, chosen) if kind else encoder.batch(windows, chosen)  # pyright: ignore
+            batch = branch_batch(encoder, windows, chosen) if kind else encoder.batch(windows, chosen)  # pyright: ignore
             target = searches.row[number] if kind else purchases.first[number]
             cut = int(searches.cut[number] if kind else target)
             query = log.queries(np.array([target])) if kind else None
@@ -180,6 +181,43 @@ def test_a_training_example_reads_what_a_test_prompt_reads(tmp_path: Path) -> No
             assert batch.tokens[0, : int(lengths[0])].tolist() == prompt[0].tolist()
             assert batch.positions[0] == lengths[0] - 1
             assert batch.labels.tolist() == encoder.tokens[log.items[target]].tolist()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_is_bought_at_one_moment_is_learnt_from_what_came_before_it(tmp_path: Path, alone: bool) -> None:
+    history: Any = "recommendation" if alone else "both"
+    search = {"rec_history": history, "repeats": "ask"}
+    month = [("u", f"i{item:02d}", 40, None) for item in (7, 5, 6)]
+    config = tiny.config(search=search, training={"layout": "packed", "targets_per_window": 8})
+    later: list[searching.Row] = [("u", "i08", 50, None), ("u", "i09", 60, None)]  # the last two moments are held out
+    own = dataset(tmp_path, [[*VISIT, *month, *later, ("u", "i10", 70, None)]], config)
+    part = examples_of(config, own, job(0)).parts["recommendation"]
+    assert isinstance(part.training, Branches)
+    batch, events = part.batch(part.training, np.arange(len(part.training))), part.encoder.interactions
+    before = [0, 1, 4] if alone else [0, 1, 1, 2, 3, 4]
+    ends = {int(events.items[row]): cut for row, cut in zip(part.training.row, part.training.cut, strict=True)}
+    assert {item: events.items[:cut].tolist() for item, cut in ends.items() if 4 < item < 8} == dict.fromkeys(
+        (5, 6, 7), before
+    )
+    # What a target may see is its past, its request and its own codes: what stands in a prompt, and nothing else.
+    assert batch.visible is not None
+    levels, labels = own.catalogue.codes.shape[1], batch.labels.numpy().reshape(-1, own.catalogue.codes.shape[1])
+    lines = batch.positions.numpy().reshape(-1, levels)[:, 0]
+    for item in (5, 6, 7):
+        (target,) = np.flatnonzero((labels == part.encoder.tokens[item]).all(axis=1))
+        line, place = divmod(int(lines[target]), batch.tokens.shape[1])
+        prompt, lengths = part.encoder.prompts([events.items[: ends[item]]], None, [events.searched[: ends[item]]])
+        assert batch.tokens[line, batch.visible[line, place]].tolist() == prompt[0, : int(lengths[0])].tolist()
+    read = config.model_copy(update={"search": config.search.model_copy(update={"own_moment": "read"})})
+    assert not isinstance(examples_of(read, own, job(0)).parts["recommendation"].training, Branches)
+    assert "own_moment" not in read.search.trained_with()  # what was trained before there was the choice keeps its key
+    assert commit_key(read, own, job(0)) != commit_key(config, own, job(0))
+
+
+def test_purchases_of_moments_of_their_own_are_learnt_in_one_pass(tmp_path: Path) -> None:
+    own = dataset(tmp_path, [[row for row in VISIT if row[3] is None]], tiny.config())
+    part = examples_of(tiny.config(), own, job(0)).parts["recommendation"]
+    assert not isinstance(part.training, Branches)
 
 
 def test_a_prompt_is_marked_items_then_the_query_then_the_request(tmp_path: Path) -> None:
@@ -220,11 +258,11 @@ def test_branches_on_a_shared_history_have_the_loss_of_examples_of_their_own(tmp
     model = GenerativeModel(backbone, codes, seed=0, full_vocabulary=False, dropout=0.0, searching=True).eval()
     losses = []
     for layout in ("packed", "per_prefix"):
-        windows = make_search_windows(log, log.searched, tiny.config(training={"layout": layout}).training)
-        batch = search_batch(encoder, windows, np.arange(len(windows)))
+        windows = make_branches(log, log.searched, tiny.config(training={"layout": layout}).training)
+        batch = branch_batch(encoder, windows, np.arange(len(windows)))
         with torch.no_grad():
             losses.append(float(model.loss(batch)))
-            apart = sum(float(model.loss(search_batch(encoder, windows, np.array([n])))) for n in range(len(windows)))
+            apart = sum(float(model.loss(branch_batch(encoder, windows, np.array([n])))) for n in range(len(windows)))
         assert losses[-1] == pytest.approx(apart, rel=1e-5)
     assert len(windows) == int(log.searched.sum())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -239,7 +277,7 @@ def test_every_target_of_either_objective_is_in_exactly_one_window(
     log, encoder = own.interactions, encoder_of(own)
     settings = tiny.config(training={"targets_per_window": size, "history_length": history}).training
     mask = np.random.default_rng(len(events)).random(len(log.items)) < 0.7
-    searches = make_search_windows(log, mask & log.searched, settings)
+    searches = make_branches(log, mask & log.searched, settings)
     assert sorted(searches.row.tolist()) == np.flatnonzero(mask & log.searched).tolist()
     assert searches.count.sum() == searches.targets
     begins = np.cumsum(searches.count) - searches.count

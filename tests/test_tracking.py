@@ -227,6 +227,20 @@ def test_files_stay_in_the_workspace_even_after_it_was_moved(
     assert any(name.startswith("invented-") for name in names)
 
 
+def test_a_report_without_any_test_is_recorded_with_its_costs_alone(
+    small_report: dict[str, Any], workspace: Workspace, files: tuple[list[Checkpoint], list[Evaluation]]
+) -> None:
+    trained, tests = files
+    untested = small_report | {part: [] for part in ("rows", "differences", "matrix", "continual", "oracle")}
+    tracking.record(untested, workspace, trained, tests)
+    parents = runs(workspace, "method")
+    assert parents.keys() == {f"{name} seed 0" for name in METHODS}
+    single = parents["single seed 0"].data.metrics
+    assert {"cost/train_s", "drift/drift_rms"} <= single.keys()
+    assert not any(key.startswith(("test/", "next/", "forget/")) for key in single)
+    assert "train/loss" in runs(workspace, "stage")["single seed 0 stage 1"].data.metrics
+
+
 def test_a_tracking_store_that_fails_costs_a_warning_and_no_report(
     small_report: dict[str, Any],
     workspace: Workspace,

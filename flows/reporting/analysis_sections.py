@@ -54,9 +54,10 @@ def _conflict(insights: Insights, figures: dict[str, Path]) -> Markup:
         element(
             "p",
             "ρ is 0 where both objectives pull alike, 1 where they are unrelated, 2 where they are opposed. "
-            "Two batches of one objective give the noise floor: only ρ above it is conflict; 95 % intervals over pairs "
-            "of batches and linear maps. Before fusion: what each objective's own subspace proposes (GEMS with three "
-            "subspaces alone); after fusion: what an objective adds to the step that is taken.",
+            "Two batches of one objective give the noise floor, what ρ would be if both objectives had one gradient: "
+            "only ρ above it is conflict; 95 % intervals over pairs of batches and linear maps. Before fusion: what "
+            "each objective's own subspace proposes (GEMS with three subspaces alone); after fusion: what an objective "
+            "adds to the step that is taken.",
             "faint",
         ),
         table(head, rows),

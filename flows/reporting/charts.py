@@ -141,7 +141,7 @@ def _or(value: float | None, other: float) -> float:
 
 def matrix_name(findings: Findings, objective: str) -> str:
     """Name of the figure of R[i][j]: `matrix` for the report's first objective, `matrix_search` for searches."""
-    return "matrix" if objective == findings.objectives[0] else f"matrix_{objective}"
+    return "matrix" if objective == findings.leading_objective else f"matrix_{objective}"
 
 
 def matrix_chart(

@@ -69,19 +69,28 @@ class Findings:
     @cached_property
     def methods(self) -> list[str]:
         """Methods that were trained, then baselines, each in the order of the report."""
-        names = list(dict.fromkeys(row["method"] for row in self.report["rows"]))
+        names = list(dict.fromkeys(row["method"] for part in ("rows", "costs") for row in self.report[part]))
         return sorted(names, key=lambda name: name in BASELINES)
 
     @cached_property
     def protocols(self) -> list[str]:
-        """Protocols present, the leading one first."""
-        present = {row["protocol"] for row in self.report["rows"]}
-        return [*(name for name in PROTOCOL_ORDER if name in present), *sorted(present - set(PROTOCOL_ORDER))]
+        """Protocols tested, the leading one first."""
+        return _in_order(self.report["rows"])
+
+    @cached_property
+    def leading_protocol(self) -> str:
+        """The first protocol tested; where nothing was, the first trained for."""
+        return [*self.protocols, *_in_order(self.report["costs"]), *PROTOCOL_ORDER][0]
 
     @cached_property
     def objectives(self) -> list[str]:
         """Objectives present, in the order of the report."""
         return list(dict.fromkeys(row["objective"] for row in self.report["rows"]))
+
+    @cached_property
+    def leading_objective(self) -> str:
+        """The report's first objective; where nothing was tested, the one that every log may have."""
+        return [*self.objectives, "recommendation"][0]
 
     @cached_property
     def slices(self) -> list[str]:
@@ -126,7 +135,7 @@ class Findings:
             part: slice.
             seed: absent: the mean over seeds, or the only seed's row where no mean was written.
         """
-        place = (method, protocol, objective or self.objectives[0], part, metric, stage)
+        place = (method, protocol, objective or self.leading_objective, part, metric, stage)
         row = self._rows.get((*place, seed))
         if row is None and seed is None and len(only := self.seeds(method)) == 1:
             row = self._rows.get((*place, only[0]))
@@ -134,7 +143,7 @@ class Findings:
 
     def difference(self, method: str, protocol: str, metric: str, objective: str | None = None) -> Difference | None:
         """The mean-over-stages difference of `method` to the reference."""
-        wanted = (method, REFERENCE, protocol, objective or self.objectives[0], "all", metric, "mean")
+        wanted = (method, REFERENCE, protocol, objective or self.leading_objective, "all", metric, "mean")
         keys = ("method", "reference", "protocol", "objective", "slice", "metric", "stage")
         for row in self.report["differences"]:
             if tuple(row[key] for key in keys) == wanted:
@@ -171,7 +180,7 @@ class Findings:
             protocol: name.
             objective: absent: the report's first.
         """
-        wanted = objective or self.objectives[0]
+        wanted = objective or self.leading_objective
         rows = [row for row in self.report["oracle"] if row.get("objective", wanted) == wanted]
         return _mean([row["value"] for row in rows if row["protocol"] == protocol])
 
@@ -185,13 +194,33 @@ class Findings:
 
     def sampled(self, protocol: str, objective: str) -> dict[str, dict[str, float | None]]:
         """The 99 + 1 mode's metrics by method, mean over the later stages (or all there are) and over seeds."""
-        found = self.report.get("sampled") or {"rows": [], "random": {}}
-        wanted = [row for row in found["rows"] if (row["protocol"], row["objective"]) == (protocol, objective)]
-        later = [row for row in wanted if row["stage"] > 0] or wanted
+        later, names = self._sampled_rows(protocol, objective), self._random
         return {
-            method: {name: _mean([row[name] for row in later if row["method"] == method]) for name in found["random"]}
+            method: {name: _mean([row[name] for row in later if row["method"] == method]) for name in names}
             for method in dict.fromkeys(row["method"] for row in later)
         }
+
+    def chance(self, protocol: str, objective: str) -> dict[str, float]:
+        """What a random order scores in the 99 + 1 mode: a target that no model knew is a miss for it, too.
+
+        `reachable`, of each row, is the share of the other targets, averaged over users as the metrics are; rows of
+        earlier versions have none. All methods of a cell rank the same targets, but for a line that asks for a sample.
+        """
+        whole: dict[int, Row] = {}
+        for row in self._sampled_rows(protocol, objective):
+            whole[row["stage"]] = max(whole.get(row["stage"], row), row, key=lambda one: one["targets"])
+        share = _mean([row.get("reachable", 1.0) for row in whole.values()])
+        return {} if share is None else {name: value * share for name, value in self._random.items()}
+
+    @property
+    def _random(self) -> dict[str, float]:
+        return (self.report.get("sampled") or {"random": {}})["random"]
+
+    def _sampled_rows(self, protocol: str, objective: str) -> list[Row]:
+        """The 99 + 1 mode's rows of the later stages, or of all there are."""
+        rows = (self.report.get("sampled") or {"rows": []})["rows"]
+        wanted = [row for row in rows if (row["protocol"], row["objective"]) == (protocol, objective)]
+        return [row for row in wanted if row["stage"] > 0] or wanted
 
     def continual(self, method: str, objective: str | None = None) -> dict[str, float | None]:
         """BWT and its kin, averaged over the seeds that have them.
@@ -208,7 +237,7 @@ class Findings:
 
     def is_about(self, row: Row, objective: str | None = None) -> bool:
         """Whether a row is about an objective, the report's first unless one is named."""
-        return row.get("objective", self.objectives[0]) == (objective or self.objectives[0])
+        return row.get("objective", self.leading_objective) == (objective or self.leading_objective)
 
     def grid(self, method: str, seed: int | None = None, objective: str | None = None) -> dict[tuple[int, int], float]:
         """R[trained][tested] of a method, of its lowest seed and the report's first objective unless one is named."""
@@ -233,6 +262,11 @@ class Findings:
         return {name: _mean([row.get(name) for row in later]) for name in names} if later else {}
 
 
+def untested_note(findings: Findings) -> str | None:
+    """The sentence that stands where the tables would, or None where something was tested."""
+    return None if findings.protocols else "Nothing was tested: no test query was left (see the notes)."
+
+
 def sample_note(report: dict[str, Any]) -> str | None:
     """The sentence every output of a quick look carries, or None when every user was tested."""
     users = report.get("sampled_users")
@@ -254,6 +288,12 @@ def metric_title(metric: str) -> str:
 def _top(cells: dict[str, dict[str, Cell]], metric: str) -> float | None:
     values = [found[metric].value for found in cells.values() if metric in found]
     return max((value for value in values if value is not None), default=None)
+
+
+def _in_order(rows: list[Row]) -> list[str]:
+    """The protocols of some rows, the leading one first."""
+    present = {row["protocol"] for row in rows}
+    return [*(name for name in PROTOCOL_ORDER if name in present), *sorted(present - set(PROTOCOL_ORDER))]
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +46,18 @@ class Insights:
         return [kind for kind in KINDS if kind in present]
 
     def grid(self, method: str, kind: str, floor: bool) -> dict[tuple[int, str], float]:
-        """ρ by layer and weight type: between the objectives, or the mean of both objectives' noise floors."""
+        """ρ by layer and weight type: between the objectives, or its noise floor, from ρ within each of the two.
+
+        The floor is `stages.analysis.conflict.noise_floor`: one less the geometric mean of the cosines within.
+        """
         cells: dict[tuple[int, str], list[float]] = {}
         for row in self._conflicts(method, kind, floor):
             if row["rho"] is not None:
                 cells.setdefault((row["layer"], row["map"]), []).append(row["rho"])
-        return {place: sum(values) / len(values) for place, values in cells.items()}
+        return {
+            place: 1 - math.prod(max(1 - rho, 0) for rho in values) ** (1 / len(values)) if floor else values[0]
+            for place, values in cells.items()
+        }
 
     def rho(self, method: str, kind: str, floor: bool = False) -> float | None:
         """Mean of `grid`."""

@@ -18,6 +18,7 @@ from flows.reporting.findings import (
     Line,
     metric_title,
     sample_note,
+    untested_note,
 )
 from flows.reporting.page import Content, Markup, TableRow, document, element, interval, join, table
 from flows.reporting.sections import number, span
@@ -92,7 +93,7 @@ def render(report: dict[str, Any], figures: dict[str, Path], analysis: dict[str,
 
 def _head(findings: Findings) -> Markup:
     report = findings.report
-    note = sample_note(report)
+    banners = [note for note in (sample_note(report), untested_note(findings)) if note]
     stages = report.get("stages", [])
     seeds = sorted({row["seed"] for row in report["costs"] if row["seed"] is not None})
     trained = [name for name in findings.methods if findings.costs(name)]
@@ -108,7 +109,7 @@ def _head(findings: Findings) -> Markup:
     return join(
         element("h1", report["name"]),
         element("p", "Continual updates of one recommender, compared on the same users, stages and catalogue.", "lead"),
-        element("p", note, "banner") if note else "",
+        *(element("p", note, "banner") for note in banners),
         element("dl", join(*facts), "facts"),
     )
 

@@ -144,26 +144,30 @@ def sampled(findings: Findings) -> Markup:
     blocks = []
     for protocol in findings.protocols:
         for objective in findings.objectives:
-            if rows := _sampled_rows(findings, protocol, objective, found["random"]):
+            if rows := _sampled_rows(findings, protocol, objective):
                 head = ["method", *map(metric_title, found["random"]), f"full catalogue: {metric_title(HEADLINE[0])}"]
                 title = f"{PROTOCOL_TITLES.get(protocol, protocol)}, {objective}"
                 blocks += [element("h3", title), table(head, rows)]
+    if not blocks:
+        return Markup("")
     drawn = DRAWN[found["negatives"]]
     intro = (
         f"Each target among {found['count']} {drawn}, mean over the stages after the first: for comparison with tables "
-        "made that way. A sample can reverse the order of two models; believe the full ranking."
+        "made that way. A sample can reverse the order of two models; believe the full ranking. A target that no model "
+        "knew is a miss for all, a random order included."
     )
     return join(element("h2", "99 + 1 candidates (compatibility)"), element("p", intro, "faint"), *blocks)
 
 
-def _sampled_rows(findings: Findings, protocol: str, objective: str, chance: dict[str, float]) -> list[TableRow]:
+def _sampled_rows(findings: Findings, protocol: str, objective: str) -> list[TableRow]:
     rows = []
     for name, values in findings.sampled(protocol, objective).items():
         whole = findings.cell(name, protocol, HEADLINE[0], objective)
         shown = [*values.values(), None if whole is None else whole.value]
         rows.append(TableRow(name, [(number(one), "") for one in shown], "" if findings.costs(name) else "baseline"))
     if rows:
-        rows.append(TableRow("random", [*((number(one), "") for one in chance.values()), (None, "")], "baseline"))
+        chance = findings.chance(protocol, objective).values()
+        rows.append(TableRow("random", [*((number(one), "") for one in chance), (None, "")], "baseline"))
     return rows
 
 

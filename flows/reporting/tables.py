@@ -214,6 +214,11 @@ def escaped(text: str) -> str:
     return escape("".join(letter if letter.isprintable() else "\ufffd" for letter in text))
 
 
+def shortened(text: str, letters: int = 100) -> str:
+    """A text's beginning, where it is longer than `letters`."""
+    return text if len(text) <= letters else f"{text[: letters - 1]}…"
+
+
 def _empty(title: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

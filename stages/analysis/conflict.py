@@ -1,7 +1,7 @@
 """Conflict between two objectives at a stage: their raw gradients, and the method's updates before and after fusion.
 
 Both are matrices of the shape of a linear map's weight, whatever the method trains: a LoRA enters with the weight it
-adapts, so that methods compare. Beside every ρ stands its noise floor, ρ between two batches of one objective.
+adapts, so that methods compare. Beside every ρ stands its noise floor, from ρ between two batches of one objective.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from models.effective import base_maps, effective_weights
 from regularizers.conflict import conflict
+from stages.analysis.intervals import column_means
 from stages.config import Config
 from stages.dataset import Dataset
 from stages.fit import Fit, reproducible
@@ -79,34 +80,47 @@ class Coefficients:
         return sum(value > 1 for value in self.known) / len(self.known) if self.known else None
 
 
-def above_floor(found: Sequence[Coefficients]) -> FloatArray:
-    """ρ between the objectives less their noise floor, the mean of both.
+def tables_of(found: Sequence[Coefficients]) -> list[FloatArray]:
+    """ρ between the objectives and within each of the two, as `above_floor` takes them.
 
     Args:
         found: of every map, as `coefficients` gives them.
 
     Returns:
-        (pairs of batches, maps); NaN where no ρ is known on one of the sides.
+        Three tables (pairs of batches, maps); NaN where no ρ is known.
     """
     names = list(dict.fromkeys(one.name for one in found))
-    pairs = max((len(one.values) for one in found if one.pair != BETWEEN), default=0)
-    held: dict[tuple[bool, str], list[FloatArray]] = {}
-    for one in found:
-        values = np.asarray(one.values, dtype=np.float64).reshape(pairs, -1)
-        held.setdefault((one.pair == BETWEEN, one.name), []).append(values)
-    between, within = (
-        np.stack([_known_mean(np.concatenate(held[side, name], axis=1)) for name in names], axis=1)
-        for side in (True, False)
-    )
-    return between - within
+    sides = [BETWEEN, *dict.fromkeys(one.pair for one in found if one.pair != BETWEEN)]
+    held = {(one.pair, one.name): one.values for one in found}
+    pairs = len(held[sides[1], names[0]])
+    return [
+        np.stack([_known_mean(np.asarray(held[side, name]).reshape(pairs, -1)) for name in names], axis=1)
+        for side in sides
+    ]
+
+
+def above_floor(means: Sequence[FloatArray]) -> FloatArray:
+    """Mean ρ between the objectives less `noise_floor`, map by map; of the means of `tables_of` over pairs."""
+    between, first, second = means
+    return between - noise_floor(first, second)
+
+
+def noise_floor(first: FloatArray, second: FloatArray) -> FloatArray:
+    """ρ to be expected between two objectives of one and the same true gradient: 1 − √(c₁ c₂).
+
+    Two noisy measurements of one vector have the cosine ‖g‖² / (|x₁| |x₂|), the geometric mean of the cosines c within
+    each; the mean of the ρ within would find conflict wherever one objective is noisier than the other.
+
+    Args:
+        first: mean ρ within one objective.
+        second: mean ρ within the other.
+    """
+    return 1 - np.sqrt(np.maximum(1 - first, 0) * np.maximum(1 - second, 0))
 
 
 def _known_mean(values: FloatArray) -> FloatArray:
     """Mean of each row over what is not NaN."""
-    known = np.isfinite(values)
-    count = known.sum(axis=1)
-    total = np.where(known, values, 0.0).sum(axis=1)
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+    return column_means(values.T)
 
 
 def coefficients(found: Iterable[Halves]) -> list[Coefficients]:

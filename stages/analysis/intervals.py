@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -84,26 +84,42 @@ def share_intervals(pools: Mapping[Pool, Sequence[Answers]], draws: int) -> dict
     }
 
 
-def crossed_interval(values: FloatArray, draws: int) -> Interval | None:
-    """95 % percentile interval of a table's mean, its rows and its columns drawn apart.
+Combine = Callable[[Sequence[FloatArray]], FloatArray]
+"""Means of each table by column (…, columns) -> the quantity by column."""
+
+
+def crossed_interval(tables: Sequence[FloatArray], combine: Combine, draws: int) -> Interval | None:
+    """95 % percentile interval of a quantity made of tables' column means, their rows and columns drawn apart.
 
     One batch enters every map, one map meets every batch: cells are not independent, rows and columns are (the
     pigeonhole bootstrap; Owen, 2007). It shows (n - 1) / n of the variance of n rows, so that few are too narrow.
 
     Args:
-        values: (rows, columns); NaN where a cell is undefined.
+        tables: (rows, columns) each; NaN where a cell is undefined.
+        combine: makes the quantity; its mean over columns is what the interval is of.
         draws: of the bootstrap.
 
     Returns:
-        (low, high); None with fewer than two rows or columns, or without a defined cell.
+        (low, high); None with fewer than two rows or columns, or without a defined column.
     """
-    defined = np.isfinite(values)
-    if min(values.shape) < 2 or not defined.any():
+    if min(tables[0].shape) < 2 or not np.isfinite(combine([column_means(table) for table in tables])).any():
         return None
-    rows = np.concatenate(list(user_weights(values.shape[0], draws, SEED)))
-    columns = np.concatenate(list(user_weights(values.shape[1], draws, SEED + 1)))
-    above = ((rows @ np.nan_to_num(values)) * columns).sum(axis=1)
-    below = ((rows @ defined.astype(np.float32)) * columns).sum(axis=1)
+    rows, columns = (
+        np.concatenate(list(user_weights(size, draws, seed))).astype(np.float64)
+        for size, seed in zip(tables[0].shape, (SEED, SEED + 1), strict=True)
+    )
+    values = combine([column_means(table, rows) for table in tables])  # (draws, columns)
+    defined = np.isfinite(values)
+    above, below = (np.where(defined, values, 0.0) * columns).sum(axis=1), (defined * columns).sum(axis=1)
     means = np.divide(above, below, out=np.full(draws, np.nan), where=below > 0)
     low, high = interval(means[:, None].astype(np.float32))
     return float(low[0]), float(high[0])
+
+
+def column_means(table: FloatArray, weights: FloatArray | None = None) -> FloatArray:
+    """(columns,) mean of each column over its defined cells; (draws, columns) with (draws, rows) weights."""
+    own = np.ones((1, len(table))) if weights is None else weights
+    defined = np.isfinite(table).astype(np.float64)
+    below = own @ defined
+    means = np.divide(own @ np.nan_to_num(table), below, out=np.full(below.shape, np.nan), where=below > 0)
+    return means[0] if weights is None else means

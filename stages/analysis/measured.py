@@ -15,7 +15,7 @@ from models.effective import effective_weights
 from models.generative import GenerativeModel
 from models.words import BackboneVocabulary
 from stages.analysis import conflict, learnt, preservation, titles
-from stages.analysis.intervals import Answers, crossed_interval, share_intervals
+from stages.analysis.intervals import Answers, column_means, crossed_interval, share_intervals
 from stages.analysis.state_memory import footprints
 from stages.analysis.transitions import stage_answers, transitions
 from stages.commit import FIRST, method_of
@@ -169,14 +169,15 @@ def _labelled(method: str, kind: str, found: Sequence[conflict.Coefficients]) ->
 
 
 def _above_floor(found: Sequence[conflict.Coefficients], draws: int) -> Row:
-    """Mean over pairs and maps of ρ less its noise floor, and its interval."""
-    values = conflict.above_floor(found)
+    """Mean over maps of ρ less its noise floor, and its interval over pairs and maps."""
+    tables = conflict.tables_of(found)
+    values = conflict.above_floor([column_means(table) for table in tables])
     known = values[np.isfinite(values)]
-    ends = crossed_interval(values, draws)
+    ends = crossed_interval(tables, conflict.above_floor, draws)
     return {
         "value": float(known.mean()) if len(known) else None,
         **dict(zip(("low", "high"), ends or (None, None), strict=True)),
-        "pairs": len(values),
+        "pairs": len(tables[0]),
     }
 
 

@@ -23,7 +23,6 @@ from stages.config import AdapterConfig
 from stages.method_config import GemsConfig
 from stages.methods.contract import Losses, Schedule
 from stages.methods.gems_arrivals import quietest_step
-from stages.methods.gems_stack import default_rank
 from stages.methods.gems_step import GemsStep
 
 FLOAT = 4
@@ -61,7 +60,7 @@ def footprints(model: GenerativeModel, batch: Batch, adapter: AdapterConfig, set
         adapter: LoRA's shape.
         settings: GEMS's; without its null space, and a rank of any size allowed.
     """
-    rank = settings.rank or default_rank(model.own_embedding.shape[1])
+    rank = settings.rank_at(model.own_embedding.shape[1])
     own = settings.model_copy(update={"null_space": "off", "allow_large_state": True})
     return [
         *gems_footprint(linear_maps(model.stack), batch, own, rank),

@@ -22,7 +22,7 @@ from stages.deltas import put
 from stages.method_config import GemsConfig
 from stages.methods.contract import Reads, Schedule, Step
 from stages.methods.full_finetune import FullFinetune
-from stages.methods.gems_stack import default_rank, split_parameters
+from stages.methods.gems_stack import split_parameters
 from stages.methods.gems_step import GemsStep
 from stages.methods.parts import let_backbone_train, load_rows
 from stages.methods.protection import protections
@@ -56,7 +56,7 @@ class Gems:
         protected = protections(model, self.settings, schedule.past)
         let_backbone_train(model, self.evolve_rows)
         maps, others = split_parameters(model, model.stack)
-        rank = self.settings.rank or default_rank(model.own_embedding.shape[1])
+        rank = self.settings.rank_at(model.own_embedding.shape[1])
         step = GemsStep(maps, others, self.settings, rank, protected, schedule)
         for sentence in step.capped:
             warnings.warn(f"gems: {sentence}", stacklevel=2)

@@ -17,7 +17,7 @@ from models.input_moments import linear_maps
 from regularizers import subspace
 from regularizers.gate import LEARNED
 from regularizers.null_space import Protection, decay_to_start, project
-from regularizers.subspace import JOINED, ranks_of, side_of, state_floats
+from regularizers.subspace import JOINED, ranks_of, side_of, too_large
 from stages.errors import UserError
 from stages.method_config import GemsConfig
 
@@ -350,20 +350,15 @@ def make_stacks(
     if not maps:
         raise ValueError("the backbone has no linear maps for GEMS to train; use full_finetune")
     groups: dict[tuple[int, ...], dict[str, nn.Linear]] = {}
-    floats = weights = 0
     for name, module in maps.items():
-        shape = tuple(module.weight.shape)
-        side = side_of(shape, settings.side)
         if module.weight.dtype != torch.float32:
             raise ValueError(f"{name} is {module.weight.dtype}; small steps round away in it, load it in float32")
-        groups.setdefault(shape, {})[name] = module
-        rows, cols = shape if side == "right" else shape[::-1]
-        shared, specific = _ranks(shape, settings, rank)
-        parts = [shared] if settings.subspaces == "one" else [shared, specific, specific]
-        floats, weights = floats + state_floats(rows, cols, parts), weights + module.weight.numel()
-    if floats > 2 * weights and not settings.allow_large_state:
+        groups.setdefault(tuple(module.weight.shape), {})[name] = module
+    shapes = [shape for shape, group in groups.items() for _ in group]
+    state = too_large(shapes, rank, settings.side, settings.subspaces)
+    if state is not None and not settings.allow_large_state:
         raise ValueError(
-            f"rank {rank} needs {4 * floats:,} bytes of bases and moments, more than Adam's {8 * weights:,} on the "
+            f"rank {rank} needs {4 * state[0]:,} bytes of bases and moments, more than Adam's {4 * state[1]:,} on the "
             "same weights; lower the rank or set allow_large_state"
         )
     moved = {id(one.basis): one.basis.to(next(iter(maps.values())).weight.device) for one in protections.values()}
@@ -379,11 +374,6 @@ def mean_overlaps(stacks: Sequence[Stack], first: str, second: str) -> dict[str,
     pairs = torch.stack([stack.overlaps() for stack in stacks]).mean(dim=0).cpu()
     names = (f"shared_{first}", f"shared_{second}", f"{first}_{second}")
     return {f"overlap/{name}": float(value) for name, value in zip(names, pairs, strict=True)}
-
-
-def default_rank(width: int) -> int:
-    """GEMS's rank where none is given: 64, at most a quarter of the model's width."""
-    return min(64, max(1, width // 4))
 
 
 def _ranks(shape: Sequence[int], settings: GemsConfig, rank: int) -> tuple[int, int]:

@@ -41,8 +41,11 @@ class LoraMoe:
     reads: Reads = "ends"
 
     def restore(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
-        """Stage 0's model with its adapter folded in, under the newest mixture."""
-        self._attached(model, lineage, seed=0)
+        """Stage 0's model with its adapter folded in, and from stage 1 on under the newest mixture."""
+        if len(lineage) > 1:
+            self._attached(model, lineage, seed=0)
+        else:
+            self._start(model, lineage)
 
     def begin(self, model: GenerativeModel, lineage: Sequence[Path], schedule: Schedule) -> Step:
         """Mixture and rows go on from the previous stage; after stage 0 the mixture is fresh."""
@@ -51,13 +54,17 @@ class LoraMoe:
         for parameter in trained.values():
             parameter.requires_grad_(True)
         for one in mixtures.values():
-            one.recording = True
+            one.inside = model.inside
         chosen = [*trained.values(), *let_rows_train(model, self.evolve_rows)]
         return moe_step(chosen, list(mixtures.values()), self.settings, schedule)
 
-    def _attached(self, model: GenerativeModel, lineage: Sequence[Path], seed: int) -> dict[str, MixtureLinear]:
+    def _start(self, model: GenerativeModel, lineage: Sequence[Path]) -> None:
         FullFinetune(self.adapter, self.evolve_rows).restore(model, lineage[:1])
         load_rows(model, lineage)
+        model.requires_grad_(False)
+
+    def _attached(self, model: GenerativeModel, lineage: Sequence[Path], seed: int) -> dict[str, MixtureLinear]:
+        self._start(model, lineage)
         own = self.settings
         mixtures = mixture.attach(model.stack, own.experts, own.rank, own.alpha, own.targets, seed)
         if len(lineage) > 1:
