@@ -222,7 +222,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (checkpoint, places):
         monkeypatch.setattr(module, "sha256_file", noted)
     monkeypatch.setattr(places, "SETTLED", -(10**18))
-    for known in (lineage._good, lineage._whole, places._hashed, checkpoint._tensors):
+    for known in (lineage._good, lineage._whole, lineage._listed, places._hashed, places._read, checkpoint._tensors):
         known.clear()
     return names
 

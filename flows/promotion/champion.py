@@ -129,15 +129,22 @@ def predecessors(workspace: Workspace) -> list[Champion]:
     Raises:
         UserError: champion.json or the history is unreadable.
     """
+    return list(succession(workspace))
+
+
+def succession(workspace: Workspace) -> Iterator[Champion]:
+    """`predecessors`, each looked for when it is asked for: mostly the first one will do."""
     present = in_service(workspace)
     if present is None:
-        return []
-    found = [present]
+        return
+    yield present
+    found = {present.key: [present]}
     for entry in reversed(served(read_history(workspace)[0])):
         earlier = _champion(entry, history_file(workspace))
-        if not any(earlier.is_model(other) for other in found):
-            found.append(earlier)
-    return found
+        same = found.setdefault(earlier.key, [])
+        if not any(earlier.is_model(other) for other in same):
+            same.append(earlier)
+            yield earlier
 
 
 def promote(
