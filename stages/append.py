@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -316,7 +316,7 @@ def _commit(
     users, items = encoded_all([staged["user_id"], staged["item_id"]])
     met, found = (first_met(column.present(starts)) for column in (users, items))
     stages = described(starts, met, found, digests, spans)
-    manifest |= {"digest": digest_of_stages(stages), "stages": [asdict(stage) for stage in stages]}
+    manifest |= {"digest": digest_of_stages(stages), "stages": [dict(vars(stage)) for stage in stages]}
     # From here on the commit is decided: `finish_commit` ends it after a kill.
     write_json(workspace.stages / "next.json", manifest, seal=True)
     finish_commit(workspace)
@@ -360,8 +360,8 @@ def finish_commit(workspace: Workspace) -> None:
                 make_folder(target.parent)
                 os.replace(source, target)
                 sync_folder(target.parent)
-        write_json(workspace.stages / "manifest.json", manifest, seal=True)
-        decided.unlink()
+        os.replace(decided, workspace.stages / "manifest.json")
+        sync_folder(workspace.stages)
     shutil.rmtree(workspace.stages / ".next", ignore_errors=True)
 
 

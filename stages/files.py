@@ -6,6 +6,7 @@ import glob
 import gzip
 import io
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ ENDINGS: dict[str, Format] = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
+HIDDEN = (".", "_")
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -48,7 +50,7 @@ def source_files(pattern: str) -> list[File]:
     if path.is_file():
         return [File(path, {})]
     if path.is_dir():
-        found = [each for each in path.rglob("*") if each.is_file() and _is_data(each.relative_to(path))]
+        found = list(_data_below(path))
         base = path
     else:
         found = [Path(each) for each in glob.glob(str(path), recursive=True) if Path(each).is_file()]
@@ -58,14 +60,16 @@ def source_files(pattern: str) -> list[File]:
     return [File(each, _partitions(each.relative_to(base))) for each in sorted(found)]
 
 
-def _is_data(relative: Path) -> bool:
-    hidden = any(part.startswith((".", "_")) for part in relative.parts)
-    return not hidden and _ending(relative) in ENDINGS
+def _data_below(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        for name in names:
+            if not name.startswith(HIDDEN) and _ending(name) in ENDINGS and os.path.isfile(os.path.join(place, name)):
+                yield Path(place, name)
 
 
-def _ending(path: Path) -> str:
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix
+def _ending(name: str) -> str:
+    return os.path.splitext(name.lower().removesuffix(".gz"))[1]
 
 
 def _fixed_part(pattern: Path) -> Path:
@@ -90,7 +94,7 @@ def file_format(path: Path, source: Source) -> Format:
     """
     if source.format != "auto":
         return source.format
-    ending = _ending(path)
+    ending = _ending(path.name)
     if ending not in ENDINGS:
         raise UserError(f'{path}: the ending {ending!r} tells no format; set format = "csv", "jsonl" or "parquet"')
     return ENDINGS[ending]
@@ -98,7 +102,7 @@ def file_format(path: Path, source: Source) -> Format:
 
 def separator_of(path: Path, source: Source) -> str:
     """The separator stated by the source, else a tab for `.tsv` and a comma for the rest."""
-    return source.separator or ("\t" if _ending(path) == ".tsv" else ",")
+    return source.separator or ("\t" if _ending(path.name) == ".tsv" else ",")
 
 
 def decoded(path: Path, encoding: Literal["utf8", "latin1"], lossy: bool) -> Path | io.BytesIO:
@@ -121,5 +125,13 @@ def is_invalid_text(error: BaseException) -> bool:
 
 def shown(paths: list[Path]) -> dict[Path, str]:
     """Each path relative to the deepest folder that holds them all: what manifests and rejects call the file."""
-    base = Path(os.path.commonpath([path.resolve().parent for path in paths])) if paths else Path()
-    return {path: path.resolve().relative_to(base).as_posix() for path in paths}
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in paths}}
+    real = {path: _real(path, folders) for path in paths}
+    base = os.path.commonpath([os.path.dirname(place) for place in real.values()]) if paths else ""
+    return {path: place.removeprefix(base).lstrip("/") for path, place in real.items()}
+
+
+def _real(path: Path, folders: Mapping[str, str]) -> str:
+    """Where a file lies; `folders` tells of each folder, so that the hundreds in one are not looked up each."""
+    folder, name = os.path.split(path)
+    return os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[folder], name)

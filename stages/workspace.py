@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from stages.errors import UserError
+from stages.json_text import indented
 from stages.shapes import shaped
 
 SCHEMA = 1
@@ -93,15 +94,15 @@ class Workspace:
 
     def stage_file(self, index: int) -> Path:
         """The events of one stage."""
-        return _place(self.root, f"stages/stage={index:02d}/events.parquet")
+        return _place(str(self.root), f"stages/stage={index:02d}/events.parquet")
 
     def checkpoint(self, key: str) -> Path:
         """The folder of the checkpoint of that name."""
-        return _place(self.root, f"runs/checkpoints/{key}")
+        return _place(str(self.root), f"runs/checkpoints/{key}")
 
     def file(self, path: str) -> Path:
         """What a manifest names by its path relative to the root."""
-        return _place(self.root, path)
+        return _place(str(self.root), path)
 
     def create(self) -> None:
         """Make the folder, for its user alone.
@@ -170,9 +171,9 @@ class Workspace:
 
 
 @lru_cache(maxsize=1 << 14)
-def _place(root: Path, below: str) -> Path:
+def _place(root: str, below: str) -> Path:
     """One object a place: a long life looks at each stage's file hundreds of times, and making a path takes longer."""
-    return root / below
+    return Path(root, below)
 
 
 def temporary_beside(path: Path) -> Path:
@@ -201,12 +202,18 @@ FOREIGN = ("mlartifacts", "prefect")
 def left_overs(root: Path) -> list[Path]:
     """What killed processes left below `root`, in the order of names; nothing inside another left-over."""
     found: list[Path] = []
-    for place, folders, files in os.walk(root):
-        here = Path(place)
-        dead = [name for name in (*folders, *files) if name.startswith(".tmp-") and is_left_over(here / name)]
-        found += [here / name for name in dead]
-        passed_over = {*dead, *(FOREIGN if here == root else ())}
-        folders[:] = [name for name in folders if name not in passed_over]
+    ahead = [str(root)]
+    while ahead:
+        place = ahead.pop()
+        try:
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if entry.name.startswith(".tmp-") and is_left_over(Path(entry)):
+                        found.append(Path(entry))
+                    elif entry.is_dir(follow_symlinks=False) and not (place == str(root) and entry.name in FOREIGN):
+                        ahead.append(entry.path)
+        except OSError:  # it went meanwhile, or is not ours to read
+            continue
     return sorted(found)
 
 
@@ -247,7 +254,7 @@ def write_json(path: Path, value: Any, seal: bool = False) -> None:
     if seal:
         value = {**value, SEAL: digest_of(json.loads(json.dumps(value, allow_nan=False)))}
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(indented(value) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
