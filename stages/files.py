@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
@@ -57,7 +58,8 @@ def source_files(pattern: str) -> list[File]:
         base = _fixed_part(path)
     if not found:
         raise UserError(f"{path}: no such file, and nothing matches; check the path (docs/data.md has the layout)")
-    return [File(each, _partitions(each.relative_to(base))) for each in sorted(found)]
+    partitions = {folder: _partitions(Path(folder).relative_to(base)) for folder in {os.path.dirname(p) for p in found}}
+    return [File(each, partitions[os.path.dirname(each)]) for each in sorted(found, key=attrgetter("parts"))]
 
 
 def _data_below(folder: Path) -> Iterator[Path]:
@@ -81,8 +83,8 @@ def _fixed_part(pattern: Path) -> Path:
     return Path(*parts) if parts else Path()
 
 
-def _partitions(relative: Path) -> dict[str, str | None]:
-    pairs = (part.split("=", 1) for part in relative.parent.parts if "=" in part)
+def _partitions(folder: Path) -> dict[str, str | None]:
+    pairs = (part.split("=", 1) for part in folder.parts if "=" in part)
     return {name: None if value == HIVE_NULL else unquote(value) for name, value in pairs}
 
 

@@ -195,6 +195,8 @@ def is_left_over(path: Path) -> bool:
     return False
 
 
+_plain: dict[Path, Stamp] = {}
+"""By folder that held neither folders nor temporary files: what it was then. A file that comes is seen in its stamp."""
 FOREIGN = ("mlartifacts", "prefect")
 """Folders of a workspace that MLflow and Prefect alone write to, and that grow with every run."""
 
@@ -202,18 +204,25 @@ FOREIGN = ("mlartifacts", "prefect")
 def left_overs(root: Path) -> list[Path]:
     """What killed processes left below `root`, in the order of names; nothing inside another left-over."""
     found: list[Path] = []
-    ahead = [str(root)]
+    ahead = [root]
     while ahead:
         place = ahead.pop()
         try:
+            own = stamp_of(place)
+            if _plain.get(place) == own:
+                continue
             with os.scandir(place) as entries:
-                for entry in entries:
-                    if entry.name.startswith(".tmp-") and is_left_over(Path(entry)):
-                        found.append(Path(entry))
-                    elif entry.is_dir(follow_symlinks=False) and not (place == str(root) and entry.name in FOREIGN):
-                        ahead.append(entry.path)
+                there = list(entries)
         except OSError:  # it went meanwhile, or is not ours to read
             continue
+        temporary = [entry for entry in there if entry.name.startswith(".tmp-")]
+        dead = [entry.name for entry in temporary if is_left_over(Path(entry))]
+        passed_over = {*dead, *(FOREIGN if place == root else ())}
+        folders = [entry for entry in there if entry.is_dir(follow_symlinks=False)]
+        found += [place / name for name in dead]
+        ahead += [_place(str(place), entry.name) for entry in folders if entry.name not in passed_over]
+        if not temporary and not folders and is_settled(own):
+            _plain[place] = own
     return sorted(found)
 
 
@@ -338,6 +347,9 @@ def _once(known: dict[Path, tuple[Stamp, T]], path: Path, make: Callable[[Path],
 def remember_in(table: dict[Path, Any]) -> None:
     """Let `forget` take entries off a table of what this process knows of files."""
     _remembered.append(table)
+
+
+remember_in(_plain)
 
 
 def forget(folder: Path) -> None:
