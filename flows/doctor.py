@@ -14,7 +14,8 @@ from typing import Literal
 
 from flows import machine
 from stages.errors import UserError
-from stages.workspace import Workspace, left_overs
+from stages.left_overs import left_overs
+from stages.workspace import Workspace
 
 LEAST_DISK = 2 * 2**30
 LEAST_MEMORY = 4 * 2**30

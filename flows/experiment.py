@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ def remember_trained(workspace: Workspace, checkpoint: Checkpoint) -> None:
     new = Trained(checkpoint.job, checkpoint.key)
     if new not in known:
         models = [found for found in known if found.job != new.job] + [new]
-        write_json(stored, [{**asdict(found.job), "key": found.key} for found in models])
+        write_json(stored, [{**vars(found.job), "key": found.key} for found in models])
 
 
 def trained_models(workspace: Workspace) -> list[Trained]:
@@ -207,8 +207,13 @@ def trained_models(workspace: Workspace) -> list[Trained]:
     stored = trained_file(workspace)
     found = read_json(stored) if stored.exists() else []
     wrong = "not a list of trained models", "remove it and run the command again that trained them"
-    rows = shaped(list[dict[str, Any]], found, stored, *wrong)
-    return [Trained(shaped(Job, row, stored, *wrong), row.get("key")) for row in rows]
+    rows = shaped(list[_Row], found, stored, *wrong)
+    return [Trained(Job(row.method, row.seed, row.protocol, row.stage), row.key) for row in rows]
+
+
+@dataclass(frozen=True)
+class _Row(Job):
+    key: str | None = None
 
 
 def trained_jobs(workspace: Workspace) -> list[Job]:

@@ -23,8 +23,9 @@ from flows.terminal import watcher
 from stages.config import load_config
 from stages.errors import UserError
 from stages.jobs import BASELINES, SEARCH_BASELINES, Checkpoint, Evaluation, Job, Pin
+from stages.stage_files import stage_rows
 from stages.stored import tensors_of
-from stages.workspace import Workspace, read_json
+from stages.workspace import Workspace, read_json_once
 
 if TYPE_CHECKING:
     from stages.append import Intake
@@ -169,8 +170,7 @@ def rematch(plan: Plan, checkpoint: Checkpoint) -> Match | None:
             return None
         if _was_decided(plan, checkpoint.key, tensors_of(plan.workspace.checkpoints / checkpoint.key)):
             return None
-    stages = read_json(plan.workspace.stages / "manifest.json")["stages"]
-    return _match(plan, len(stages) - 1, checkpoint.job, present, anew=True)
+    return _match(plan, len(stage_rows(plan.workspace)) - 1, checkpoint.job, present, anew=True)
 
 
 def _is_known(plan: Plan, method: str) -> bool:
@@ -191,7 +191,7 @@ def _was_decided(plan: Plan, key: str, tensors: str | None = None) -> bool:
 
 def _standing(plan: Plan) -> Champion | None:
     """Who answers now: the champion, or the newest one before it that is intact."""
-    found = champion.predecessors(plan.workspace, champion.decided(plan.workspace))
+    found = champion.succession(plan.workspace, champion.decided(plan.workspace))
     return next((one for one in found if champion.fault_of(plan.config, plan.workspace, one) is None), None)
 
 
@@ -238,7 +238,7 @@ def _due(plan: Plan, seen: int, closed: Sequence[int] = ()) -> list[tuple[int, J
     ahead, lineage = _ahead(plan), _lineage(plan)
     lines, ruled = read_history(plan.workspace)[0], ("first", "promoted", "kept")
     decided = {line["stage"] for line in lines if line["decision"] in ruled and not line.get("anew")}
-    rows = read_json(plan.workspace.stages / "manifest.json").get("appended", [])
+    rows = read_json_once(plan.workspace.stages / "manifest.json").get("appended", [])
     appended = list(dict.fromkeys([*(row["index"] for row in rows), *closed]))
     open_ones = [index for index in appended if index not in decided and index - ahead > seen]
     return [(index, lineage.at(index - ahead)) for index in open_ones]
@@ -264,8 +264,7 @@ def _match(plan: Plan, stage: int, challenger: Job, present: Champion | None, an
 
 def _first(plan: Plan, closed: Sequence[int] = ()) -> Match | None:
     """A champion to begin with: the best method of the last report, or the configured one trained up to here."""
-    cut = len(read_json(plan.workspace.stages / "manifest.json")["stages"])
-    last, ahead = max([cut - 1, *closed]), _ahead(plan)
+    last, ahead = max([len(stage_rows(plan.workspace)) - 1, *closed]), _ahead(plan)
     trained = [job for job in trained_jobs(plan.workspace) if job.protocol == plan.config.retrain.protocol]
     if trained:
         best = favourite(plan.workspace.root, plan.config.retrain.gate.objective)

@@ -15,7 +15,8 @@ from flows.workers import fitting
 from stages.backbone_shape import check_methods
 from stages.config import load_config
 from stages.jobs import Checkpoint, Evaluation, Job, Pin
-from stages.workspace import Workspace, read_json, sweep, write_json
+from stages.left_overs import sweep
+from stages.workspace import Workspace, read_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -31,7 +31,7 @@ from stages.items import coded_items, coded_stages
 from stages.packing import encoded, encoded_all
 from stages.reading import Incoming, read_events, read_items
 from stages.split import Stage, described, digest_of_stages, load_stages
-from stages.stage_files import COLUMNS, first_met, read_stages, write_stage
+from stages.stage_files import COLUMNS, first_met, read_stages, stage_rows, write_stage
 from stages.waiting import Waiting, in_order, load_waiting, set_aside, store_waiting, with_reason, without
 from stages.workspace import Workspace, make_folder, need_space, read_json, sync_folder, write_json
 
@@ -256,8 +256,7 @@ def _look(
 
 def _committed_rows(workspace: Workspace, columns: tuple[str, ...]) -> pl.DataFrame:
     """Rows of all committed stages."""
-    manifest = read_json(workspace.stages / "manifest.json")
-    return read_stages(workspace, len(manifest["stages"]), columns).drop("stage")
+    return read_stages(workspace, range(len(stage_rows(workspace))), columns).drop("stage")
 
 
 def _by_policy(config: Config, look: _Look) -> tuple[pl.DataFrame, Waiting, pl.DataFrame]:
@@ -317,7 +316,7 @@ def _commit(
     users, items = encoded_all([staged["user_id"], staged["item_id"]])
     met, found = (first_met(column.present(starts)) for column in (users, items))
     stages = described(starts, met, found, digests, spans)
-    manifest |= {"digest": digest_of_stages(stages), "stages": [asdict(stage) for stage in stages]}
+    manifest |= {"digest": digest_of_stages(stages), "stages": [dict(vars(stage)) for stage in stages]}
     # From here on the commit is decided: `finish_commit` ends it after a kill.
     write_json(workspace.stages / "next.json", manifest, seal=True)
     finish_commit(workspace)
@@ -333,8 +332,8 @@ def _stage_rows(workspace: Workspace, index: int) -> pl.DataFrame:
 
 def _staged(workspace: Workspace, count: int, changed: dict[int, pl.DataFrame]) -> tuple[list[int], pl.DataFrame]:
     """First row of each stage and the number of rows; user_id and item_id of every row, stage by stage."""
-    columns, committed = COLUMNS[:2], len(read_json(workspace.stages / "manifest.json")["stages"])
-    kept = read_stages(workspace, committed, columns).filter(~pl.col("stage").is_in(list(changed)))
+    columns, committed = COLUMNS[:2], len(stage_rows(workspace))
+    kept = read_stages(workspace, range(committed), columns).filter(~pl.col("stage").is_in(list(changed)))
     fresh = (rows.select(*columns, stage=pl.lit(index, pl.Int64)) for index, rows in changed.items())
     frame = pl.concat([kept, *fresh]).sort("stage", maintain_order=True)
     heights = np.bincount(frame["stage"].to_numpy(), minlength=count)
@@ -342,7 +341,11 @@ def _staged(workspace: Workspace, count: int, changed: dict[int, pl.DataFrame]) 
 
 
 def _ready(workspace: Workspace, index: int) -> Path:
-    return workspace.stages / ".next" / f"stage={index:02d}.parquet"
+    return workspace.stages / ".next" / _ready_name(index)
+
+
+def _ready_name(index: int) -> str:
+    return f"stage={index:02d}.parquet"
 
 
 def finish_commit(workspace: Workspace) -> None:
@@ -350,14 +353,15 @@ def finish_commit(workspace: Workspace) -> None:
     decided = workspace.stages / "next.json"
     if decided.is_file():
         manifest: dict[str, Any] = read_json(decided)
+        ready = {path.name: path for path in _ready(workspace, 0).parent.glob("stage=*.parquet")}
         for row in manifest["stages"]:
-            source, target = _ready(workspace, row["index"]), workspace.stage_file(row["index"])
-            if source.is_file():
+            target = workspace.stage_file(row["index"])
+            if (source := ready.get(_ready_name(row["index"]))) is not None:
                 make_folder(target.parent)
                 os.replace(source, target)
                 sync_folder(target.parent)
-        write_json(workspace.stages / "manifest.json", manifest, seal=True)
-        decided.unlink()
+        os.replace(decided, workspace.stages / "manifest.json")
+        sync_folder(workspace.stages)
     shutil.rmtree(workspace.stages / ".next", ignore_errors=True)
 
 
@@ -384,7 +388,7 @@ def grow_catalogue(config: Config, workspace: Workspace) -> int:
     """
     if not config.catalogue.sources or not (workspace.catalogue / "manifest.json").is_file():
         return 0
-    digests = [row["digest"] for row in read_json(workspace.stages / "manifest.json")["stages"]]
+    digests = [row["digest"] for row in stage_rows(workspace)]
     if coded_stages(workspace) == digests or mend_item_table(config, workspace) is None:
         return 0
     stored = read_item_table(workspace)

@@ -34,7 +34,7 @@ from stages.workspace import (
     read_json,
     remember_in,
     sha256_file,
-    stamp_of,
+    stamp_if_there,
     sync_folder,
     temporary_beside,
 )
@@ -190,7 +190,6 @@ def fault_of(folder: Path) -> str | None:
     return f"altered: {', '.join(wrong)}" if wrong else None
 
 
-@at_files()
 def tensors_digest(folder: Path) -> str:
     """SHA-256 over the digests of a checkpoint's tensor files: what a later stage trains from.
 
@@ -200,20 +199,24 @@ def tensors_digest(folder: Path) -> str:
     Raises:
         UserError: no readable manifest.
     """
-    path = folder / MANIFEST
-    stamp = stamp_of(path) if path.exists() else None
-    known = _tensors.get(path)
+    stamp = stamp_if_there(f"{folder}/{MANIFEST}")
+    known = _tensors.get(folder)
     if known is not None and known[0] == stamp:
         return known[1]
-    rows = read_json(path)["files"]
-    digest = digest_of({row["name"]: row["sha256"] for row in rows if row["name"].endswith(".safetensors")})
+    digest = _tensors_named(folder)
     if stamp is not None and is_settled(stamp):
-        _tensors[path] = stamp, digest
+        _tensors[folder] = stamp, digest
     return digest
 
 
+@at_files()
+def _tensors_named(folder: Path) -> str:
+    rows = read_json(folder / MANIFEST)["files"]
+    return digest_of({row["name"]: row["sha256"] for row in rows if row["name"].endswith(".safetensors")})
+
+
 _tensors: dict[Path, tuple[Stamp, str]] = {}
-"""By manifest: what `tensors_digest` gave while the file was this one."""
+"""By folder: what `tensors_digest` gave while its manifest was this one."""
 remember_in(_tensors)
 
 

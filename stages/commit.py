@@ -52,7 +52,7 @@ def lineage_jobs(config: Config, job: Job) -> list[Job]:
     first = replace(job, method=FIRST, stage=0)
     if job.method == FIRST or method_of(config, job.method).data == "none":
         return [first]
-    return [first, *(replace(job, stage=stage) for stage in range(1, job.stage + 1))]
+    return [first, *(Job(job.method, job.seed, job.protocol, stage) for stage in range(1, job.stage + 1))]
 
 
 def commit_key(config: Config, dataset: Dataset, job: Job) -> str:
@@ -157,7 +157,7 @@ def checkpoint_folders(config: Config, workspace: Workspace, dataset: Dataset, j
 def folders_of(config: Config, workspace: Workspace, job: Job, chain: Sequence[Link]) -> list[Path]:
     """`checkpoint_folders` where the lineage's `links` are known."""
     return [
-        workspace.checkpoints / f"{part.protocol}-{part.method}-seed{part.seed}-stage{part.stage:02d}-{link.key[:16]}"
+        workspace.checkpoint(f"{part.protocol}-{part.method}-seed{part.seed}-stage{part.stage:02d}-{link.key[:16]}")
         for part, link in zip(lineage_jobs(config, job), chain, strict=True)
     ]
 

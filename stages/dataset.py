@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,16 @@ from stages.file_time import at_files
 from stages.interactions import Catalogue, Interactions, load_catalogue, load_interactions
 from stages.search_config import Objective
 from stages.stage_files import stage_files
-from stages.workspace import Stamp, Workspace, digest_of, is_settled, read_json, sha256_once, stamp_of
+from stages.workspace import (
+    Stamp,
+    Workspace,
+    digest_of,
+    is_settled,
+    read_json,
+    read_json_once,
+    sha256_once,
+    stamp_if_there,
+)
 
 
 @dataclass(frozen=True)
@@ -81,16 +91,18 @@ def load_dataset(config: Config, workspace: Workspace, answering: bool = False) 
 
 
 def _loaded(config: Config, workspace: Workspace) -> Dataset:
-    stages, catalogue = workspace.stages / "manifest.json", workspace.catalogue / "manifest.json"
-    # Looked at before anything is read, so that a write meanwhile shows at the next call.
-    manifests = _stamps(stages, catalogue)
-    manifest = read_json(stages)
-    rows, named = manifest["stages"], stage_files(workspace, manifest)
-    stamps = manifests + _stamps(*named, workspace.catalogue / "items.parquet")
     wish = (workspace.root.resolve(), config.evaluation.baskets, config.search.objectives)
     last = _last[0] if _last and _last[0].wish == wish else None
-    if last is not None and last.stamps == stamps:
+    # The manifests say which files there are: where all of the last call are as they were then, so is the whole.
+    if last is not None and last.stamps is not None and _stamps(last.files) == last.stamps:
         return last.dataset
+    stages, catalogue = workspace.stages / "manifest.json", workspace.catalogue / "manifest.json"
+    # Looked at before anything is read, so that a write meanwhile shows at the next call.
+    manifests = _stamps((stages, catalogue))
+    manifest = read_json_once(stages)
+    rows, named = manifest["stages"], stage_files(workspace, manifest)
+    files = (*named, workspace.catalogue / "items.parquet")
+    stamps = manifests + _stamps(files)
     items = read_json(catalogue)
     named[workspace.catalogue / "items.parquet"] = items["digest"]
     content = digest_of([items, rows, [_checked(path, digest) for path, digest in named.items()]])
@@ -100,7 +112,8 @@ def _loaded(config: Config, workspace: Workspace) -> Dataset:
         _last.clear()  # one copy at a time
         events = load_interactions(workspace, config.evaluation.baskets, config.search.objectives)
         dataset = Dataset(events, load_catalogue(workspace), tuple(row["digest"] for row in rows))
-    _last[:] = [_Parsed(wish, stamps if is_settled(*stamps) else None, content, dataset)]
+    settled = is_settled(*(stamp for stamp in stamps if stamp is not None))
+    _last[:] = [_Parsed(wish, (stages, catalogue, *files), stamps if settled else None, content, dataset)]
     return dataset
 
 
@@ -110,13 +123,15 @@ class _Parsed:
 
     Attributes:
         wish: whose files it read, and how.
+        files: those: both manifests, and what they name.
         stamps: of those files; None where a later write need not show in them.
         content: names their bytes.
         dataset: what it gave; nobody writes to it.
     """
 
     wish: tuple[Path, bool, tuple[Objective, ...] | None]
-    stamps: tuple[Stamp, ...] | None
+    files: tuple[Path, ...]
+    stamps: tuple[Stamp | None, ...] | None
     content: str
     dataset: Dataset
 
@@ -125,9 +140,9 @@ _last: list[_Parsed] = []
 """At most one."""
 
 
-def _stamps(*paths: Path) -> tuple[Stamp, ...]:
-    """Of the files that are there; a missing one is told of when it is read."""
-    return tuple(stamp_of(path) for path in paths if path.exists())
+def _stamps(paths: Sequence[Path]) -> tuple[Stamp | None, ...]:
+    """Of each file; a missing one, which has none, is told of when it is read."""
+    return tuple(map(stamp_if_there, paths))
 
 
 def _checked(path: Path, digest: str | None) -> str:

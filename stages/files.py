@@ -6,7 +6,9 @@ import glob
 import gzip
 import io
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
@@ -25,6 +27,7 @@ ENDINGS: dict[str, Format] = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
+HIDDEN = (".", "_")
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -50,7 +53,8 @@ def source_files(pattern: str) -> list[File]:
     found, base = _below(path)
     if not found:
         raise UserError(f"{path}: no such file, and nothing matches; check the path (docs/data.md has the layout)")
-    return [File(each, _partitions(each.relative_to(base))) for each in sorted(found)]
+    partitions = {folder: _partitions(Path(folder).relative_to(base)) for folder in {os.path.dirname(p) for p in found}}
+    return [File(each, partitions[os.path.dirname(each)]) for each in sorted(found, key=attrgetter("parts"))]
 
 
 def is_emptied(pattern: str) -> bool:
@@ -66,18 +70,20 @@ def is_emptied(pattern: str) -> bool:
 def _below(path: Path) -> tuple[list[Path], Path]:
     """The files of a folder or glob, and its fixed part."""
     if path.is_dir():
-        return [each for each in path.rglob("*") if each.is_file() and _is_data(each.relative_to(path))], path
+        return list(_data_below(path)), path
     return [Path(each) for each in glob.glob(str(path), recursive=True) if Path(each).is_file()], _fixed_part(path)
 
 
-def _is_data(relative: Path) -> bool:
-    hidden = any(part.startswith((".", "_")) for part in relative.parts)
-    return not hidden and _ending(relative) in ENDINGS
+def _data_below(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        for name in names:
+            if not name.startswith(HIDDEN) and _ending(name) in ENDINGS and os.path.isfile(os.path.join(place, name)):
+                yield Path(place, name)
 
 
-def _ending(path: Path) -> str:
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix
+def _ending(name: str) -> str:
+    return os.path.splitext(name.lower().removesuffix(".gz"))[1]
 
 
 def _fixed_part(pattern: Path) -> Path:
@@ -89,8 +95,8 @@ def _fixed_part(pattern: Path) -> Path:
     return Path(*parts) if parts else Path()
 
 
-def _partitions(relative: Path) -> dict[str, str | None]:
-    pairs = (part.split("=", 1) for part in relative.parent.parts if "=" in part)
+def _partitions(folder: Path) -> dict[str, str | None]:
+    pairs = (part.split("=", 1) for part in folder.parts if "=" in part)
     return {name: None if value == HIVE_NULL else unquote(value) for name, value in pairs}
 
 
@@ -102,7 +108,7 @@ def file_format(path: Path, source: Source) -> Format:
     """
     if source.format != "auto":
         return source.format
-    ending = _ending(path)
+    ending = _ending(path.name)
     if ending not in ENDINGS:
         raise UserError(f'{path}: the ending {ending!r} tells no format; set format = "csv", "jsonl" or "parquet"')
     return ENDINGS[ending]
@@ -110,7 +116,7 @@ def file_format(path: Path, source: Source) -> Format:
 
 def separator_of(path: Path, source: Source) -> str:
     """The separator stated by the source, else a tab for `.tsv` and a comma for the rest."""
-    return source.separator or ("\t" if _ending(path) == ".tsv" else ",")
+    return source.separator or ("\t" if _ending(path.name) == ".tsv" else ",")
 
 
 def decoded(path: Path, encoding: Literal["utf8", "latin1"], lossy: bool) -> Path | io.BytesIO:
@@ -133,5 +139,13 @@ def is_invalid_text(error: BaseException) -> bool:
 
 def shown(paths: list[Path]) -> dict[Path, str]:
     """Each path relative to the deepest folder that holds them all: what manifests and rejects call the file."""
-    base = Path(os.path.commonpath([path.resolve().parent for path in paths])) if paths else Path()
-    return {path: path.resolve().relative_to(base).as_posix() for path in paths}
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in paths}}
+    real = {path: _real(path, folders) for path in paths}
+    base = os.path.commonpath([os.path.dirname(place) for place in real.values()]) if paths else ""
+    return {path: place.removeprefix(base).lstrip("/") for path, place in real.items()}
+
+
+def _real(path: Path, folders: Mapping[str, str]) -> str:
+    """Where a file lies; `folders` tells of each folder, so that the hundreds in one are not looked up each."""
+    folder, name = os.path.split(path)
+    return os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[folder], name)

@@ -21,8 +21,8 @@ import polars as pl
 
 from stages.errors import UserError
 from stages.search_config import OBJECTIVES, Objective
-from stages.stage_files import COLUMNS, read_stages
-from stages.workspace import Workspace, read_json
+from stages.stage_files import COLUMNS, read_stages, stage_rows
+from stages.workspace import Workspace, read_json, sha256_if_there
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -170,10 +170,10 @@ def load_interactions(
     Raises:
         UserError: an objective of which the log has no event.
     """
-    count = len(read_json(workspace.stages / "manifest.json")["stages"])
+    count = len(stage_rows(workspace))
     numbers = pl.read_parquet(workspace.catalogue / "items.parquet", columns=["item_id"]).with_row_index("item")
     kinds = used_objectives(workspace, objectives)
-    frame = _in_order(read_stages(workspace, count, _columns(kinds)), kinds)
+    frame = _in_order(read_stages(workspace, range(count), _columns(kinds)), kinds)
     # A stage's events come sorted by user and time; the stable sort keeps that order within a user and stage.
     frame = frame.join(numbers, on="item_id", how="left", maintain_order="left").sort("user_id", maintain_order=True)
     uncoded = frame["item"].null_count()
@@ -199,8 +199,7 @@ def used_objectives(workspace: Workspace, wanted: Collection[Objective] | None) 
     Raises:
         UserError: an objective of which the log has no event.
     """
-    count = len(read_json(workspace.stages / "manifest.json")["stages"])
-    there = set(read_stages(workspace, count, ["event"])["event"].unique())
+    there = _kinds_of_events(workspace)
     if missing := sorted(set(wanted or ()) - there):
         raise UserError(
             f"search.objectives names {missing[0]}, but the log has no {missing[0]} event; remove it there, "
@@ -208,6 +207,24 @@ def used_objectives(workspace: Workspace, wanted: Collection[Objective] | None) 
         )
     used: tuple[Objective, ...] = tuple(name for name in OBJECTIVES if name in (wanted or there))
     return used or ("recommendation",)
+
+
+def _kinds_of_events(workspace: Workspace) -> set[str]:
+    """The kinds of events in all stages; each stage's rows are looked through once in this process."""
+    rows = stage_rows(workspace)
+    there = {row["digest"]: _kinds[row["digest"]] for row in rows if row["digest"] in _kinds}
+    if fresh := [(index, row) for index, row in enumerate(rows) if row["digest"] not in there]:
+        events = read_stages(workspace, [index for index, _ in fresh], ["event"])
+        found = dict(events.group_by("stage").agg(pl.col("event").unique()).iter_rows())
+        there |= {row["digest"]: frozenset(found.get(index, ())) for index, row in fresh}
+        # Nothing is remembered of a file that is not the one that was written.
+        sound = (row for index, row in fresh if sha256_if_there(workspace.stage_file(index)) == row.get("sha256", ""))
+        _kinds.update((row["digest"], there[row["digest"]]) for row in sound)
+    return set().union(*there.values())
+
+
+_kinds: dict[str, frozenset[str]] = {}
+"""By digest of a stage's content: the kinds of its events."""
 
 
 def _query_numbers(frame: pl.DataFrame) -> tuple[IntArray, tuple[str, ...]]:

@@ -26,8 +26,19 @@ from stages.errors import UserError
 from stages.interactions import coding_order
 from stages.item_table import is_mended, mend_item_table, read_item_table
 from stages.item_vectors import fit_coder, load_coder, stage_vectors
-from stages.stage_files import read_stages
-from stages.workspace import SCHEMA, Workspace, digest_of, read_json, replacing, sha256_file, sync_folder, write_json
+from stages.stage_files import read_stages, stage_rows
+from stages.workspace import (
+    SCHEMA,
+    Workspace,
+    digest_of,
+    read_json,
+    read_json_once,
+    replacing,
+    sha256_file,
+    sha256_if_there,
+    sync_folder,
+    write_json,
+)
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 Progress: TypeAlias = Callable[[str], None]
@@ -75,7 +86,7 @@ def build_semantic_ids(config: Config, workspace: Workspace, progress: Progress 
         UserError: a stage file is missing or damaged, the IDs have no room, a shipped index lacks an item, or the item
             table is damaged and gone from the sources.
     """
-    stages = read_json(workspace.stages / "manifest.json")
+    stages = read_json_once(workspace.stages / "manifest.json")
     _check_stage_files(workspace, stages)
     settle_codes(workspace)
     digests, ends = ([stage[key] for stage in stages["stages"]] for key in ("digest", "end"))
@@ -85,8 +96,10 @@ def build_semantic_ids(config: Config, workspace: Workspace, progress: Progress 
     if earlier is not None and earlier["inputs"] == inputs:
         return _report(earlier, reused=True)
     raw = read_item_table(workspace)
-    items = _with_text(_first_stages(workspace, len(digests)), raw, stages)
     kept = _kept(config, workspace, earlier, inputs, grown="appended" in stages)
+    before = [] if kept is None or earlier is None else earlier["inputs"]["stages"]
+    same = kept if digests[: len(before)] == before else None
+    items = _with_text(_first_stages(workspace, len(digests), same, len(before)), raw, stages)
     if config.items.index == "shipped":
         frame, facts = _shipped(config, items)
     else:
@@ -119,7 +132,7 @@ def _digest_if_there(path: Path) -> str | None:
 def _check_stage_files(workspace: Workspace, stages: Mapping[str, Any]) -> None:
     for stage in stages["stages"]:
         path = workspace.stage_file(stage["index"])
-        if _digest_if_there(path) != stage["sha256"]:
+        if sha256_if_there(path) != stage["sha256"]:
             raise UserError(f"{path}: missing, or not the file that stages/manifest.json names; split the log again")
 
 
@@ -136,7 +149,7 @@ def _intact(workspace: Workspace, progress: Progress) -> dict[str, Any] | None:
     if manifest.get("schema") != SCHEMA:
         raise UserError(f"{path}: schema {manifest.get('schema')!r}, not {SCHEMA}; choose another workspace")
     files = {"items.parquet": manifest["digest"], **manifest["files"]}
-    whole = all(_digest_if_there(workspace.catalogue / name) == digest for name, digest in files.items())
+    whole = all(sha256_if_there(workspace.catalogue / name) == digest for name, digest in files.items())
     if not whole:
         progress(f"{path.parent}: files differ from their manifest; building them anew")
     return manifest if whole else None
@@ -155,9 +168,10 @@ def coded_items(workspace: Workspace) -> pl.DataFrame:
     path, before = workspace.catalogue / "items.parquet", coded_stages(workspace)
     if before and _digest_if_there(path) == read_json(workspace.catalogue / "manifest.json")["digest"]:
         return pl.read_parquet(path, columns=["item_id"])
-    rows = read_json(workspace.stages / "manifest.json")["stages"]
+    rows = stage_rows(workspace)
     same = [place for place, (row, digest) in enumerate(zip(rows, before, strict=False)) if row["digest"] == digest]
-    return read_stages(workspace, len(rows), ["item_id"]).filter(pl.col("stage").is_in(same)).select("item_id").unique()
+    met = read_stages(workspace, range(len(rows)), ["item_id"]).filter(pl.col("stage").is_in(same))
+    return met.select("item_id").unique()
 
 
 def _kept(
@@ -194,9 +208,20 @@ def _in_order(frame: pl.DataFrame, kept: pl.DataFrame | None) -> pl.DataFrame:
     return frame.with_columns(coded=pl.when(fresh).then(start - 1 + fresh.cum_sum().cast(pl.Int64)).otherwise("coded"))
 
 
-def _first_stages(workspace: Workspace, count: int) -> pl.DataFrame:
-    """item_id and first_stage, in the order of item numbers."""
-    rows = read_stages(workspace, count, ["item_id"]) if count else pl.DataFrame({"stage": []})
+def _first_stages(workspace: Workspace, count: int, kept: pl.DataFrame | None, before: int) -> pl.DataFrame:
+    """item_id and first_stage, in the order of item numbers; only stages that are new to `kept` are read.
+
+    Args:
+        workspace: with `count` stages.
+        count: how many.
+        kept: rows of an earlier build of the first `before` of them, as they are now.
+        before: how many that was.
+    """
+    rows = pl.DataFrame(schema={"item_id": pl.String, "stage": pl.Int64})
+    if kept is not None:
+        rows = kept.select("item_id", stage=pl.col("first_stage").cast(pl.Int64))
+    if fresh := range(0 if kept is None else before, count):
+        rows = pl.concat([rows, read_stages(workspace, fresh, ["item_id"])])
     if rows["stage"].min() != 0:
         raise UserError("stage 0 has no events, so there is nothing to fit item vectors on; move the first boundary")
     return rows.group_by("item_id").agg(first_stage=pl.col("stage").min()).sort("first_stage", "item_id")

@@ -7,24 +7,28 @@ another process reads and hashes everything anew.
 
 from __future__ import annotations
 
-import os
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 from stages.checkpoint import fault_of, other_inputs, stale_parent, tensors_digest
 from stages.commit import Link
-from stages.workspace import Stamp, digest_of, is_settled, read_json, remember_in, stamp_of
+from stages.workspace import Stamp, is_settled, read_json, remember_in, stamp_if_there, stamp_of
 
-Stamps: TypeAlias = tuple[tuple[str, Stamp], ...]
+Stamps: TypeAlias = tuple[Stamp, ...]
+"""Of a folder, whose own shows that a file came or went, and of every file in it, in the order of their names."""
 LEFT_OUT = "left_out.json"
 """Beside an exported model's checkpoints: the digest of the tensors of those that it does not read, by name."""
 _good: dict[Path, tuple[Stamps, str, str]] = {}
 """By folder: its files, its key, and the digest of its parents, when it was found good."""
 _whole: dict[Path, Stamps] = {}
 """By folder: its files when they were as its manifest says."""
+_listed: dict[Path, tuple[Stamp, tuple[str, ...]]] = {}
+"""By folder: what it was when these were the paths of its files."""
 remember_in(_good)
 remember_in(_whole)
+remember_in(_listed)
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Parents:
     def note(self, name: str, tensors: str) -> None:
         """The next checkpoint, by its name and the digest of its tensors."""
         self.tensors[name] = tensors
-        self.chain = digest_of([self.chain, name, tensors])
+        self.chain = hashlib.sha256(f"{self.chain} {name} {tensors}".encode()).hexdigest()
 
 
 def fault_in_lineage(folder: Path, link: Link, parents: Parents) -> str | None:
@@ -63,7 +67,7 @@ def fault_in_lineage(folder: Path, link: Link, parents: Parents) -> str | None:
     if stamps and _good.get(folder) == found:
         return None
     fault = fault_in_files(folder) or other_inputs(folder, link.inputs) or stale_parent(folder, parents.tensors)
-    if fault is None and is_settled(*(stamp for _, stamp in stamps)):
+    if fault is None and is_settled(*stamps):
         _good[folder] = found
     return fault
 
@@ -74,7 +78,7 @@ def fault_in_files(folder: Path) -> str | None:
     if stamps and _whole.get(folder) == stamps:
         return None
     fault = fault_of(folder)
-    if fault is None and is_settled(*(stamp for _, stamp in stamps)):
+    if fault is None and is_settled(*stamps):
         _whole[folder] = stamps
     return fault
 
@@ -86,8 +90,16 @@ def left_out(checkpoints: Path) -> dict[str, str]:
 
 
 def _stamps(folder: Path) -> Stamps:
+    """Nothing where the folder, or a file that it lists, is not there."""
+    own = stamp_if_there(folder)
+    if own is None:
+        return ()
+    known = _listed.get(folder)
+    if known is None or known[0] != own:
+        known = own, tuple(sorted(str(path) for path in folder.iterdir())) if folder.is_dir() else ()
+        if is_settled(own):
+            _listed[folder] = known
     try:
-        with os.scandir(folder) as entries:
-            return tuple(sorted((entry.name, stamp_of(entry)) for entry in entries))
-    except (FileNotFoundError, NotADirectoryError):
+        return own, *map(stamp_of, known[1])
+    except FileNotFoundError:
         return ()

@@ -19,7 +19,7 @@ from stages.long_files import raw_file
 from stages.rows import EVENT_FIELDS, INSTANT, ITEM_FIELDS, Sifted, sift_events, sift_items
 from stages.scan import KEY, raw_rows
 from stages.spool import ahead
-from stages.taken import Taken, taken
+from stages.taken import Taken, reading_of, taken
 
 ITEM_SCHEMA = {
     "item_id": pl.String(),
@@ -138,8 +138,11 @@ def event_table(
     by_key = any(source.distinct for source in config.log.sources)
     keep = keyed.append if by_key else coder.add
 
+    readings = {} if known is None else {id(source): reading_of(config, source) for source in config.log.sources}
+
     def state(source: Source, file: File) -> Taken | None:
-        return None if known is None else taken(config, source, file)
+        reading = readings.get(id(source))
+        return None if reading is None else taken(reading, file)
 
     table = _collected(config.log.sources, sift, EVENT_FIELDS, keep, progress, state, known or ())
     if not by_key:

@@ -11,7 +11,7 @@ from stages.config import Config
 from stages.dataset import Dataset
 from stages.jobs import Job
 from stages.stage_files import stage_files
-from stages.workspace import Workspace, need_space, read_json
+from stages.workspace import Workspace, need_space, read_json_once
 
 WIDTH = 4
 """Bytes of a stored weight."""
@@ -42,7 +42,7 @@ def exported_bytes(config: Config, workspace: Workspace, dataset: Dataset, job: 
     parts = lineage_jobs(config, job)
     ends = method_of(config, job.method).reads == "ends"
     read = dict.fromkeys([parts[0], parts[-1]]) if ends else parts
-    manifest = read_json(workspace.stages / "manifest.json")
+    manifest = read_json_once(workspace.stages / "manifest.json")
     files = [*stage_files(workspace, manifest), *(path for path in workspace.catalogue.iterdir() if path.is_file())]
     return sum(file.stat().st_size for file in files) + _bytes(config, dataset, read)
 

@@ -22,7 +22,16 @@ from stages.config import Config, StageConfig
 from stages.errors import UserError
 from stages.log_files import checked_manifest, coded_log
 from stages.stage_files import counted, first_met, write_run
-from stages.workspace import SCHEMA, Workspace, digest_of, need_space, read_json, sha256_once, write_json
+from stages.workspace import (
+    SCHEMA,
+    Workspace,
+    digest_of,
+    need_space,
+    read_json,
+    read_json_once,
+    sha256_if_there,
+    write_json,
+)
 
 DEFAULT_FRACTIONS = (0.6, 0.1, 0.1, 0.1, 0.1)
 MOST_STAGES = 1000
@@ -112,7 +121,7 @@ def digest_of_stages(stages: list[Stage]) -> str:
 def is_grown(workspace: Workspace) -> bool:
     """Whether stages were added to those that the log was cut into; such a workspace is never cut again."""
     path = workspace.stages / "manifest.json"
-    return path.is_file() and bool(read_json(path).get("appended"))
+    return path.is_file() and bool(read_json_once(path).get("appended"))
 
 
 def load_stages(workspace: Workspace) -> list[Stage]:
@@ -124,7 +133,7 @@ def load_stages(workspace: Workspace) -> list[Stage]:
     path = workspace.stages / "manifest.json"
     if not path.is_file():
         raise UserError(f"{path}: no stages yet; run driftrec split first")
-    manifest = read_json(path)
+    manifest = read_json_once(path)
     if manifest.get("schema") != SCHEMA:
         raise UserError(
             f"{path}: schema {manifest.get('schema')}, this version reads {SCHEMA}; run driftrec split again"
@@ -138,9 +147,8 @@ def load_stages(workspace: Workspace) -> list[Stage]:
 
 def damaged_stages(workspace: Workspace) -> list[Stage]:
     """Those whose file is missing or not the one that was written."""
-    stages = (Stage(**row) for row in read_json(workspace.stages / "manifest.json")["stages"])
-    files = ((stage, workspace.root / stage.path) for stage in stages)
-    return [stage for stage, file in files if not file.is_file() or sha256_once(file) != stage.sha256]
+    rows = read_json_once(workspace.stages / "manifest.json")["stages"]
+    return [Stage(**row) for row in rows if sha256_if_there(workspace.file(row["path"])) != row["sha256"]]
 
 
 def boundaries(times: pl.Series, rule: StageConfig) -> list[datetime]:

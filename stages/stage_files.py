@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from stages.coded import LOG_SCHEMA, NEVER, Coded, fields
 from stages.content import CHUNK, digest_and_sink, digest_and_write
 from stages.packing import Columns, Field, Layout, Ticks, by_code
 from stages.spool import height, sorted_rows
-from stages.workspace import Workspace, read_json, replacing, sha256_file, write_json
+from stages.workspace import Workspace, read_json, read_json_once, replacing, sha256_file, write_json
 
 COLUMNS = ("user_id", "item_id", "timestamp", "event", "query")
 NUMBERED = ("user", "time", "item", "event", "query")
@@ -59,37 +59,46 @@ TOGETHER = "events.parquet"
 """In the stages' folder of an exported model, in place of a file a stage: all rows, with their `stage`."""
 
 
-def read_stages(workspace: Workspace, count: int, columns: Sequence[str]) -> pl.DataFrame:
-    """Rows of the stages before `count`, one after the other, with their `stage`.
+def read_stages(workspace: Workspace, wanted: Sequence[int], columns: Sequence[str]) -> pl.DataFrame:
+    """Rows of some stages, one after the other, with their `stage`.
 
     In one read: opened one by one, hundreds of small files take longer than a stage's training.
 
     Args:
         workspace: holds the stages.
-        count: how many of them, at least one.
+        wanted: numbers of stages, rising, at least one.
         columns: wanted of each file.
     """
     together = workspace.stages / TOGETHER
     if together.exists():
-        found = pl.scan_parquet(together, glob=False).filter(pl.col("stage") < count)
+        found = pl.scan_parquet(together, glob=False).filter(pl.col("stage").is_in(list(wanted)))
         return found.select(*columns, "stage").collect()
-    files = [str(workspace.stage_file(index)) for index in range(count)]
+    files = [str(workspace.stage_file(index)) for index in wanted]
     found = pl.scan_parquet(files, glob=False, hive_partitioning=False, include_file_paths="stage")
-    numbers = pl.col("stage").replace_strict(files, range(count), return_dtype=pl.Int64)
+    numbers = pl.col("stage").replace_strict(files, list(wanted), return_dtype=pl.Int64)
     return found.select(*columns, numbers).collect()
+
+
+def stage_rows(workspace: Workspace) -> list[dict[str, Any]]:
+    """What `stages/manifest.json` says of each stage; nobody writes to it.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    return read_json_once(workspace.stages / "manifest.json")["stages"]
 
 
 def write_together(workspace: Workspace, folder: Path) -> None:
     """Write the stages of `workspace` into another's folder of stages as one file, and the manifest that names it."""
     manifest = read_json(workspace.stages / "manifest.json")
     folder.mkdir(parents=True)
-    rows = read_stages(workspace, len(manifest["stages"]), COLUMNS)
+    rows = read_stages(workspace, range(len(manifest["stages"])), COLUMNS)
     with replacing(folder / TOGETHER) as temporary:
         rows.write_parquet(temporary)
     write_json(folder / "manifest.json", {**manifest, "together": sha256_file(folder / TOGETHER)}, seal=True)
 
 
-def stage_files(workspace: Workspace, manifest: dict[str, Any]) -> dict[Path, str | None]:
+def stage_files(workspace: Workspace, manifest: Mapping[str, Any]) -> dict[Path, str | None]:
     """The files that hold the stages, with the SHA-256 that the stages' manifest gives each (early ones: none)."""
     if "together" in manifest:
         return {workspace.stages / TOGETHER: manifest["together"]}

@@ -78,7 +78,7 @@ def tensors_of(folder: Path) -> str:
 
 
 def _named(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pin: Pin) -> Stored:
-    folder = workspace.checkpoints / pin.key
+    folder = workspace.checkpoint(pin.key)
     if fault := fault_in_files(folder):
         raise UserError(f"{folder}: {fault}; {REMEDY}")
     state = read_json(folder / "state.json")
@@ -88,13 +88,13 @@ def _named(config: Config, workspace: Workspace, dataset: Dataset, job: Job, pin
         raise UserError(f"{folder}: not the checkpoint that its name promises; {REMEDY}")
     elsewhere = left_out(workspace.checkpoints)
     for name, digest in parents.items():
-        before = workspace.checkpoints / name
+        before = workspace.checkpoint(name)
         if fault := _fault_before(before, digest, elsewhere.get(name)):
             raise UserError(f"{before}: {fault}; {REMEDY}")
     tensors = digest_of([*parents.values(), tensors_digest(folder)])
     if pin.tensors not in (None, tensors):
         raise UserError(f"{folder}: its tensors are not those that went into service; {REMEDY}")
-    folders = [*(workspace.checkpoints / name for name in parents), folder]
+    folders = [*(workspace.checkpoint(name) for name in parents), folder]
     coded = _coded(dataset, folder, state)
     own = _as_trained(config, dataset, job, folder, state)
     # A model that a later stage leaves as it is, as `frozen` is, knows that stage's items all the same.

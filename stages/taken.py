@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stages.config import Config, Source
 from stages.files import File
@@ -31,23 +32,38 @@ class Taken:
     stamps: tuple[Stamp, ...]
 
 
-def taken(config: Config, source: Source, file: File) -> Taken | None:
-    """The file as it is now; None for one that must be read each time, or is gone."""
-    sides = [path for path in (Path(join.path) for join in source.join) if path.is_file()]
-    try:
-        stamps = tuple(stamp_of(path) for path in (file.path, *sides))
-        key = file_key(config, source, file)
-    except FileNotFoundError:
-        return None
-    return None if key is None else Taken(key, stamps)
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a source are read: all that their rows depend on besides the files.
+
+    Attributes:
+        settings: of the source and the log, as JSON.
+        sides: files that are joined to each of them.
+    """
+
+    settings: list[Any]
+    sides: tuple[Path, ...]
 
 
-def file_key(config: Config, source: Source, file: File) -> str | None:
-    """Names the rows of a file by all they depend on; None for one that must be read each time."""
-    sides = [Path(join.path) for join in source.join]
-    if any(each.distinct for each in config.log.sources) or not all(side.is_file() for side in sides):
+def reading_of(config: Config, source: Source) -> Reading | None:
+    """How a source's files are read; None where they must be read each time."""
+    if any(each.distinct for each in config.log.sources):
         return None
-    reading = source.model_dump(mode="json", exclude={"path"})
+    settings = source.model_dump(mode="json", exclude={"path"})
     plausible = [config.log.earliest, config.log.latest]
-    hashes = [sha256_once(path) for path in (file.path, *sides)]
-    return digest_of([READING, reading, plausible, file.partitions, hashes])[:32]
+    return Reading([READING, settings, plausible], tuple(Path(join.path) for join in source.join))
+
+
+def taken(reading: Reading, file: File) -> Taken | None:
+    """The file as it is now; None for one that is gone, or lacks what is joined to it."""
+    try:
+        stamps = tuple(stamp_of(path) for path in (file.path, *reading.sides))
+        return Taken(file_key(reading, file), stamps)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+
+
+def file_key(reading: Reading, file: File) -> str:
+    """Names the rows of a file by all they depend on."""
+    hashes = [sha256_once(path) for path in (file.path, *reading.sides)]
+    return digest_of([*reading.settings, file.partitions, hashes])[:32]

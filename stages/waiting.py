@@ -18,7 +18,7 @@ from stages.content import content_digest, write_parquet
 from stages.errors import UserError
 from stages.shapes import shaped
 from stages.stage_files import COLUMNS
-from stages.workspace import SCHEMA, Workspace, read_json, sha256_file, write_json
+from stages.workspace import SCHEMA, Workspace, read_json, read_json_once, sha256_file, write_json
 
 ROW = {name: LOG_SCHEMA[name] for name in COLUMNS}
 FOLDERS = {"open": "open", "held": "held", "refused": "rejects"}
@@ -121,7 +121,7 @@ def store_waiting(workspace: Workspace, waiting: Waiting) -> None:
 
 def _stages(workspace: Workspace) -> str:
     """Digest of the closed stages."""
-    return str(read_json(workspace.stages / "manifest.json")["digest"])
+    return str(read_json_once(workspace.stages / "manifest.json")["digest"])
 
 
 def in_order(rows: pl.DataFrame) -> pl.DataFrame:

@@ -9,13 +9,15 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from stages.errors import UserError
+from stages.json_text import indented
 from stages.shapes import shaped
 
 SCHEMA = 1
@@ -24,8 +26,10 @@ SEAL = "seal"
 SETTLED = 100_000_000
 """Nanoseconds after which a file's times tell a further write from the last one."""
 Stamp: TypeAlias = tuple[int, int, int, int]
+T = TypeVar("T")
 _hashed: dict[Path, tuple[Stamp, str]] = {}
-_remembered: list[dict[Path, Any]] = [_hashed]
+_read: dict[Path, tuple[Stamp, Any]] = {}
+_remembered: list[dict[Path, Any]] = [_hashed, _read]
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,15 @@ class Workspace:
 
     def stage_file(self, index: int) -> Path:
         """The events of one stage."""
-        return self.stages / f"stage={index:02d}" / "events.parquet"
+        return _place(str(self.root), f"stages/stage={index:02d}/events.parquet")
+
+    def checkpoint(self, key: str) -> Path:
+        """The folder of the checkpoint of that name."""
+        return _place(str(self.root), f"runs/checkpoints/{key}")
+
+    def file(self, path: str) -> Path:
+        """What a manifest names by its path relative to the root."""
+        return _place(str(self.root), path)
 
     def create(self) -> None:
         """Make the folder, for its user alone.
@@ -170,6 +182,12 @@ class Workspace:
         return self.root / "workspace.json"
 
 
+@lru_cache(maxsize=1 << 14)
+def _place(root: str, below: str) -> Path:
+    """One object a place: a long life looks at each stage's file hundreds of times, and making a path takes longer."""
+    return Path(root, below)
+
+
 def temporary_beside(path: Path) -> Path:
     """An unused name on `path`'s own file system that says which process made it: `.tmp-<name>-<pid>-<nonce>`."""
     return path.with_name(f".tmp-{path.name[:180]}-{os.getpid()}-{secrets.token_hex(4)}")
@@ -187,33 +205,6 @@ def is_left_over(path: Path) -> bool:
     except (PermissionError, OverflowError):
         return False
     return False
-
-
-FOREIGN = ("mlartifacts", "prefect")
-"""Folders of a workspace that MLflow and Prefect alone write to, and that grow with every run."""
-
-
-def left_overs(root: Path) -> list[Path]:
-    """What killed processes left below `root`, in the order of names; nothing inside another left-over."""
-    found: list[Path] = []
-    for place, folders, files in os.walk(root):
-        here = Path(place)
-        dead = [name for name in (*folders, *files) if name.startswith(".tmp-") and is_left_over(here / name)]
-        found += [here / name for name in dead]
-        passed_over = {*dead, *(FOREIGN if here == root else ())}
-        folders[:] = [name for name in folders if name not in passed_over]
-    return sorted(found)
-
-
-def sweep(root: Path) -> list[Path]:
-    """Remove what killed processes left below `root`; what a living one is writing stays."""
-    found = left_overs(root)
-    for path in found:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    return found
 
 
 @contextmanager
@@ -242,7 +233,7 @@ def write_json(path: Path, value: Any, seal: bool = False) -> None:
     if seal:
         value = {**value, SEAL: digest_of(json.loads(json.dumps(value, allow_nan=False)))}
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(indented(value) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -290,14 +281,37 @@ def sha256_file(path: Path) -> str:
 
 def sha256_once(path: Path) -> str:
     """`sha256_file`, computed once in this process for as long as the file's number, size and times stay the same."""
-    stamp = stamp_of(path)
-    known = _hashed.get(path)
-    if known is not None and known[0] == stamp:
-        return known[1]
-    digest = sha256_file(path)
-    if is_settled(stamp):
-        _hashed[path] = stamp, digest
-    return digest
+    return _once(_hashed, path, sha256_file)
+
+
+def sha256_if_there(path: Path) -> str | None:
+    """`sha256_once`, or None where there is no file."""
+    try:
+        return sha256_once(path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+
+
+def read_json_once(path: Path) -> Any:
+    """`read_json`, once in this process for as long as the file's number, size and times stay the same.
+
+    The next caller gets the same value, so nobody writes to it.
+
+    Raises:
+        UserError: as `read_json`.
+    """
+    return _once(_read, path, read_json)
+
+
+def _once(known: dict[Path, tuple[Stamp, T]], path: Path, make: Callable[[Path], T]) -> T:
+    stamp = stamp_if_there(path)
+    found = known.get(path)
+    if found is not None and found[0] == stamp:
+        return found[1]
+    value = make(path)
+    if stamp is not None and is_settled(stamp):
+        known[path] = stamp, value
+    return value
 
 
 def remember_in(table: dict[Path, Any]) -> None:
@@ -307,18 +321,27 @@ def remember_in(table: dict[Path, Any]) -> None:
 
 def forget(folder: Path) -> None:
     """Drop what this process knows of the files below a folder that is about to go, or its memory would only grow."""
+    above = f"{folder}{os.sep}"
     for table in _remembered:
-        for path in [path for path in table if path.is_relative_to(folder)]:
+        for path in [path for path in table if path == folder or str(path).startswith(above)]:
             del table[path]
 
 
-def stamp_of(path: Path | os.DirEntry[str]) -> Stamp:
+def stamp_of(path: Path | str) -> Stamp:
     """Number, size, and times of last writing and last change (ns) of a file: no write leaves all of them as they are.
 
     The time of last change cannot be set back.
     """
-    found = path.stat()
+    found = os.stat(path)
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def stamp_if_there(path: Path | str) -> Stamp | None:
+    """`stamp_of`, or None where nothing is there."""
+    try:
+        return stamp_of(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def is_settled(*stamps: Stamp) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (checkpoint, places):
         monkeypatch.setattr(module, "sha256_file", noted)
     monkeypatch.setattr(places, "SETTLED", -(10**18))
-    for known in (lineage._good, lineage._whole, places._hashed, checkpoint._tensors):
+    for known in (lineage._good, lineage._whole, lineage._listed, places._hashed, places._read, checkpoint._tensors):
         known.clear()
     return names
 
@@ -247,6 +248,35 @@ def test_what_this_process_found_good_is_not_hashed_again_until_a_file_changes(
         look()
     with pytest.raises(UserError, match="altered"):
         look()
+
+
+@pytest.mark.parametrize("settled", [-(10**18), 10**8])
+def test_what_is_done_to_a_folder_between_two_looks_of_one_process_is_noticed(
+    copy: Workspace, hashed: list[str], monkeypatch: pytest.MonkeyPatch, settled: int
+) -> None:
+    monkeypatch.setattr(places, "SETTLED", settled)
+    folder = folders(quick(), copy)[1]
+
+    def fault() -> str | None:
+        time.sleep(0.02)  # the file system's clock moves in steps
+        return lineage.fault_in_files(folder)
+
+    assert fault() is None
+    (folder / "more.txt").write_text("more")
+    assert fault() == "files missing or added: more.txt"
+    (folder / "more.txt").unlink()
+    assert fault() is None
+    os.rename(folder / "state.json", copy.root / "state.json")
+    assert fault() == "files missing or added: state.json"
+    shutil.copy(copy.root / "state.json", folder)
+    assert fault() is None
+    shutil.copytree(folder, copy.root / "other")
+    with (copy.root / "other" / "state.json").open("r+b") as handle:
+        handle.write(b"[")
+    os.replace(copy.root / "other" / "state.json", folder / "state.json")
+    assert fault() == "altered: state.json"
+    shutil.rmtree(folder)
+    assert fault() == "no manifest"
 
 
 def test_a_file_written_a_moment_ago_is_hashed_again_since_its_times_could_hide_a_write(

@@ -99,12 +99,12 @@ def test_an_existing_folder_is_never_written_over(model: Path, trained: Trained)
 
 def test_exporting_leaves_nothing_of_it_in_the_process(trained: Trained, tmp_path: Path) -> None:
     from flows.pyfunc import RUN_BY_MLFLOW, export_model
-    from stages import checkpoint, lineage, workspace
+    from stages import workspace
 
     before = set(sys.modules)
     export_model(trained.workspace.root, tmp_path / "model")
     assert not [name for name in set(sys.modules) - before if name.startswith(RUN_BY_MLFLOW)]
-    known = [*workspace._hashed, *lineage._good, *lineage._whole, *checkpoint._tensors]
+    known = [path for table in workspace._remembered for path in table]
     assert not [path for path in known if path.is_relative_to(tmp_path)]
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ import pytest
 from flows import logs, mirror
 from flows.promotion import champion
 from flows.promotion.retention import removable, remove, superseded
+from stages import workspace as places
 from stages.checkpoint import fault_of, tensors_digest
 from stages.commit import checkpoint_folders
 from stages.config import Config
 from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.jobs import Job
+from stages.left_overs import left_overs, sweep
 from stages.locks import held
 from stages.space import expected_bytes
 from stages.train import train_stage
-from stages.workspace import Workspace, left_overs, read_json, sweep, temporary_beside, write_json
+from stages.workspace import Workspace, read_json, temporary_beside, write_json
 from tests import tiny
 
 
@@ -154,6 +157,24 @@ def test_the_sweep_takes_what_dead_processes_left_and_nothing_else(tmp_path: Pat
     assert sorted(tmp_path.iterdir()) == sorted([mine, *others])
     assert mine.parent == tmp_path
     assert mine != temporary_beside(tmp_path / "a.json")
+
+
+def test_a_left_over_is_found_in_a_folder_that_an_earlier_look_found_plain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "SETTLED", -(10**18))
+    folder, running = tmp_path / "a" / "b", subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    folder.mkdir(parents=True)
+    (folder / "file").touch()
+    assert left_overs(tmp_path) == []
+    time.sleep(0.02)  # the file system's clock moves in steps
+    left = folder / f".tmp-file-{running.pid}-00"
+    left.touch()
+    assert left_overs(tmp_path) == [], "whoever writes it is alive"
+    running.communicate(b"\n")
+    assert left_overs(tmp_path) == [left]
+    assert sweep(tmp_path) == [left]
+    assert left_overs(tmp_path) == []
 
 
 @pytest.mark.parametrize("method", ["single", "full_finetune", "frozen"])

@@ -27,8 +27,9 @@ from flows.experiment import exclusive, remember_trained
 from models.generative import GenerativeModel
 from stages import append, checkpoint, evaluate, jobs, summary  # noqa: F401
 from stages.config import load_config
+from stages.left_overs import sweep
 from stages.train import train_stage
-from stages.workspace import Workspace, sweep
+from stages.workspace import Workspace
 
 DURABLE = ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (Path, "write_text"))
 LIBRARIES = ((checkpoint, "save_file"), (pl.DataFrame, "write_parquet"))

@@ -22,7 +22,8 @@ from benchmarks.generated import TINY, write_experiment
 from stages.checkpoint import fault_of
 from stages.config import Config, load_config
 from stages.errors import UserError
-from stages.workspace import Workspace, digest_of, left_overs, read_json, sha256_file
+from stages.left_overs import left_overs
+from stages.workspace import Workspace, digest_of, read_json, sha256_file
 
 OFF = {"DRIFTREC_PREFECT": "off", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MPLBACKEND": "Agg"}
 LIMIT = 300.0

@@ -19,7 +19,8 @@ from benchmarks.faults.harness import LINEAGES, OFF, Bench, Row, fingerprint, so
 from benchmarks.soak import FEWEST, lived
 from flows.plain import run_plainly
 from flows.promotion.retention import removable, remove, superseded
-from stages.workspace import Workspace, left_overs, read_json
+from stages.left_overs import left_overs
+from stages.workspace import Workspace, read_json
 
 ABORTS = (
     "memory allocation of",

@@ -150,13 +150,22 @@ def predecessors(workspace: Workspace, present: Champion | None = None) -> list[
     Raises:
         UserError: champion.json or the history is unreadable.
     """
+    return list(succession(workspace, present))
+
+
+def succession(workspace: Workspace, present: Champion | None = None) -> Iterator[Champion]:
+    """`predecessors`, each looked for when it is asked for: mostly the first one will do."""
     present = present or in_service(workspace)
-    found = [] if present is None else [present]
+    found = dict[str, list[Champion]]()
+    if present is not None:
+        yield present
+        found[present.key] = [present]
     for entry in reversed(served(read_history(workspace)[0])):
         earlier = _champion(entry, history_file(workspace))
-        if not any(earlier.is_model(other) for other in found):
-            found.append(earlier)
-    return found
+        same = found.setdefault(earlier.key, [])
+        if not any(earlier.is_model(other) for other in same):
+            same.append(earlier)
+            yield earlier
 
 
 def promote(

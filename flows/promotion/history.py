@@ -8,6 +8,7 @@ kill tore, which never was in force, is passed over.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -176,12 +177,41 @@ _known: dict[Path, tuple[Stamp, _Held]] = {}
 remember_in(_known)
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """What the whole lines at the beginning of a file hold: those that were there when it was read last.
+
+    Attributes:
+        size: how many bytes they are.
+        sha256: of those bytes.
+        lines: as of `_Held`.
+        chain: as of `_Held`.
+        bad: numbers of the lines that cannot be read.
+        count: how many lines they are.
+    """
+
+    size: int = 0
+    sha256: str = hashlib.sha256().hexdigest()
+    lines: tuple[Entry, ...] = ()
+    chain: tuple[str, ...] = ()
+    bad: tuple[int, ...] = ()
+    count: int = 0
+
+
+_begun: dict[Path, _Begun] = {}
+"""By file: its beginning. A decision is a line more, and chaining all before it anew takes longer with each."""
+remember_in(_begun)
+
+
 def _checked(path: Path) -> _Held:
-    found: list[Entry] = []
-    chain: list[str] = []
-    bad: list[int] = []
-    texts = path.read_bytes().split(b"\n")
-    for number, text in enumerate(texts, start=1):
+    content = path.read_bytes()
+    begun = _begun.get(path, _Begun())
+    hashed = hashlib.sha256(content[: begun.size])
+    if hashed.hexdigest() != begun.sha256:
+        begun, hashed = _Begun(), hashlib.sha256()
+    found, chain, bad = list(begun.lines), list(begun.chain), list(begun.bad)
+    texts = content[begun.size :].split(b"\n")
+    for number, text in enumerate(texts, start=begun.count + 1):
         before = chain[-1] if chain else ""
         line = _parsed(text) or _without_end(text, before)
         if line is None:
@@ -191,9 +221,13 @@ def _checked(path: Path) -> _Held:
         if line.get(DIGEST, chain[-1]) != chain[-1]:
             raise UserError(f"{path}: line {number}, or one before it, is not what was written; {REMEDY}")
         found.append(line)
+    count = begun.count + len(texts) - 1
     # A kill leaves a line without its end, and what is written after it begins a new one.
-    if not texts[-1] and bad[-1:] == [len(texts) - 1]:
+    if not texts[-1] and bad[-1:] == [count]:
         raise UserError(f"{path}: line {bad[-1]} is not what was written; {REMEDY}")
+    if not texts[-1]:
+        hashed.update(content[begun.size :])
+        _begun[path] = _Begun(len(content), hashed.hexdigest(), tuple(found), tuple(chain), tuple(bad), count)
     return _Held(found, chain, len(bad))
 
 

@@ -20,7 +20,8 @@ from flows.mirror import patience, within
 from flows.promotion.champion import champion_file, predecessors
 from stages.checkpoint import MANIFEST
 from stages.errors import UserError
-from stages.workspace import Workspace, forget, left_overs, read_json
+from stages.left_overs import left_overs
+from stages.workspace import Workspace, forget, read_json
 
 KEEP = 2
 log = logging.getLogger("flows.retention")
