@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows import login
 from flows.experiment import InUseError, exclusive
 from flows.tether import tethered
 from stages.errors import UserError
@@ -49,13 +50,15 @@ def serve(
     schedule = _schedule(cron, every, timezone)
     with api(workspace, port) as address:
         from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-        from prefect.settings import PREFECT_API_URL, temporary_settings
+        from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
         from prefect.types.entrypoint import EntrypointType
 
         from flows.retrain import retrain
 
-        # Prefect read the variable when it was imported.
-        with temporary_settings({PREFECT_API_URL: address}):
+        # Prefect read the variables when it was imported.
+        secret = os.environ.get(login.SENT)
+        sent = {} if secret is None else {PREFECT_API_AUTH_STRING: secret}
+        with temporary_settings({PREFECT_API_URL: address, **sent}):
             make_room(workspace)
             retrain.serve(
                 name="retrain",
@@ -104,11 +107,13 @@ def api(workspace: Path, port: int) -> Iterator[str]:
     """A Prefect server that answers: the one named by PREFECT_API_URL, one on `port`, or one started here.
 
     Raises:
-        UserError: none answers.
+        UserError: none answers, or it asks for another login.
     """
     named = os.environ.get("PREFECT_API_URL")
     address = named or f"http://127.0.0.1:{port}/api"
     if answers(address):
+        if not login.fits(address, os.environ.get(login.SENT)):
+            raise UserError(f"the Prefect server at {address} asks for another login; {login.REMEDY}")
         os.environ["PREFECT_API_URL"] = address
         say(address)
         yield address
@@ -117,27 +122,29 @@ def api(workspace: Path, port: int) -> Iterator[str]:
         raise UserError(f"PREFECT_API_URL = {named}: no server answers there; start it, or unset the variable")
     with server(workspace, port) as started:
         os.environ["PREFECT_API_URL"] = started
-        say(started)
+        say(started, login.words(login.home_in(workspace)))
         yield started
 
 
-def say(address: str) -> None:
-    """Where to watch."""
-    sys.stderr.write(f"Prefect {address.removesuffix('/api')}    Ctrl-C stops the schedule\n")
+def say(address: str, entry: str = "") -> None:
+    """Where to watch, and how to get in."""
+    shown = f"Prefect {address.removesuffix('/api')}{f' ({entry})' if entry else ''}"
+    sys.stderr.write(f"{shown}    Ctrl-C stops the schedule\n")
 
 
 @contextmanager
 def server(workspace: Path, port: int) -> Iterator[str]:
-    """A Prefect server on loopback for as long as the block lasts; its database is in the workspace.
+    """A Prefect server on loopback for as long as the block lasts; its database and its login are in the workspace.
 
     Raises:
         UserError: it did not come up.
     """
     address = f"http://127.0.0.1:{port}/api"
-    home = os.environ.get("PREFECT_HOME") or str(workspace.resolve() / "prefect")
-    environment = {**os.environ, "PREFECT_HOME": home, "PREFECT_API_URL": address}
+    home = login.home_in(workspace)
+    own = {"PREFECT_HOME": str(home), "PREFECT_API_URL": address}
+    environment = login.server_environment(home, port) | own
     words = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
-    output = Path(home) / "server.log"
+    output = home / "server.log"
     with tethered(words, environment, output, grace=30) as process:
         _wait_for(address, process, output)
         yield address
