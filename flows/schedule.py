@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 180.0
 """Seconds a server may take to answer for the first time; a new database on a slow machine takes most of it."""
+LONGEST = 366 * 86_400
+"""Seconds between two starts, at most."""
 log = logging.getLogger("flows.schedule")
 
 
@@ -43,12 +46,12 @@ def serve(
         port: of the server to look for, or to start, on this machine.
 
     Raises:
-        UserError: the cron expression or the time zone is none, said before any server is started; or PREFECT_API_URL
+        UserError: the schedule is none, said before any server is started; or PREFECT_API_URL
             names a server that does not answer.
     """
     Workspace(workspace).create()  # Prefect warns where its own folder cannot be made
     schedule = _schedule(cron, every, timezone)
-    with api(workspace, port) as address:
+    with _ends_well(), api(workspace, port) as address:
         from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
         from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
         from prefect.types.entrypoint import EntrypointType
@@ -72,17 +75,32 @@ def serve(
             )
 
 
+@contextmanager
+def _ends_well() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are how a schedule is meant to end: one line, and code 0."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    except SystemExit as end:
+        if end.code not in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise
+    sys.stderr.write("the schedule has ended; the next `driftrec serve-flows` or `retrain` goes on from here\n")
+
+
 def _schedule(cron: str | None, every: float | None, timezone: str) -> Schedule:
     """When, as Prefect has it.
 
     Raises:
-        UserError: the cron expression or the time zone is none.
+        UserError: the cron expression, the time between two starts or the time zone is none.
     """
     from prefect.client.schemas.schedules import CronSchedule
     from prefect.schedules import Cron, Interval
     from pydantic import ValidationError
 
     if every is not None:
+        if not 1 <= every <= LONGEST:
+            raise UserError(f"serve-flows --every {every:g}: give 1 to {LONGEST} seconds, a year at most")
         return Interval(timedelta(seconds=every))
     try:
         CronSchedule(cron=str(cron), timezone=timezone)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -55,9 +56,14 @@ def test_a_scheduled_run_really_executes_and_lands_in_mlflow(tmp_path: Path, whe
             address = f"http://127.0.0.1:{port}/api"
             wait_for(lambda: schedule.answers(address) and "COMPLETED" in states(address, tmp_path), process, 240)
         finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
-    assert f"http://127.0.0.1:{port}" in (tmp_path / "output.txt").read_text()
+            process.send_signal(signal.SIGTERM if "--cron" in when else signal.SIGINT)
+            code = process.wait(60)
+    entry = f"http://127.0.0.1:{port} (login in {tmp_path / 'prefect' / 'login'})"
+    said = (tmp_path / "output.txt").read_text()
+    assert entry in said
+    assert "interrupted" not in said
+    assert said.endswith("the schedule has ended; the next `driftrec serve-flows` or `retrain` goes on from here\n")
+    assert code == 0
     assert not schedule.answers(address)
     assert [line["decision"] for line in read_history(place)[0]] == ["first"]
     client = MlflowClient(place.mlflow_uri)
@@ -216,18 +222,22 @@ def test_a_named_server_that_does_not_answer_is_an_error_before_anything_runs(
 
 
 @pytest.mark.parametrize(
-    ("cron", "timezone", "said"),
+    ("cron", "every", "timezone", "said"),
     [
-        ("0 3 * *", "UTC", 'Invalid cron string: "0 3 * *"'),
-        ("0 3 * * *", "Mars/Phobos", 'Invalid timezone: "Mars/Phobos"'),
+        ("0 3 * *", None, "UTC", 'Invalid cron string: "0 3 * *"'),
+        ("0 3 * * *", None, "Mars/Phobos", 'Invalid timezone: "Mars/Phobos"'),
+        (None, math.inf, "UTC", "--every inf: give 1 to 31622400 seconds"),
+        (None, math.nan, "UTC", "--every nan: give 1 to 31622400 seconds"),
+        (None, 1e20, "UTC", "--every 1e+20: give 1 to 31622400 seconds"),
+        (None, 0.0, "UTC", "--every 0: give 1 to 31622400 seconds"),
     ],
 )
 def test_a_schedule_that_is_none_is_refused_before_a_server_is_started(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cron: str, timezone: str, said: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cron: str | None, every: float | None, timezone: str, said: str
 ) -> None:
     monkeypatch.setattr(schedule, "api", lambda *_: pytest.fail("a server was looked for"))
     with pytest.raises(UserError, match=re.escape(said)):
-        schedule.serve(tmp_path / "shop.toml", tmp_path / "workspace", cron, None, timezone)
+        schedule.serve(tmp_path / "shop.toml", tmp_path / "workspace", cron, every, timezone)
 
 
 def test_an_address_that_is_none_answers_nothing() -> None:
