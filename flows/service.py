@@ -26,7 +26,8 @@ from starlette.exceptions import HTTPException as PlainHTTPException
 from flows.serving import pages
 from flows.serving.answers import item_reply, model_reply, recommend_reply, search_reply
 from flows.serving.batching import Batcher, BusyError, Rank
-from flows.serving.guarding import SHUT, Access, Guard, Scope
+from flows.serving.connections import QUEUE, Punctual, quieten
+from flows.serving.guarding import SHUT, Access, App, Guard, Scope
 from flows.serving.metrics import CONTENT_TYPE, ServiceMetrics
 from flows.serving.schema import (
     LONGEST_ID,
@@ -149,6 +150,7 @@ def build_app(place: InService, rule: Access) -> Guard:
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
+        quieten(asyncio.get_running_loop())
         watching = asyncio.create_task(desk.watch())
         yield
         watching.cancel()
@@ -197,10 +199,14 @@ def serve(
         sys.setswitchinterval(SWITCH)
         listener.listen()  # from here on a client is not refused, it waits
         say(f"serving {job.method}, seed {job.seed}, after stage {job.stage}: http://{name}:{number}")
-        settings = uvicorn.Config(
-            build_app(place, rule), log_level="warning", server_header=False, timeout_graceful_shutdown=30
-        )
-        uvicorn.Server(settings).run(sockets=[listener])
+        uvicorn.Server(settings_of(build_app(place, rule))).run(sockets=[listener])
+
+
+def settings_of(app: App) -> uvicorn.Config:
+    """How uvicorn serves `app`."""
+    return uvicorn.Config(
+        app, http=Punctual, log_level="warning", server_header=False, backlog=QUEUE, timeout_graceful_shutdown=30
+    )
 
 
 @contextmanager
