@@ -257,6 +257,9 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
         if reply is not None:
             responses[200] = {"model": reply}
         app.add_api_route(path, answer, methods=[verb], response_model=None, responses=responses)
+    # What looks whether a service is up often asks for the head alone.
+    for path, answer in (("/health", desk.health), ("/ready", desk.ready)):
+        app.add_api_route(path, answer, methods=["HEAD"], response_model=None, include_in_schema=False)
 
 
 def _add_pages(app: FastAPI) -> None:
@@ -271,18 +274,22 @@ def _add_pages(app: FastAPI) -> None:
         text, rule = pages.docs_page(app.openapi())
         return Response(text, media_type="text/html", headers={SHUT[0].decode(): rule})
 
-    app.add_api_route("/", try_it, include_in_schema=False)
+    app.add_api_route("/", try_it, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_api_route("/docs", documentation, include_in_schema=False)
 
 
 def _add_handlers(app: FastAPI) -> None:
     """Every error is JSON with one sentence."""
 
-    async def told(_: Request, error: Exception) -> Response:
+    async def told(request: Request, error: Exception) -> Response:
         if isinstance(error, PlainHTTPException):
+            if isinstance(error.__cause__, UnicodeDecodeError):  # of the body, says FastAPI
+                return _error(error.status_code, f"the body is not JSON (not UTF-8 at byte {error.__cause__.start})")
             sentence = UNROUTED.get(error.status_code) if error.detail in STANDARD else None
             return _error(error.status_code, sentence or str(error.detail), error.headers)
         if isinstance(error, RequestValidationError):
+            if not _says_json(request):
+                return _error(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send content-type: application/json")
             return _error(HTTPStatus.UNPROCESSABLE_ENTITY, _first_fault(error))
         if isinstance(error, BusyError):
             return _error(HTTPStatus.SERVICE_UNAVAILABLE, str(error), {"retry-after": "1"})
@@ -294,8 +301,15 @@ def _add_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, told)
 
 
+def _says_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
 def _first_fault(error: RequestValidationError) -> str:
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return f"the body is not JSON (character {first['loc'][-1]})"
     place = ".".join(_plain(part) for part in first["loc"] if part != "body") or "body"
     return f"{place}: {_plain(first['msg'].removeprefix('Value error, '))}"
 

@@ -63,6 +63,29 @@ def test_broken_bodies_are_refused_and_the_service_goes_on(client: TestClient, b
     assert client.get("/ready").status_code == 200
 
 
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_that_does_not_say_json_is_told_what_to_say(client: TestClient, kind: str | None) -> None:
+    headers = {} if kind is None else {"content-type": kind}
+    answer = client.post("/recommend", content=b'{"user": "u"}', headers=headers)
+    assert (answer.status_code, answer.json()) == (415, {"error": "send content-type: application/json"})
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [(b'{"user":', "the body is not JSON (character 8)"), (b'{"\xff', "the body is not JSON (not UTF-8 at byte 2)")],
+)
+def test_a_body_that_is_no_json_is_told_where(client: TestClient, body: bytes, words: str) -> None:
+    answer = client.post("/recommend", content=body, headers={"content-type": "application/json; charset=utf-8"})
+    assert 400 <= answer.status_code < 500
+    assert answer.json() == {"error": words}
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready"])
+def test_the_head_alone_can_be_asked_for(client: TestClient, path: str) -> None:
+    assert client.head(path).status_code == 200
+    assert client.head("/model").status_code == 405
+
+
 @pytest.mark.parametrize(
     "hostile", ["../../etc/passwd", HOSTILE, "a\0b", "'; drop table items; --", "%2e%2e", "‮evil", "🙂" * 100]
 )
