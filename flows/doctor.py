@@ -102,7 +102,10 @@ def _closed_runs(workspace: Workspace) -> Iterator[Check]:
         if not lost_prefect(error):
             raise
         found = f"{server} is out of reach; its flow runs were not looked at"
-        yield Check("advice", "repair", found, "start it, or name another with PREFECT_API_URL, and repair again")
+        remedy = (
+            "start it, or name another with PREFECT_API_URL or its login with PREFECT_API_AUTH_STRING; repair again"
+        )
+        yield Check("advice", "repair", found, remedy)
         return
     elsewhere = "where a schedule or a work pool has a server, name that one with PREFECT_API_URL"
     yield Check("ok", "repair", f"no flow run is left open on {server}", elsewhere if server == OWN else "")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from flows import login
+
 DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -15,6 +17,10 @@ DEFAULTS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+    # Any web page could else command a server of ours, a run's own included. By these names, as Prefect prefers others,
+    # which are then the user's.
+    "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+    login.ORIGINS: login.origins(4200),
     # The default of 20 s is too short for a first start on a busy two-core machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,models,regularizers,stages",
@@ -54,6 +60,7 @@ def set_defaults(root: Path | None = None) -> None:
         os.environ.setdefault(name, value)
     if root is not None:
         os.environ.setdefault("PREFECT_HOME", str(root.resolve() / "prefect"))
+    login.choose()
 
 
 RUNNING_IN: list[Path] = []

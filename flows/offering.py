@@ -21,7 +21,7 @@ def serve(
     method: Annotated[str | None, typer.Option("--method", "-m", help="Absent: the champion, as it changes.")] = None,
     seed: Annotated[int | None, typer.Option(help="Training seed; absent: the lowest.")] = None,
     allowed_hosts: Annotated[
-        str | None, typer.Option(help="Beyond this machine: name:port,... that clients use; DRIFTREC_TOKEN too.")
+        str | None, typer.Option(help="Beyond this machine: name or name:port,... clients use; DRIFTREC_TOKEN too.")
     ] = None,
 ) -> None:
     """Answer recommendations and searches over HTTP, with a page to try them."""

@@ -1,4 +1,4 @@
-"""Prefect's server: which one is asked, and how an error says that it is out of reach."""
+"""Prefect's server: which one is asked, and how an error says that it is out of reach, or takes no orders from us."""
 
 from __future__ import annotations
 
@@ -25,9 +25,14 @@ def lost_prefect(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, httpx.TransportError):
             return True
-        if isinstance(error, PrefectHTTPStatusError) and error.response.status_code >= 500:
+        if isinstance(error, PrefectHTTPStatusError) and _no_service(error.response.status_code):
             return True
         if isinstance(error, RuntimeError) and any(words in str(error) for words in GONE):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _no_service(status: int) -> bool:
+    """Whether an answer says that the server does not work, or asks for another login."""
+    return status >= 500 or status == 401

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from flows import login
 from flows.compare import compare
 from flows.continual import continual
 from flows.crashed import mark_crashed
@@ -55,14 +56,21 @@ def run(name: str, arguments: dict[str, Any], interrupted: str | None = None) ->
 
 @contextmanager
 def _own_server_if_theirs_is_silent() -> Iterator[None]:
-    """Within the block a server of our own is used where the one that PREFECT_API_URL names does not answer."""
-    from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
+    """Within the block a server of our own is used where the one of PREFECT_API_URL does not answer, or not to us."""
+    from prefect.settings import (
+        PREFECT_API_AUTH_STRING,
+        PREFECT_API_URL,
+        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
+        temporary_settings,
+    )
 
     address = PREFECT_API_URL.value()
-    if address is None or _answers(str(address)):
+    there = address is not None and _answers(str(address))
+    if address is None or (there and login.fits(str(address), PREFECT_API_AUTH_STRING.value())):
         yield
         return
-    log.warning("the Prefect server at %s does not answer; using one of this run's own", address)
+    fault = f"asks for another login ({login.REMEDY})" if there else "does not answer"
+    log.warning("the Prefect server at %s %s; using one of this run's own", address, fault)
     with temporary_settings(updates={PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}, restore_defaults={PREFECT_API_URL}):
         yield
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows import login
 from flows.experiment import InUseError, exclusive
 from flows.tether import tethered
 from stages.errors import UserError
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 180.0
 """Seconds a server may take to answer for the first time; a new database on a slow machine takes most of it."""
+LONGEST = 366 * 86_400
+"""Seconds between two starts, at most."""
 log = logging.getLogger("flows.schedule")
 
 
@@ -42,20 +46,22 @@ def serve(
         port: of the server to look for, or to start, on this machine.
 
     Raises:
-        UserError: the cron expression or the time zone is none, said before any server is started; or PREFECT_API_URL
+        UserError: the schedule is none, said before any server is started; or PREFECT_API_URL
             names a server that does not answer.
     """
     Workspace(workspace).create()  # Prefect warns where its own folder cannot be made
     schedule = _schedule(cron, every, timezone)
-    with api(workspace, port) as address:
+    with _ends_well(), api(workspace, port) as address:
         from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-        from prefect.settings import PREFECT_API_URL, temporary_settings
+        from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
         from prefect.types.entrypoint import EntrypointType
 
         from flows.retrain import retrain
 
-        # Prefect read the variable when it was imported.
-        with temporary_settings({PREFECT_API_URL: address}):
+        # Prefect read the variables when it was imported.
+        secret = os.environ.get(login.SENT)
+        sent = {} if secret is None else {PREFECT_API_AUTH_STRING: secret}
+        with temporary_settings({PREFECT_API_URL: address, **sent}):
             make_room(workspace)
             retrain.serve(
                 name="retrain",
@@ -69,17 +75,32 @@ def serve(
             )
 
 
+@contextmanager
+def _ends_well() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are how a schedule is meant to end: one line, and code 0."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    except SystemExit as end:
+        if end.code not in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise
+    sys.stderr.write("the schedule has ended; the next `driftrec serve-flows` or `retrain` goes on from here\n")
+
+
 def _schedule(cron: str | None, every: float | None, timezone: str) -> Schedule:
     """When, as Prefect has it.
 
     Raises:
-        UserError: the cron expression or the time zone is none.
+        UserError: the cron expression, the time between two starts or the time zone is none.
     """
     from prefect.client.schemas.schedules import CronSchedule
     from prefect.schedules import Cron, Interval
     from pydantic import ValidationError
 
     if every is not None:
+        if not 1 <= every <= LONGEST:
+            raise UserError(f"serve-flows --every {every:g}: give 1 to {LONGEST} seconds, a year at most")
         return Interval(timedelta(seconds=every))
     try:
         CronSchedule(cron=str(cron), timezone=timezone)
@@ -104,11 +125,13 @@ def api(workspace: Path, port: int) -> Iterator[str]:
     """A Prefect server that answers: the one named by PREFECT_API_URL, one on `port`, or one started here.
 
     Raises:
-        UserError: none answers.
+        UserError: none answers, or it asks for another login.
     """
     named = os.environ.get("PREFECT_API_URL")
     address = named or f"http://127.0.0.1:{port}/api"
     if answers(address):
+        if not login.fits(address, os.environ.get(login.SENT)):
+            raise UserError(f"the Prefect server at {address} asks for another login; {login.REMEDY}")
         os.environ["PREFECT_API_URL"] = address
         say(address)
         yield address
@@ -117,27 +140,29 @@ def api(workspace: Path, port: int) -> Iterator[str]:
         raise UserError(f"PREFECT_API_URL = {named}: no server answers there; start it, or unset the variable")
     with server(workspace, port) as started:
         os.environ["PREFECT_API_URL"] = started
-        say(started)
+        say(started, login.words(login.home_in(workspace)))
         yield started
 
 
-def say(address: str) -> None:
-    """Where to watch."""
-    sys.stderr.write(f"Prefect {address.removesuffix('/api')}    Ctrl-C stops the schedule\n")
+def say(address: str, entry: str = "") -> None:
+    """Where to watch, and how to get in."""
+    shown = f"Prefect {address.removesuffix('/api')}{f' ({entry})' if entry else ''}"
+    sys.stderr.write(f"{shown}    Ctrl-C stops the schedule\n")
 
 
 @contextmanager
 def server(workspace: Path, port: int) -> Iterator[str]:
-    """A Prefect server on loopback for as long as the block lasts; its database is in the workspace.
+    """A Prefect server on loopback for as long as the block lasts; its database and its login are in the workspace.
 
     Raises:
         UserError: it did not come up.
     """
     address = f"http://127.0.0.1:{port}/api"
-    home = os.environ.get("PREFECT_HOME") or str(workspace.resolve() / "prefect")
-    environment = {**os.environ, "PREFECT_HOME": home, "PREFECT_API_URL": address}
+    home = login.home_in(workspace)
+    own = {"PREFECT_HOME": str(home), "PREFECT_API_URL": address}
+    environment = login.server_environment(home, port) | own
     words = ("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
-    output = Path(home) / "server.log"
+    output = home / "server.log"
     with tethered(words, environment, output, grace=30) as process:
         _wait_for(address, process, output)
         yield address

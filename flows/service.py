@@ -26,7 +26,8 @@ from starlette.exceptions import HTTPException as PlainHTTPException
 from flows.serving import pages
 from flows.serving.answers import item_reply, model_reply, recommend_reply, search_reply
 from flows.serving.batching import Batcher, BusyError, Rank
-from flows.serving.guarding import SHUT, Access, Guard, Scope
+from flows.serving.connections import QUEUE, Punctual, quieten
+from flows.serving.guarding import SHUT, Access, App, Guard, Scope
 from flows.serving.metrics import CONTENT_TYPE, ServiceMetrics
 from flows.serving.schema import (
     LONGEST_ID,
@@ -149,6 +150,7 @@ def build_app(place: InService, rule: Access) -> Guard:
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
+        quieten(asyncio.get_running_loop())
         watching = asyncio.create_task(desk.watch())
         yield
         watching.cancel()
@@ -197,10 +199,14 @@ def serve(
         sys.setswitchinterval(SWITCH)
         listener.listen()  # from here on a client is not refused, it waits
         say(f"serving {job.method}, seed {job.seed}, after stage {job.stage}: http://{name}:{number}")
-        settings = uvicorn.Config(
-            build_app(place, rule), log_level="warning", server_header=False, timeout_graceful_shutdown=30
-        )
-        uvicorn.Server(settings).run(sockets=[listener])
+        uvicorn.Server(settings_of(build_app(place, rule))).run(sockets=[listener])
+
+
+def settings_of(app: App) -> uvicorn.Config:
+    """How uvicorn serves `app`."""
+    return uvicorn.Config(
+        app, http=Punctual, log_level="warning", server_header=False, backlog=QUEUE, timeout_graceful_shutdown=30
+    )
 
 
 @contextmanager
@@ -251,6 +257,9 @@ def _add_routes(app: FastAPI, desk: Desk) -> None:
         if reply is not None:
             responses[200] = {"model": reply}
         app.add_api_route(path, answer, methods=[verb], response_model=None, responses=responses)
+    # What looks whether a service is up often asks for the head alone.
+    for path, answer in (("/health", desk.health), ("/ready", desk.ready)):
+        app.add_api_route(path, answer, methods=["HEAD"], response_model=None, include_in_schema=False)
 
 
 def _add_pages(app: FastAPI) -> None:
@@ -265,18 +274,22 @@ def _add_pages(app: FastAPI) -> None:
         text, rule = pages.docs_page(app.openapi())
         return Response(text, media_type="text/html", headers={SHUT[0].decode(): rule})
 
-    app.add_api_route("/", try_it, include_in_schema=False)
+    app.add_api_route("/", try_it, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_api_route("/docs", documentation, include_in_schema=False)
 
 
 def _add_handlers(app: FastAPI) -> None:
     """Every error is JSON with one sentence."""
 
-    async def told(_: Request, error: Exception) -> Response:
+    async def told(request: Request, error: Exception) -> Response:
         if isinstance(error, PlainHTTPException):
+            if isinstance(error.__cause__, UnicodeDecodeError):  # of the body, says FastAPI
+                return _error(error.status_code, f"the body is not JSON (not UTF-8 at byte {error.__cause__.start})")
             sentence = UNROUTED.get(error.status_code) if error.detail in STANDARD else None
             return _error(error.status_code, sentence or str(error.detail), error.headers)
         if isinstance(error, RequestValidationError):
+            if not _says_json(request):
+                return _error(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send content-type: application/json")
             return _error(HTTPStatus.UNPROCESSABLE_ENTITY, _first_fault(error))
         if isinstance(error, BusyError):
             return _error(HTTPStatus.SERVICE_UNAVAILABLE, str(error), {"retry-after": "1"})
@@ -288,8 +301,15 @@ def _add_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, told)
 
 
+def _says_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
 def _first_fault(error: RequestValidationError) -> str:
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return f"the body is not JSON (character {first['loc'][-1]})"
     place = ".".join(_plain(part) for part in first["loc"] if part != "body") or "body"
     return f"{place}: {_plain(first['msg'].removeprefix('Value error, '))}"
 

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows import login
 from flows.tether import tethered
 from stages.errors import UserError
 from stages.workspace import Workspace
@@ -36,6 +37,7 @@ class Window:
         output: file for what the server says.
         well: what it answers there; empty: anything.
         shared: one that runs already is shown in place of a new one.
+        home: Prefect's folder, with its login; None: it has none.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Window:
     output: Path
     well: bytes = b""
     shared: bool = False
+    home: Path | None = None
 
     @property
     def address(self) -> str:
@@ -69,6 +72,7 @@ def windows(workspace: Workspace, prefect: int, mlflow: int) -> tuple[Window, Wi
             root / "prefect" / "server.log",
             well=b"true",
             shared=True,
+            home=login.home_in(root),
         ),
         Window(
             "MLflow",
@@ -98,7 +102,7 @@ def show(both: tuple[Window, ...], say: Callable[[str], None]) -> None:
         try:
             running = [(window, stack.enter_context(_started(window, both[0].address))) for window in ours]
             _wait_for(running)
-            shown = [f"{each.name} {each.address}{' (was running)' if each in there else ''}" for each in both]
+            shown = [_shown(window, window in there) for window in both]
             say("    ".join([*shown, f"Ctrl-C stops {ours[0].name if there else 'both'}"]))
             while True:
                 _see_alive(running)
@@ -106,6 +110,15 @@ def show(both: tuple[Window, ...], say: Callable[[str], None]) -> None:
         except SystemExit as end:  # Ctrl-C or SIGTERM: the way this command is meant to end
             if end.code not in (130, 143):
                 raise
+
+
+def _shown(window: Window, there: bool) -> str:
+    notes = ["was running"] if there else []
+    api = f"{window.address}/api"
+    if window.home is not None and not login.fits(api, None):
+        ours = login.fits(api, os.environ.get(login.SENT))
+        notes.append(login.words(window.home) if ours else "login of the command that started it")
+    return f"{window.name} {window.address}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _see_free(window: Window) -> None:
@@ -121,8 +134,9 @@ def _see_free(window: Window) -> None:
 def _started(window: Window, prefect: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """The server, with all that it starts gone when the block ends."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # MLflow looks for uvicorn there
-    environment = {**os.environ, "PATH": path, "PREFECT_API_URL": f"{prefect}/api"}
-    return tethered(window.command, environment, window.output)
+    own = {"PATH": path, "PREFECT_API_URL": f"{prefect}/api"}
+    given = os.environ if window.home is None else login.server_environment(window.home, window.port)
+    return tethered(window.command, {**given, **own}, window.output)
 
 
 def _wait_for(running: list[tuple[Window, subprocess.Popen[bytes]]]) -> None:

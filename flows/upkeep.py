@@ -142,7 +142,7 @@ def serve_flows(
     cron: Annotated[
         str | None, typer.Option(help='When, as cron says it; "0 3 * * *" is every night at three.')
     ] = None,
-    every: Annotated[float | None, typer.Option(min=1, help="Instead of --cron: every so many seconds.")] = None,
+    every: Annotated[float | None, typer.Option(help="Instead of --cron: every so many seconds.")] = None,
     timezone: Annotated[str, typer.Option(help="Of --cron.")] = "UTC",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the Prefect server, this machine only.")] = 4200,
     workspace: Folder = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,9 +17,10 @@ from typing import Any
 import pytest
 
 from benchmarks.growing import write_shop
-from flows import schedule
+from flows import login, schedule
 from flows.promotion.history import read_history
 from stages.workspace import Workspace
+from tests.asking import asked
 from tests.test_schedule import GATE, alone, free_port
 
 pytestmark = pytest.mark.slow
@@ -42,7 +41,7 @@ class Deployed:
         self.workspace = Workspace(folder / "workspace")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.env = alone(folder) | {"PREFECT_API_URL": address, "PATH": path, "PREFECT_WORKER_QUERY_SECONDS": "1"}
-        self.env |= {"PYTHONPATH": str(ROOT)}
+        self.env |= {"PYTHONPATH": str(ROOT), login.SENT: os.environ[login.SENT]}
 
     def prefect(self, *words: str) -> None:
         command = [sys.executable, "-m", "prefect", "--no-prompt", *words]
@@ -50,12 +49,9 @@ class Deployed:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.address}/{path}", data, {"Content-Type": "application/json"})
         for _ in range(20):
             try:
-                with urllib.request.urlopen(request, timeout=30) as reply:
-                    return json.load(reply)
+                return asked(self.address, path, body, os.environ[login.SENT])
             except urllib.error.HTTPError as error:
                 if error.code != 503:  # its SQLite is locked for a moment; Prefect's own client asks again, too
                     raise

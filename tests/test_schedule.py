@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.growing import write_shop
-from flows import schedule
+from flows import login, schedule
 from flows.promotion.history import read_history
 from stages.errors import UserError
 from stages.workspace import Workspace
+from tests.asking import asked
 
 GATE = "[retrain.gate]\nlatency_ms = 60000\n"
 
@@ -53,11 +54,16 @@ def test_a_scheduled_run_really_executes_and_lands_in_mlflow(tmp_path: Path, whe
         )
         try:
             address = f"http://127.0.0.1:{port}/api"
-            wait_for(lambda: schedule.answers(address) and "COMPLETED" in states(address), process, 240)
+            wait_for(lambda: schedule.answers(address) and "COMPLETED" in states(address, tmp_path), process, 240)
         finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
-    assert f"http://127.0.0.1:{port}" in (tmp_path / "output.txt").read_text()
+            process.send_signal(signal.SIGTERM if "--cron" in when else signal.SIGINT)
+            code = process.wait(60)
+    entry = f"http://127.0.0.1:{port} (login in {tmp_path / 'prefect' / 'login'})"
+    said = (tmp_path / "output.txt").read_text()
+    assert entry in said
+    assert "interrupted" not in said
+    assert said.endswith("the schedule has ended; the next `driftrec serve-flows` or `retrain` goes on from here\n")
+    assert code == 0
     assert not schedule.answers(address)
     assert [line["decision"] for line in read_history(place)[0]] == ["first"]
     client = MlflowClient(place.mlflow_uri)
@@ -68,14 +74,11 @@ def test_a_scheduled_run_really_executes_and_lands_in_mlflow(tmp_path: Path, whe
     assert run.data.tags["prefect.flow_run_id"]
 
 
-def states(address: str) -> set[str]:
-    """States of the flow runs that are not waiting for their time."""
+def states(address: str, folder: Path) -> set[str]:
+    """States of the flow runs that are not waiting for their time, at a server whose login is in `folder`."""
     wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "COMPLETED", "FAILED", "CRASHED", "CANCELLED"]}}}}
-    request = urllib.request.Request(
-        f"{address}/flow_runs/filter", json.dumps(wanted).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=10) as reply:
-        found = {run["state_type"]: run["state"]["message"] for run in json.load(reply)}
+    runs = asked(address, "flow_runs/filter", wanted, login.stored(folder / "prefect"))
+    found = {run["state_type"]: run["state"]["message"] for run in runs}
     assert not found.keys() & {"FAILED", "CRASHED"}, found
     return set(found)
 
@@ -181,8 +184,8 @@ def test_a_scheduled_run_whose_server_is_killed_does_its_work_and_is_no_failure(
         assert schedule.answers(direct)
         assert "prefect" not in copies_given(place)
         door.open()
-        wait_for(lambda: "COMPLETED" in states(direct), process, 60)
-        assert "CANCELLED" in states(direct), "runs that came up meanwhile wait"
+        wait_for(lambda: "COMPLETED" in states(direct, tmp_path), process, 60)
+        assert "CANCELLED" in states(direct, tmp_path), "runs that came up meanwhile wait"
 
 
 def copies_given(place: Workspace) -> dict[str, object]:
@@ -191,8 +194,9 @@ def copies_given(place: Workspace) -> dict[str, object]:
 
 
 def alone(folder: Path) -> dict[str, str]:
-    """An environment in which Prefect has its own folder and no server."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
+    """An environment in which Prefect has its own folder, no server and no login."""
+    own = ("PREFECT_API", login.ASKED_FOR)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     return kept | {"PREFECT_HOME": str(folder / "prefect"), "OMP_NUM_THREADS": "1"}
 
 
@@ -218,18 +222,22 @@ def test_a_named_server_that_does_not_answer_is_an_error_before_anything_runs(
 
 
 @pytest.mark.parametrize(
-    ("cron", "timezone", "said"),
+    ("cron", "every", "timezone", "said"),
     [
-        ("0 3 * *", "UTC", 'Invalid cron string: "0 3 * *"'),
-        ("0 3 * * *", "Mars/Phobos", 'Invalid timezone: "Mars/Phobos"'),
+        ("0 3 * *", None, "UTC", 'Invalid cron string: "0 3 * *"'),
+        ("0 3 * * *", None, "Mars/Phobos", 'Invalid timezone: "Mars/Phobos"'),
+        (None, math.inf, "UTC", "--every inf: give 1 to 31622400 seconds"),
+        (None, math.nan, "UTC", "--every nan: give 1 to 31622400 seconds"),
+        (None, 1e20, "UTC", "--every 1e+20: give 1 to 31622400 seconds"),
+        (None, 0.0, "UTC", "--every 0: give 1 to 31622400 seconds"),
     ],
 )
 def test_a_schedule_that_is_none_is_refused_before_a_server_is_started(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cron: str, timezone: str, said: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cron: str | None, every: float | None, timezone: str, said: str
 ) -> None:
     monkeypatch.setattr(schedule, "api", lambda *_: pytest.fail("a server was looked for"))
     with pytest.raises(UserError, match=re.escape(said)):
-        schedule.serve(tmp_path / "shop.toml", tmp_path / "workspace", cron, None, timezone)
+        schedule.serve(tmp_path / "shop.toml", tmp_path / "workspace", cron, every, timezone)
 
 
 def test_an_address_that_is_none_answers_nothing() -> None:

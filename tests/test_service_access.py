@@ -63,6 +63,29 @@ def test_broken_bodies_are_refused_and_the_service_goes_on(client: TestClient, b
     assert client.get("/ready").status_code == 200
 
 
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_that_does_not_say_json_is_told_what_to_say(client: TestClient, kind: str | None) -> None:
+    headers = {} if kind is None else {"content-type": kind}
+    answer = client.post("/recommend", content=b'{"user": "u"}', headers=headers)
+    assert (answer.status_code, answer.json()) == (415, {"error": "send content-type: application/json"})
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [(b'{"user":', "the body is not JSON (character 8)"), (b'{"\xff', "the body is not JSON (not UTF-8 at byte 2)")],
+)
+def test_a_body_that_is_no_json_is_told_where(client: TestClient, body: bytes, words: str) -> None:
+    answer = client.post("/recommend", content=body, headers={"content-type": "application/json; charset=utf-8"})
+    assert 400 <= answer.status_code < 500
+    assert answer.json() == {"error": words}
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready"])
+def test_the_head_alone_can_be_asked_for(client: TestClient, path: str) -> None:
+    assert client.head(path).status_code == 200
+    assert client.head("/model").status_code == 405
+
+
 @pytest.mark.parametrize(
     "hostile", ["../../etc/passwd", HOSTILE, "a\0b", "'; drop table items; --", "%2e%2e", "‮evil", "🙂" * 100]
 )
@@ -117,8 +140,6 @@ def test_beyond_this_machine_names_and_a_token_are_needed(monkeypatch: pytest.Mo
             access(host, "shop.example:8000")
     with pytest.raises(UserError, match="at least 16"):
         access("127.0.0.1", None, "short")
-    with pytest.raises(UserError, match="name:port"):
-        access("0.0.0.0", "shop.example", token)  # noqa: S104
     rule = access("0.0.0.0", "shop.example:8000", token)  # noqa: S104
     with TestClient(build_app(InService(shop), rule), base_url="http://shop.example:8000") as client:
         assert client.get("/health").status_code == 200
@@ -127,6 +148,43 @@ def test_beyond_this_machine_names_and_a_token_are_needed(monkeypatch: pytest.Mo
             assert client.get("/model", headers=given).status_code == 401
         assert client.get("/model", headers={"authorization": f"Bearer {token}"}).status_code == 200
         assert client.get("/health", headers={"host": "127.0.0.1:8000"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("allowed", "good", "bad"),
+    [
+        ("shop.example:443", ["shop.example", "Shop.Example:443"], ["shop.example:80", "other.example", "localhost"]),
+        ("Shop.example", ["shop.example", "shop.example:80", "shop.example:443"], ["shop.example:8000"]),
+        ("a.example:8000, [2001:db8::1]", ["a.example:8000", "[2001:db8::1]"], ["a.example", "2001:db8::1", ""]),
+    ],
+)
+def test_a_default_port_is_the_same_whether_or_not_it_is_written(allowed: str, good: list[str], bad: list[str]) -> None:
+    rule = access("0.0.0.0", allowed, "0123456789abcdef")  # noqa: S104
+    assert all(map(rule.knows, good))
+    assert not any(map(rule.knows, bad))
+    near = access("127.0.0.1", allowed)
+    assert all(map(near.knows, [*good, "localhost:9", "127.0.0.1:8000", "[::1]"]))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])  # noqa: S104
+@pytest.mark.parametrize("name", ["https://shop.example", "shop.example:", "shop.example:http", "x:99999", "a b", "*"])
+def test_a_name_that_is_none_is_refused_on_loopback_too(host: str, name: str) -> None:
+    with pytest.raises(UserError, match="give name or name:port"):
+        access(host, f"good.example,{name}", "0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "status"),
+    [
+        ("https://shop.example", "shop.example", 200),
+        ("https://shop.example", "shop.example:443", 200),
+        ("https://shop.example:8443", "shop.example", 403),
+        ("http://shop.example", "shop.example:443", 403),
+    ],
+)
+def test_a_page_behind_a_proxy_may_ask(shop: Path, origin: str, host: str, status: int) -> None:
+    with TestClient(build_app(InService(shop), access("127.0.0.1", "shop.example"))) as client:
+        assert client.get("/model", headers={"host": host, "origin": origin}).status_code == status
 
 
 def test_pages_load_nothing_from_elsewhere_and_run_only_their_own_script(client: TestClient) -> None:

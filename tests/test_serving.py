@@ -257,3 +257,9 @@ def test_a_service_told_to_stop_gives_the_last_answer_and_ends_without_a_word(sh
         ]
         said, complained = process.communicate(timeout=60)
     assert (process.returncode, said, complained) == (0, "", "")
+
+
+def test_a_file_in_place_of_the_workspace_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="no driftrec workspace"):
+        InService(tmp_path / "file")

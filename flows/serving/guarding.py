@@ -11,10 +11,10 @@ import asyncio
 import hmac
 import json
 import os
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from stages.errors import UserError
 
@@ -25,6 +25,9 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+HOST = re.compile(r"([a-z0-9_](?:[a-z0-9._-]*)|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
+"""A Host header: a name, or an address, and a port."""
+SCHEMES = {"http": 80, "https": 443}
 LARGEST_BODY = 256 * 1024
 """Bytes of a request's body at most."""
 SLOWEST_BODY = 10.0
@@ -44,27 +47,44 @@ SHUT = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'
 """For every answer that does not bring a policy of its own."""
 
 
+Place = tuple[str, int]
+"""Name in lower case, and port."""
+
+
+def places(host: str, ports: tuple[int, ...] = (80, 443)) -> frozenset[Place]:
+    """What a Host header may mean: clients leave out the port that belongs to their scheme. Empty where it is none.
+
+    Args:
+        host: `name` or `name:port`.
+        ports: meant where none is given.
+    """
+    found = HOST.fullmatch(host.lower())
+    if found is None:
+        return frozenset()
+    name, port = found[1].strip("[]"), found[2]
+    if port is None:
+        return frozenset((name, each) for each in ports)
+    return frozenset({(name, int(port))} if 0 < int(port) < 65536 else ())
+
+
 @dataclass(frozen=True)
 class Access:
     """Who may ask.
 
     Attributes:
-        hosts: accepted Host headers, `name:port`; empty: any port of a loopback name.
+        hosts: accepted places, by which clients call the service.
         token: expected after `Authorization: Bearer`; None asks for none.
+        near: whether loopback names are accepted at any port, too.
     """
 
-    hosts: frozenset[str] = frozenset()
+    hosts: frozenset[Place] = frozenset()
     token: str | None = None
+    near: bool = True
 
     def knows(self, host: str) -> bool:
         """Whether a request's Host header is this service's."""
-        if self.hosts:
-            return host.lower() in self.hosts
-        try:
-            split = urlsplit(f"//{host}")
-            return split.hostname in LOOPBACK and split.netloc == host and (split.port or 1) > 0
-        except ValueError:
-            return False
+        meant = places(host)
+        return bool(meant & self.hosts) or (self.near and any(name in LOOPBACK for name, _ in meant))
 
 
 def access(host: str, allowed: str | None, token: str | None = None) -> Access:
@@ -72,16 +92,19 @@ def access(host: str, allowed: str | None, token: str | None = None) -> Access:
 
     Args:
         host: address to listen on.
-        allowed: `name:port,...` by which clients will call it; needed beyond loopback.
+        allowed: `name:port,...` by which clients will call it, without a port 80 and 443; needed beyond loopback.
         token: absent: the environment's DRIFTREC_TOKEN.
 
     Raises:
-        UserError: open to other machines without a list of names and a token.
+        UserError: open to other machines without a list of names and a token, or a name is none.
     """
     token = token or os.environ.get(TOKEN_VARIABLE) or None
-    hosts = frozenset(name.strip().lower() for name in (allowed or "").split(",") if name.strip())
+    named = [name.strip() for name in (allowed or "").split(",") if name.strip()]
+    hosts = frozenset[Place]().union(*map(places, named))
     if token is not None and len(token) < LEAST_TOKEN:
         raise UserError(f"{TOKEN_VARIABLE}: {len(token)} characters; a token needs at least {LEAST_TOKEN}")
+    if odd := [name for name in named if not places(name)]:
+        raise UserError(f"--allowed-hosts {odd[0]}: give name or name:port, as in http://NAME:PORT/")
     if host in LOOPBACK:
         return Access(hosts, token)
     if not hosts or token is None:
@@ -89,9 +112,7 @@ def access(host: str, allowed: str | None, token: str | None = None) -> Access:
         raise UserError(
             f"--host {host}: other machines could reach the service; that needs {missing}, or use 127.0.0.1"
         )
-    if odd := sorted(name for name in hosts if not name.rpartition(":")[2].isdecimal()):
-        raise UserError(f"--allowed-hosts {odd[0]}: give name:port, as clients will write it")
-    return Access(hosts, token)
+    return Access(hosts, token, near=False)
 
 
 class Guard:
@@ -152,7 +173,7 @@ class Guard:
             return 403, "the Host header is not this service's; call it by the address it printed"
         for name, value in headers:
             origin = value.decode("latin-1")
-            if name == b"origin" and urlsplit_netloc(origin) != hosts[0].lower():
+            if name == b"origin" and not place_of(origin) & places(hosts[0]):
                 return 403, "requests from other web sites are refused"
         if self.rule.token is not None and scope["path"] not in OPEN:
             given = next((value for name, value in headers if name == b"authorization"), b"")
@@ -164,12 +185,10 @@ class Guard:
         return None
 
 
-def urlsplit_netloc(origin: str) -> str | None:
-    """`name:port` of an origin, in lower case; None where it is none (`null`, say)."""
-    try:
-        return urlsplit(origin).netloc.lower() or None
-    except ValueError:
-        return None
+def place_of(origin: str) -> frozenset[Place]:
+    """Where the page of an origin came from; empty where that is nowhere (`null`, say)."""
+    scheme, _, host = origin.lower().partition("://")
+    return places(host, (SCHEMES[scheme],)) if scheme in SCHEMES else frozenset()
 
 
 async def refuse(send: Send, status: int, sentence: str) -> None:
