@@ -77,7 +77,7 @@ def prompts_of(titles: Sequence[str], histories: Sequence[IntArray], queries: Se
         queries: B texts, empty where nothing was searched for; absent: all are.
     """
     texts = [""] * len(histories) if queries is None else queries
-    named = ([titles[item] for item in own[-HISTORY:].tolist()] for own in histories)
+    named = ([titles[int(item)] for item in own[-HISTORY:]] for own in histories)
     return [_prompt(past, text) for past, text in zip(named, texts, strict=True)]
 
 
