@@ -26,7 +26,8 @@ def test_every_draw_holds_as_many_users_as_there_are() -> None:
 
 def test_a_short_bootstrap_is_the_beginning_of_a_long_one() -> None:
     values = np.random.default_rng(0).random((3000, 2))
-    np.testing.assert_array_equal(bootstrap_means(values, 100, 7), bootstrap_means(values, 3000, 7)[:100])
+    # The draws are the same; a matrix product may round by its shape, as it does with AVX-512.
+    np.testing.assert_allclose(bootstrap_means(values, 100, 7), bootstrap_means(values, 3000, 7)[:100], rtol=1e-5)
     assert not np.array_equal(bootstrap_means(values, 100, 7), bootstrap_means(values, 100, 8))
 
 
