@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -27,6 +28,10 @@ LIBRARIES = (
 )
 FORMATS = {"bfloat16": "bfloat16 autocast over float32 weights"}
 """Names of number formats in words; any other is called by its own name."""
+KEPT = 2**25
+"""Bytes of freed memory that a service holds on to, for each of its threads that rank."""
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""Numbers of glibc's mallopt for the size from which memory is mapped for itself, and for what is given back."""
 FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
@@ -53,6 +58,17 @@ def description() -> dict[str, Any]:
         "memory_bytes": memory(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
+
+
+def keep_freed_memory() -> None:
+    """Let glibc hold on to what a pass has freed, up to `KEPT`, for the next pass.
+
+    Otherwise each one is given fresh pages, which the kernel has to clear. Another C library is left as it is.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        for name in (MMAP_THRESHOLD, TRIM_THRESHOLD):
+            library.mallopt(name, KEPT)
 
 
 def arithmetic(precision: str, device: str) -> str:

@@ -23,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as PlainHTTPException
 
+from flows.machine import keep_freed_memory
 from flows.serving import pages
 from flows.serving.answers import item_reply, model_reply, recommend_reply, search_reply
 from flows.serving.batching import Batcher, BusyError, Rank
@@ -191,6 +192,7 @@ def serve(
     Raises:
         UserError: there is no model to serve, or the address cannot be used.
     """
+    keep_freed_memory()
     with _ends_well(), listening(host, port) as listener:
         place = InService(root, method, seed)
         one_thread_a_pass(place.current)
