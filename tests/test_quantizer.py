@@ -1,3 +1,5 @@
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.quantizer import Quantizer, ResidualKMeans, centroids, codebook_size, on_grid, residual_codes
+from models.quantizer import ResidualKMeans, centroids, codebook_size, on_grid, residual_codes
 from models.rqvae import RqVae, quantise
 from models.vectors import unit_rows
 
@@ -17,20 +19,19 @@ def clouds(count: int = 120, width: int = 6, seed: int = 0) -> np.ndarray:
     return unit_rows(centres + 0.05 * random.normal(size=(count, width)))
 
 
-@pytest.fixture(scope="module")
-def fitted() -> dict[str, Quantizer]:
-    return {
-        "kmeans": ResidualKMeans.fit(clouds(), 3, 16, seed=0),
-        "rqvae": RqVae.fit(clouds(), 3, 16, seed=0, steps=150),
-    }
+@cache
+def fitted(name: str) -> ResidualKMeans | RqVae:
+    if name == "kmeans":
+        return ResidualKMeans.fit(clouds(), 3, 16, seed=0)
+    return RqVae.fit(clouds(), 3, 16, seed=0, steps=150)
 
 
 BOTH = pytest.mark.parametrize("name", ["kmeans", "rqvae"])
 
 
 @BOTH
-def test_codes_stay_inside_their_levels_and_are_used(fitted, name):
-    quantizer = fitted[name]
+def test_codes_stay_inside_their_levels_and_are_used(name):
+    quantizer = fitted(name)
     codes = quantizer.encode(clouds())
     assert codes.shape == (120, 3)
     assert quantizer.sizes == (16, 16, 16)
@@ -40,8 +41,8 @@ def test_codes_stay_inside_their_levels_and_are_used(fitted, name):
 
 
 @BOTH
-def test_vectors_of_one_cloud_share_first_codes_and_clouds_do_not(fitted, name):
-    first = fitted[name].encode(clouds())[:, 0]
+def test_vectors_of_one_cloud_share_first_codes_and_clouds_do_not(name):
+    first = fitted(name).encode(clouds())[:, 0]
     owners = [{int(code) for code in first[start::4]} for start in range(4)]
     assert all(owners[a].isdisjoint(owners[b]) for a in range(4) for b in range(a))
 
@@ -49,23 +50,23 @@ def test_vectors_of_one_cloud_share_first_codes_and_clouds_do_not(fitted, name):
 @BOTH
 @settings(max_examples=25, deadline=None)
 @given(rows=st.lists(st.integers(0, 119), min_size=1, max_size=30))
-def test_an_items_codes_do_not_depend_on_its_batch(fitted, name, rows):
-    whole = fitted[name].encode(clouds())
-    assert np.array_equal(fitted[name].encode(clouds()[rows]), whole[rows])
+def test_an_items_codes_do_not_depend_on_its_batch(name, rows):
+    whole = fitted(name).encode(clouds())
+    assert np.array_equal(fitted(name).encode(clouds()[rows]), whole[rows])
 
 
 @BOTH
-def test_the_nearest_code_of_the_last_level_is_the_one_encode_chooses(fitted, name):
-    codes = fitted[name].encode(clouds())
+def test_the_nearest_code_of_the_last_level_is_the_one_encode_chooses(name):
+    codes = fitted(name).encode(clouds())
     for row in range(0, 120, 17):
-        order = fitted[name].nearest(clouds()[row])
+        order = fitted(name).nearest(clouds()[row])
         assert order[0] == codes[row, -1]
-        assert sorted(order.tolist()) == list(range(fitted[name].sizes[-1]))
+        assert sorted(order.tolist()) == list(range(fitted(name).sizes[-1]))
 
 
 @BOTH
-def test_a_quantizer_rebuilt_from_its_arrays_gives_the_same_codes(fitted, name):
-    quantizer = fitted[name]
+def test_a_quantizer_rebuilt_from_its_arrays_gives_the_same_codes(name):
+    quantizer = fitted(name)
     again = type(quantizer).from_arrays(quantizer.arrays())
     assert again.sizes == quantizer.sizes
     assert np.array_equal(again.encode(clouds(seed=5)), quantizer.encode(clouds(seed=5)))
