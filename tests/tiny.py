@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from stages.commit import checkpoint_folder
 from stages.config import Config
+from stages.dataset import load_dataset
+from stages.jobs import Job
 from stages.workspace import Workspace, sha256_file, write_json
 
 ITEMS, LEVELS, CODES = 16, 3, 4
@@ -102,3 +105,13 @@ def write_catalogue(workspace: Workspace) -> None:
     digest = sha256_file(workspace.catalogue / "items.parquet")
     manifest = {"codes_per_level": [CODES, CODES, 1], "source": "fitted", "digest": digest}
     write_json(workspace.catalogue / "manifest.json", manifest)
+
+
+def job(method: str, stage: int, seed: int = 0) -> Job:
+    """A same-stage job."""
+    return Job(method, seed, "same_stage", stage)
+
+
+def folder(config: Config, workspace: Workspace, own: Job) -> Path:
+    """Where its checkpoint is."""
+    return checkpoint_folder(config, workspace, load_dataset(config, workspace), own)
