@@ -67,7 +67,11 @@ class Reasons:
         return [
             Reason(item, ways[way][0], levels) if fits else None
             for item, way, levels, fits in zip(
-                past[best].tolist(), first.tolist(), shared[rows, best].tolist(), near.any(axis=0).tolist(), strict=True
+                past[best].tolist(),
+                first.tolist(),
+                shared[rows, best].tolist(),
+                near[first, rows].tolist(),
+                strict=True,
             )
         ]
 
