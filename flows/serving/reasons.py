@@ -55,25 +55,9 @@ class Reasons:
         past = history[::-1]  # argmax takes the first of equals: the newest
         if not len(past) or not len(items):
             return [None] * len(items)
-        same = items[:, None] == past  # (k, H), as the next two
-        weights = self._weights(items, past)
-        shared = np.cumprod(self.codes[items][:, None] == self.codes[past], axis=2).sum(axis=2)
-        ways: list[tuple[Kind, np.ndarray]] = [("again", same), ("taken_together", weights), ("similar", shared)]
-        place = np.stack([near.argmax(axis=1) for _, near in ways])  # (3, k)
-        rows = np.arange(len(items))
-        near = np.stack([way[rows, at] for (_, way), at in zip(ways, place, strict=True)]) > 0
-        first = near.argmax(axis=0)  # (k,)
-        best = place[first, rows]
-        return [
-            Reason(item, ways[way][0], levels) if fits else None
-            for item, way, levels, fits in zip(
-                past[best].tolist(),
-                first.tolist(),
-                shared[rows, best].tolist(),
-                near[first, rows].tolist(),
-                strict=True,
-            )
-        ]
+        weights = self._weights(items, past)  # (k, H)
+        shared = np.cumprod(self.codes[items][:, None] == self.codes[past], axis=2).sum(axis=2)  # (k, H)
+        return [self._best(int(item), past, weights[row], shared[row]) for row, item in enumerate(items)]
 
     def neighbours(self, item: int, count: int) -> list[int]:
         """The `count` other items most strongly linked from `item`, strongest first."""
@@ -89,3 +73,13 @@ class Reasons:
         place = np.searchsorted(self.keys, keys)
         found = (self.keys[place] == keys) & (past < self.known) & (items[:, None] < self.known)
         return np.where(found, self.weights[place], 0.0)
+
+    @staticmethod
+    def _best(item: int, past: IntArray, weights: np.ndarray, shared: np.ndarray) -> Reason | None:
+        if (same := np.flatnonzero(past == item)).size:
+            return Reason(item, "again", int(shared[same[0]]))
+        if weights.max() > 0:
+            place = int(weights.argmax())
+            return Reason(int(past[place]), "taken_together", int(shared[place]))
+        place = int(shared.argmax())
+        return Reason(int(past[place]), "similar", int(shared[place])) if shared[place] else None
