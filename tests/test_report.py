@@ -123,6 +123,17 @@ def test_the_matrix_says_that_its_cells_are_a_sample_s_without_intervals(invente
     assert "at most 300 test users" in chart.get_suptitle()
 
 
+def test_a_matrix_that_was_not_asked_for_leaves_no_empty_columns(invented_report: dict[str, Any]) -> None:
+    assert "<th>BWT</th>" in render(invented_report, {})
+    config = dict(invented_report["config"])
+    config["evaluation"] = {**config["evaluation"], "matrix_users": 0}
+    kept = [row for row in invented_report["continual"] if row["metric"] != "bwt"]
+    page = render(invented_report | {"config": config, "continual": kept, "matrix": []}, {})
+    assert "<th>NextPerf</th>" in page
+    assert "<th>BWT</th>" not in page
+    assert "matrix_users = 0" in page
+
+
 def with_searches(report: dict[str, Any]) -> dict[str, Any]:
     """The same numbers halved, for searches; rows of the first objective do not say which one they are about."""
     doubled = dict(report)

@@ -68,6 +68,8 @@ def forgetting(findings: Findings, figures: dict[str, Path]) -> Markup:
             f" The cells of R[i][j] carry no interval: they rest on one seed, the first, and on a seeded sample of at "
             f"most {sample} users a stage, and so do the columns but NextPerf and FWT. Small gaps there mean nothing."
         )
+    elif sample == 0:
+        intro += " R[i][j] was not measured (evaluation.matrix_users = 0), nor what is made of it."
     return join(element("h2", "Keeping the old, learning the new"), element("p", intro, "faint"), *blocks)
 
 
@@ -77,17 +79,18 @@ def _over_stages(findings: Findings, figures: dict[str, Path], objective: str) -
     drawn = matrix_name(findings, objective)
     if not found and f"{drawn}-light" not in figures:
         return []
+    known = [key for key in CONTINUAL if any(values.get(key) is not None for values in found.values())]
     rows = [
         TableRow(
             name,
-            [(number(values.get(key), signed=key in ("bwt", "fwt")), "") for key in CONTINUAL],
+            [(number(values.get(key), signed=key in ("bwt", "fwt")), "") for key in known],
             "" if findings.costs(name) else "baseline",
         )
         for name, values in found.items()
     ]
     return [
         element("h3", objective.capitalize()) if len(findings.objectives) > 1 else "",
-        table(["method", *CONTINUAL.values()], rows) if rows else "",
+        table(["method", *(CONTINUAL[key] for key in known)], rows) if rows else "",
         pictures(figures, drawn, "", f"Heat maps of R[i][j], {objective}, one for each method", MATRIX_CAPTION),
     ]
 
