@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stages.analysis.measured import Scope
 
 FILE = "analysis.json"
+LEFT = "Not asked for and not measured: "
 
 
 def analyse(
@@ -32,6 +33,7 @@ def analyse(
     seed: int | None = None,
     stages: int | None = None,
     report: str | None = None,
+    parts: Sequence[str] | None = None,
 ) -> Path:
     """Measure conflict, transitions, preservation, sensitivity and memory; write them beside the report.
 
@@ -42,13 +44,16 @@ def analyse(
         seed: absent: the lowest of the report.
         stages: only the first so many.
         report: folder name below runs/reports; absent: the newest.
+        parts: of `stages.analysis.measured.PARTS`; absent: all. The others stay as they were measured before, where
+            that was done of the same models in the same way.
 
     Returns:
         The report's folder, with analysis.json, new figures and a new page; MLflow has the same.
 
     Raises:
-        UserError: no report, or none that trained such a method, seed or stage; models that are gone.
+        UserError: no report, or none that trained such a method, seed or stage; models that are gone; no such part.
     """
+    _refuse_unknown(parts or ())
     settings, workspace = _experiment(root, config)
     folder = latest_report(workspace, report)
     jobs = read_json(folder / "jobs.json")
@@ -57,7 +62,8 @@ def analyse(
     with exclusive(workspace):
         whole = read_json(folder / "report.json")
         measured_with = _as_measured(settings, whole)
-        found = _measured(_scope(measured_with, workspace, jobs, methods, seed, stages), whole)
+        earlier = read_json(folder / FILE) if parts and (folder / FILE).exists() else {}
+        found = _measured(_scope(measured_with, workspace, jobs, methods, seed, stages), whole, parts, earlier)
         write_json(folder / FILE, found, seal=True)
         from flows.reporting.report import write_page
 
@@ -66,6 +72,14 @@ def analyse(
         watcher().start("recording in MLflow")
         mirror.record(workspace, folder)
     return folder
+
+
+def _refuse_unknown(parts: Sequence[str]) -> None:
+    from stages.analysis.measured import PARTS
+
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"--parts {part}: no such part{nearest(part, PARTS)}; known: {', '.join(PARTS)}")
 
 
 def _experiment(root: Path | None, config: Path | None) -> tuple[Config, Workspace]:
@@ -128,9 +142,11 @@ def _scope(
     )
 
 
-def _measured(scope: Scope, report: dict[str, Any]) -> dict[str, Any]:
+def _measured(
+    scope: Scope, report: dict[str, Any], parts: Sequence[str] | None, earlier: dict[str, Any]
+) -> dict[str, Any]:
     """The content of analysis.json, for models of this report."""
-    from stages.analysis.measured import measured
+    from stages.analysis.measured import PARTS, measured
     from stages.analysis.sensitivity import drift_report, sensitivity
 
     found: dict[str, Any] = {
@@ -141,8 +157,10 @@ def _measured(scope: Scope, report: dict[str, Any]) -> dict[str, Any]:
         "stage": scope.last,
         "methods": list(scope.methods),
         "settings": scope.config.analysis.model_dump(exclude={"text"}),
-        **measured(scope),
+        "parts": list(parts or PARTS),
+        **measured(scope, parts or PARTS),
     }
+    _fill(found, earlier)
     reports = _reports(scope.workspace)
     moved = drift_report(found["preservation"]["drift"], scope.last, report, scope.protocol, scope.seed)
     curves = sensitivity([moved, *reports])
@@ -151,6 +169,19 @@ def _measured(scope: Scope, report: dict[str, Any]) -> dict[str, Any]:
             "No two methods of this workspace differ in one setting of GEMS alone, so there is no sensitivity to draw."
         )
     return {**found, "sensitivity": curves}
+
+
+def _fill(found: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Take the parts that are left out from an earlier analysis of the same, and note those that nobody measured."""
+    from stages.analysis.measured import PARTS
+
+    if all(earlier.get(key) == found[key] for key in ("protocol", "seed", "stage", "methods", "settings")):
+        known = [part for part in earlier.get("parts", PARTS) if part not in found["parts"]]
+        found |= {key: earlier[key] for part in known for key in PARTS[part] if key in earlier}
+        kept = [note for note in earlier["notes"] if not note.startswith(LEFT)]
+        found["parts"], found["notes"] = [*found["parts"], *known], list(dict.fromkeys([*kept, *found["notes"]]))
+    if left := [part for part in PARTS if part not in found["parts"]]:
+        found["notes"].append(f"{LEFT}{', '.join(left)}.")
 
 
 def _reports(workspace: Workspace) -> list[dict[str, Any]]:

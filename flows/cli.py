@@ -213,6 +213,10 @@ def analyse(
     seed: OneSeed = None,
     stages: Stages = None,
     name: Annotated[str | None, typer.Option(help="Folder name below runs/reports; absent: the newest.")] = None,
+    parts: Annotated[
+        str | None,
+        typer.Option(help="Of conflict, transitions, titles, preservation and memory, by commas; absent: all."),
+    ] = None,
 ) -> None:
     """Measure on the trained models of a report why its methods differ: conflict, forgetting, drift, memory."""
     _start(workspace)
@@ -222,7 +226,7 @@ def analyse(
     from stages.workspace import read_json
 
     with terminal.watching(lines=True):
-        folder = analyse(workspace, config, _words(methods), seed, stages, name)
+        folder = analyse(workspace, config, _words(methods), seed, stages, name, _words(parts))
     found = read_json(folder / FILE)
     console = terminal.stdout()
     for table in tables.analysis(found):

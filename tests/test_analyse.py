@@ -180,6 +180,7 @@ def test_a_page_drawn_anew_keeps_the_analysis(compared: Path, tmp_path: Path) ->
         (["--seed", 7], "--seed 7: the report trained seeds 0"),
         (["--stages", 9], "--stages 9: the report has 2"),
         (["--name", "none"], "no report 'none'"),
+        (["--parts", "memory,konflict"], "--parts konflict: no such part; did you mean 'conflict'?; known: conflict"),
     ],
 )
 def test_a_request_that_does_not_fit_the_report_says_why(
@@ -214,3 +215,26 @@ def test_a_log_without_searches_is_analysed_but_for_conflict(
     assert found["conflict"] == []
     assert found["memory"]
     assert found["preservation"]["drift"]
+
+
+def test_parts_are_measured_one_by_one_and_those_measured_before_stay(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: conftest.Trained, tmp_path: Path
+) -> None:
+    root = tmp_path / "moved"
+    shutil.copytree(trained.workspace.root, root)
+    words = ("analyse", "-w", root, "--methods", "single", "--parts")
+    code, out, err = driftrec(monkeypatch, capsys, *words, "memory")
+    assert code == 0, err
+    assert "not measured: conflict, transitions, titles, preservation" in " ".join(out.split())
+    file = stored.latest_report(Workspace(root)) / "analysis.json"
+    first = read_json(file)
+    assert first["memory"]
+    assert first["preservation"]["drift"] == []
+    assert driftrec(monkeypatch, capsys, *words, "preservation")[0] == 0
+    second = read_json(file)
+    assert second["memory"] == first["memory"]
+    assert second["preservation"]["drift"]
+    assert any(note.endswith("not measured: conflict, transitions, titles.") for note in second["notes"])
+    monkeypatch.chdir(tmp_path)
+    assert driftrec(monkeypatch, capsys, *words[:3], "--parts", "memory")[0] == 0
+    assert read_json(file)["preservation"]["drift"] == []  # of other methods

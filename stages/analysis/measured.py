@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,15 @@ ENDS = ("less", "low", "high")
 START = "stage 0"
 """Stands for the model all methods started from: one set of weights for all."""
 Row = dict[str, Any]
+PARTS = {
+    "conflict": ("conflict", "above_floor"),
+    "transitions": ("transitions", "shares"),
+    "titles": ("titles",),
+    "preservation": ("preservation", "learnt"),
+    "memory": ("memory",),
+}
+"""What can be measured, and the keys of its results; what was kept says little without what was learnt."""
+NOTHING_KEPT: Row = {"corpus": "", "text": False, "untuned": None, "perplexity": [], "drift": []}
 
 
 @dataclass(frozen=True)
@@ -85,25 +94,29 @@ class Scope:
         return Fit(self.config, model, lambda _: {}, examples, self.seed)
 
 
-def measured(scope: Scope) -> Row:
+def measured(scope: Scope, parts: Collection[str] = PARTS) -> Row:
     """Conflict, transitions, preservation and memory, and what could not be measured and why.
+
+    Args:
+        scope: the models.
+        parts: of `PARTS`; the others stay empty.
 
     Raises:
         UserError: a model or file is missing or damaged, or a text cannot be read or is one that a method protected.
     """
     preservation.refuse_protected(scope.config, scope.methods)
     notes: list[str] = []
-    conflicts, above = conflict_rows(scope, notes)
-    turns, shares = transition_rows(scope, notes)
+    conflicts, above = conflict_rows(scope, notes) if "conflict" in parts else ([], [])
+    turns, shares = transition_rows(scope, notes) if "transitions" in parts else ([], [])
     return {
         "conflict": conflicts,
         "above_floor": above,
         "transitions": turns,
         "shares": shares,
-        "titles": title_rows(scope, notes),
-        "preservation": preservation_rows(scope, notes),
-        "learnt": learnt_rows(scope, notes),
-        "memory": memory_rows(scope),
+        "titles": title_rows(scope, notes) if "titles" in parts else [],
+        "preservation": preservation_rows(scope, notes) if "preservation" in parts else dict(NOTHING_KEPT),
+        "learnt": learnt_rows(scope, notes) if "preservation" in parts else [],
+        "memory": memory_rows(scope) if "memory" in parts else [],
         "notes": notes,
     }
 
