@@ -13,18 +13,19 @@ def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x.float() * y.float()).sum() for x, y in zip(a, b, strict=True)]).sum()
 
 
-def without_conflict(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
-    """a + b; where ⟨a, b⟩ < 0, each first loses its component along the original other.
+def without_conflict(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], bool]:
+    """Both gradients as they are; where ⟨a, b⟩ < 0, each without its component along the original other.
 
     Args:
         a: gradients of one objective, one long vector cut into tensors.
         b: those of the other, shapes alike.
 
     Returns:
-        The sum, and whether the two were in conflict.
+        What is left of `a`, what is left of `b`, and whether the two were in conflict.
     """
     product = inner(a, b)
     if not bool(product < 0):
-        return [x + y for x, y in zip(a, b, strict=True)], False
+        return [*a], [*b], False
     along_b, along_a = product / inner(b, b), product / inner(a, a)
-    return [(x - along_b * y) + (y - along_a * x) for x, y in zip(a, b, strict=True)], True
+    left = [x - along_b * y for x, y in zip(a, b, strict=True)]
+    return left, [y - along_a * x for x, y in zip(a, b, strict=True)], True

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flows.reporting.insights import Insights
 from models import mixture
 from models.effective import effective_weights
 from models.input_moments import InputMoment, linear_maps
@@ -32,11 +33,12 @@ from stages.analysis.conflict import (
     batch_pairs,
     coefficients,
     coefficients_by_kind,
+    noise_floor,
     raw_gradients,
     tables_of,
 )
 from stages.analysis.intervals import column_means
-from stages.analysis.measured import Scope, gems_among, place_of
+from stages.analysis.measured import Scope, _labelled, gems_among, place_of
 from stages.analysis.preservation import drifts, held_out_items, mixture_drifts, moments_of, relative_drift
 from stages.analysis.state_memory import footprints
 from stages.analysis.transitions import Transitions, transitions
@@ -178,6 +180,23 @@ def test_one_batch_against_itself_has_no_conflict_and_no_noise(ring: Workspace) 
     assert all(value is not None and 0.01 < value < 2 for value in noise)
 
 
+def test_an_objective_against_itself_is_alike_on_equal_batches_and_the_printed_floor_on_disjoint_ones(
+    ring: Workspace,
+) -> None:
+    fit = fit_of(ring)
+    gradients = list(raw_gradients(fit, batch_pairs(fit.examples, 2, 8, seed=0)))
+    halves_ = [found["search"] for found in gradients]
+    equal = coefficients({"search": own, "again": own} for own in halves_)
+    assert [one.mean for one in equal if one.pair == BETWEEN] == pytest.approx([0.0] * 14, abs=1e-9)
+    disjoint = coefficients({"search": (a, b), "again": (b, a)} for a, b in halves_)
+    tables = [column_means(table) for table in tables_of(disjoint)]
+    assert tables[0] == pytest.approx(noise_floor(tables[1], tables[2]), abs=1e-9)
+    assert above_floor(tables) == pytest.approx(np.zeros(14), abs=1e-9)
+    assert min(tables[0]) > 0.01
+    printed = Insights({"conflict": _labelled("single", "gradient", disjoint), "methods": ["single"]})
+    assert printed.rho("single", "gradient", floor=True) == pytest.approx(tables[0].mean())
+
+
 def test_a_raw_gradient_is_that_of_the_loss_by_finite_differences(ring: Workspace) -> None:
     fit = fit_of(ring)
     (pair,) = batch_pairs(fit.examples, 1, 4, seed=0)
@@ -198,13 +217,28 @@ def test_an_applied_update_goes_downhill_and_is_the_same_every_time(method: str,
     config, dataset, job = tiny.config(**QUICK), load_dataset(tiny.config(), ring), replace(JOB, method=method)
     (pair,) = batch_pairs(examples_of(ring), 1, 8, seed=0)
     both = [next(applied_updates(config, ring, dataset, job, [pair])) for _ in range(2)]
-    assert list(both[0]) == [BEFORE_FUSION, AFTER_FUSION] if method != "single" else [AFTER_FUSION]
+    assert list(both[0]) == ([BEFORE_FUSION, AFTER_FUSION] if method != "single" else [AFTER_FUSION])
     for kind in both[0]:
         found = [one[kind] for one in both]
         for objective in pair:
             for name, move in found[0][objective][0].items():
                 assert torch.equal(move, found[1][objective][0][name])
         goes_downhill(begin_stage(config, ring, dataset, job).fit, pair, found[0])
+
+
+def test_a_surgerys_applied_update_is_made_of_what_the_surgery_left(
+    ring: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def robbed(a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor], bool]:
+        return [0 * x for x in a], b, True
+
+    monkeypatch.setattr("stages.methods.surgery.without_conflict", robbed)
+    config, dataset = tiny.config(**QUICK), load_dataset(tiny.config(), ring)
+    pairs = batch_pairs(examples_of(ring), 1, 4, seed=0)
+    (found,) = next(applied_updates(config, ring, dataset, replace(JOB, method="pcgrad"), pairs)).values()
+    first, second = found.values()
+    assert all(not move.any() for half in first for move in half.values())
+    assert all(any(move.any() for move in half.values()) for half in second)
 
 
 def goes_downhill(start: Fit, pair: Pair, found: Halves) -> None:

@@ -26,6 +26,7 @@ from stages.interactions import IntArray
 from stages.jobs import Job
 from stages.methods.contract import SharedLosses
 from stages.methods.gems_paths import own_updates
+from stages.methods.surgery import SurgeryStep
 from stages.metrics import FloatArray
 from stages.stage_examples import Examples
 from stages.train import begin_stage
@@ -231,7 +232,8 @@ def applied_updates(
     every time. From there one step is taken on a batch of one objective, and another, from the same state, on that
     batch with its loss times −1. Half the difference of the two is the part that is odd in the objective's gradient:
     what it alone contributes, preconditioned and projected as the method does it, without the momentum, decay and
-    second moments that both steps share.
+    second moments that both steps share. Gradient surgery needs both objectives to have anything to reconcile: there
+    the batch holds both, and what is left of the one objective's gradient is taken alone and times −1.
 
     Args:
         config: the experiment.
@@ -244,8 +246,8 @@ def applied_updates(
         `AFTER_FUSION`: of the weights; `BEFORE_FUSION`: of the objective's own path alone, where there is one.
     """
 
-    def contributions(objective: str, chosen: IntArray) -> dict[str, Matrices]:
-        ahead, back = (_after(config, workspace, dataset, job, objective, chosen, sign) for sign in (1.0, -1.0))
+    def contributions(objective: str, both: Mapping[str, IntArray]) -> dict[str, Matrices]:
+        ahead, back = (_after(config, workspace, dataset, job, objective, both, sign) for sign in (1.0, -1.0))
         return {
             kind: {name: (own[name] - back[kind][name]) / 2 for name in own}
             for kind, own in ahead.items()
@@ -253,7 +255,8 @@ def applied_updates(
         }
 
     for pair in pairs:
-        found = {name: [contributions(name, half) for half in halves] for name, halves in pair.items()}
+        batches = [{name: halves[half] for name, halves in pair.items()} for half in (0, 1)]
+        found = {name: [contributions(name, both) for both in batches] for name in pair}
         kinds = set[str].intersection(*(set(half) for halves in found.values() for half in halves))
         yield {
             kind: {name: (a[kind], b[kind]) for name, (a, b) in found.items()}
@@ -268,10 +271,10 @@ def _after(
     dataset: Dataset,
     job: Job,
     objective: str,
-    chosen: IntArray,
+    both: Mapping[str, IntArray],
     factor: float,
 ) -> dict[str, Matrices]:
-    """Every linear map's weight, adapter included, after the repeated steps and one more with its loss × `factor`.
+    """Every linear map's weight, adapter included, after the repeated steps and one of an objective's part × `factor`.
 
     Beside it what the objective's own path proposed in that last step, where the method has such paths.
     """
@@ -281,7 +284,10 @@ def _after(
         fit.model.train()
         for batch in islice(batches, WARM):
             fit.step(fit.losses(batch))
-        fit.step(_scaled(fit, {objective: chosen}, factor))
+        if isinstance(fit.step, SurgeryStep):
+            fit.step.alone(fit.losses(both), objective, factor)
+        else:
+            fit.step(_scaled(fit, {objective: both[objective]}, factor))
     found = {AFTER_FUSION: effective_weights(fit.model.stack)}
     paths = own_updates(fit.step)
     return found | ({BEFORE_FUSION: paths[objective]} if objective in paths else {})

@@ -44,12 +44,10 @@ class Surgery:
         """Adapter and rows go on from the previous stage."""
         self.restore(model, lineage)
         trained = let_train(model, self.evolve_rows)
-        return surgery_step(trained, lora.matrices(model.stack), self.settings.method, schedule)
+        return SurgeryStep(trained, lora.matrices(model.stack), self.settings.method, schedule)
 
 
-def surgery_step(
-    trained: Sequence[nn.Parameter], matrices: Mapping[str, nn.Parameter], method: str, schedule: Schedule
-) -> Step:
+class SurgeryStep:
     """AdamW on reconciled gradients.
 
     Args:
@@ -58,49 +56,70 @@ def surgery_step(
         method: "pcgrad": all of it as one vector; "ortho_lora": each matrix by itself.
         schedule: rates and bounds.
     """
-    optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, schedule))
-    held = list(matrices.values())
-    groups = [held] if method == "pcgrad" else [[matrix] for matrix in held]
 
-    def step(micro_batches: Iterable[Losses]) -> dict[str, float]:
-        optimizer.zero_grad(set_to_none=True)
+    def __init__(
+        self, trained: Sequence[nn.Parameter], matrices: Mapping[str, nn.Parameter], method: str, schedule: Schedule
+    ) -> None:
+        self.trained, self.held, self.clip_norm = trained, list(matrices.values()), schedule.clip_norm
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
+        )
+        self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_at(step, schedule))
+        self.groups = [self.held] if method == "pcgrad" else [[matrix] for matrix in self.held]
+
+    def __call__(self, micro_batches: Iterable[Losses]) -> dict[str, float]:
+        """Draw the micro-batches, move the weights, return numbers to log."""
+        return self._take(micro_batches, {})
+
+    def alone(self, micro_batches: Iterable[Losses], objective: str, factor: float) -> dict[str, float]:
+        """A step of which only one objective's reconciled gradients are taken, times `factor`: its part, to look at.
+
+        Args:
+            micro_batches: of both objectives.
+            objective: whose part it is.
+            factor: what its gradients are multiplied by once they are reconciled.
+        """
+        return self._take(micro_batches, {objective: factor})
+
+    def _take(self, micro_batches: Iterable[Losses], only: Mapping[str, float]) -> dict[str, float]:
+        self.optimizer.zero_grad(set_to_none=True)
         gradients: dict[str, dict[nn.Parameter, Tensor]] = {}
         logs: dict[str, float] = {}
         for objective, loss, _ in objective_backward(micro_batches):
             logs[f"ce/{objective}"] = logs.get(f"ce/{objective}", 0.0) + loss
             own = gradients.setdefault(objective, {})
-            for matrix in held:
+            for matrix in self.held:
                 if matrix.grad is not None:
                     own[matrix] = own[matrix] + matrix.grad if matrix in own else matrix.grad
                     matrix.grad = None
         logs["ce"] = sum(logs.values())
-        logs |= _reconcile(groups, list(gradients.values()))
-        logs["gradient_norm"] = float(nn.utils.clip_grad_norm_(trained, schedule.clip_norm))
-        optimizer.step()
-        rate.step()
+        factors = [only.get(objective, 0.0 if only else 1.0) for objective in gradients]
+        logs |= _reconcile(self.groups, list(gradients.values()), factors)
+        logs["gradient_norm"] = float(nn.utils.clip_grad_norm_(self.trained, self.clip_norm))
+        self.optimizer.step()
+        self.rate.step()
         return logs
-
-    return step
 
 
 def _reconcile(
-    groups: Sequence[Sequence[nn.Parameter]], found: Sequence[Mapping[nn.Parameter, Tensor]]
+    groups: Sequence[Sequence[nn.Parameter]],
+    found: Sequence[Mapping[nn.Parameter, Tensor]],
+    factors: Sequence[float],
 ) -> dict[str, float]:
-    """Put the reconciled gradients into `.grad`; share of the groups in conflict and the cosine over all of them."""
+    """Put the reconciled gradients, each times its factor, into `.grad`; how many groups conflict, and the cosine."""
     if len(found) == 1:
         for matrix, gradient in found[0].items():
-            matrix.grad = gradient
+            matrix.grad = gradient * factors[0]
         return {}
     first, second = found
     conflicts = 0
     with torch.no_grad():
         for group in groups:
             a, b = ([own[matrix] for matrix in group] for own in (first, second))
-            both, conflict = without_conflict(a, b)
+            a, b, conflict = without_conflict(a, b)
             conflicts += conflict
-            for matrix, gradient in zip(group, both, strict=True):
-                matrix.grad = gradient
+            for matrix, x, y in zip(group, a, b, strict=True):
+                matrix.grad = factors[0] * x + factors[1] * y
         every = [matrix for group in groups for matrix in group]
         a, b = ([own[matrix] for matrix in every] for own in (first, second))
         cosine = inner(a, b) / (inner(a, a) * inner(b, b)).sqrt().clamp_min(1e-30)
