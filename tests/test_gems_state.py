@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from safetensors.torch import load, save
 from torch import nn
 
-from regularizers.subspace import state_floats
 from stages.method_config import GemsConfig
 from stages.methods.contract import SharedLosses
 from tests.test_gems import PLAIN, SHAPES, Toy, guarded, schedule, step_of
@@ -21,8 +20,10 @@ def test_state_is_as_large_as_predicted() -> None:
     toy = Toy(SHAPES)
     step = step_of(toy)
     logs = step(toy.batch())
-    floats = sum(state_floats(max(shape), min(shape), [4, 2, 2]) for shape in SHAPES.values())
+    ranks = [[min(rank, *shape) for rank in (4, 2, 2)] for shape in SHAPES.values()]
+    floats = sum(sum(own) * (min(shape) + 2 * max(shape)) for own, shape in zip(ranks, SHAPES.values(), strict=True))
     assert logs["state_bytes"] == step.state_bytes() == 4 * floats
+    assert step.capped == ["rank 4 exceeds 1 matrices of 3 x 16: 1 of their 3 subspaces are capped at 3"]
 
 
 @pytest.mark.parametrize("null_space", ["off", "orthogonal"])
