@@ -29,7 +29,8 @@ class Pair:
         self.toy, self.own = Toy(SHAPES), Toy(SHAPES, torch.float64)
         # With more protected, fewer than 4 directions of the tall map are left and a basis is partly arbitrary.
         held = guarded(self.toy, k=2) if settings.null_space != "off" else {}
-        self.step: GemsStep = step_of(self.toy, settings, protections=held, schedule=schedule(RATE))
+        falling = schedule(RATE, steps=30)  # the slope of a step hangs on that step's own rate
+        self.step: GemsStep = step_of(self.toy, settings, protections=held, schedule=falling)
         weights = {name: module.weight.data for name, module in linear_maps(self.own).items()}
         self.twin = NaiveGems(
             weights,

@@ -35,6 +35,7 @@ from stages.ranking import asking_of, targets_of
 from stages.sampled import (
     LAST_CATEGORY,
     RANDOM,
+    _means,
     check_identities,
     evaluate_sampled,
     last_category_rows,
@@ -81,6 +82,16 @@ def test_numbers_that_no_ranks_can_give_are_refused(name: str, change: float) ->
     check_identities(found)
     with pytest.raises(ValueError, match="the ranks are wrong"):
         check_identities({**found, name: found[name] + change})
+
+
+def test_a_line_of_numbers_that_no_ranks_can_give_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranked = pl.DataFrame({"user": [0, 1], "objective": ["search"] * 2, "rank": [1, 7]})
+    job = Job("single", 0, "same_stage", 1)
+    (row,) = _means(ranked, job, 1)
+    assert (row["hit_at_5"], row["hit_at_10"]) == (0.5, 1.0)
+    monkeypatch.setattr("stages.sampled.ndcg_at_k", lambda rank, tied, k: 0.3 * hit_at_k(rank, tied, k))
+    with pytest.raises(ValueError, match="the ranks are wrong"):
+        _means(ranked, job, 1)
 
 
 def drawing(histories: list[list[int]], targets: list[list[int]]) -> tuple[Interactions, np.ndarray, np.ndarray]:
