@@ -47,6 +47,18 @@ def test_the_projector_as_printed_changes_what_it_should_keep() -> None:
     assert change(literal * update.norm() / literal.norm()) >= 1.9 * raw
 
 
+@pytest.mark.parametrize(("rule", "number"), [("energy", 0.95), ("energy", 0.99), ("fixed", 20)])
+def test_what_an_isotropic_update_keeps_of_its_output_change_is_what_is_reported(rule: str, number: float) -> None:
+    inputs, update = features(), normal(400, 256, seed=3)
+    found = protect(inputs.T @ inputs, len(inputs), rule, number)
+    kept = remove(update, found.basis)
+    kept *= update.norm() / kept.norm()
+    ratio = float((inputs @ kept.T).norm() / (inputs @ update.T).norm())
+    assert ratio == pytest.approx(found.left_over, rel=0.05)
+    assert found.numbers() == {"k": found.basis.shape[1], "k_over_n": found.basis.shape[1] / 256,
+                               "energy": found.energy, "left_over": found.left_over}  # fmt: skip
+
+
 def test_adam_after_the_projection_leaks_back_into_the_protected_space() -> None:
     protected, gradient = orthonormal(normal(64, 16)), normal(48, 64, seed=1)
     before = adam(torch.zeros(48, 64), torch.zeros(48, 64), remove(gradient, protected), 1, (0.9, 0.999), 1e-8)

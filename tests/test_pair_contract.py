@@ -14,7 +14,8 @@ from stages.config import Config
 from stages.dataset import load_dataset
 from stages.jobs import Job
 from stages.method_config import GemsConfig
-from stages.train import restore_model, train_stage, training_log
+from stages.methods.gems_step import GemsStep
+from stages.train import begin_stage, restore_model, train_stage, training_log
 from stages.workspace import Workspace
 from tests import searching, tiny
 
@@ -101,6 +102,26 @@ def test_a_stage_without_searches_is_one_objective_for_a_carried_state_too(tmp_p
     assert state["gems"]["objectives"] == ["recommendation"]
     assert state["gems"]["subspaces"] == ["search", "recommendation"]
     assert state["gems"]["single_objective"]
+
+
+def test_what_gems_takes_of_a_batch_in_the_loop_does_not_hang_on_the_size_of_its_micro_batches(ring: Workspace) -> None:
+    train_stage(CONFIG, ring, job("gems", 1))
+    taken: list[list[torch.Tensor]] = []
+    told: list[dict[str, float]] = []
+    for size, pieces in ((16, 1), (3, 6)):
+        fit = begin_stage(CONFIG, ring, load_dataset(CONFIG, ring), job("gems", 1)).fit
+        fit.settings = fit.settings.model_copy(update={"micro_batch_size": size})
+        chosen = next(iter(fit.batches(1)))
+        assert len(list(fit.losses(chosen))) == pieces
+        told.append(fit.step(fit.losses(chosen)))
+        assert isinstance(fit.step, GemsStep)
+        for stack in fit.step.stacks:  # the first moments are a tenth of the first gradient, seen from the subspaces
+            parts = [stack.part(number) for number in range(3)]
+            taken.append([10 * stack.first[..., part] @ stack.basis[..., part].mT for part in parts])
+    del told[0]["refresh_seconds"], told[1]["refresh_seconds"]
+    assert told[1] == pytest.approx(told[0], rel=1e-5)
+    half = len(taken) // 2
+    torch.testing.assert_close(taken[half:], taken[:half], atol=1e-5, rtol=0)
 
 
 def test_a_rank_above_a_matrix_is_said_when_a_stage_begins(ring: Workspace) -> None:
