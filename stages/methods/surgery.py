@@ -106,7 +106,7 @@ def _reconcile(
     found: Sequence[Mapping[nn.Parameter, Tensor]],
     factors: Sequence[float],
 ) -> dict[str, float]:
-    """Put the reconciled gradients, each times its factor, into `.grad`; how many groups conflict, and the cosine."""
+    """Put the reconciled gradients, each times its factor, into `.grad`; share of groups in conflict and the cosine."""
     if len(found) == 1:
         for matrix, gradient in found[0].items():
             matrix.grad = gradient * factors[0]
