@@ -82,3 +82,14 @@ def test_learning_moves_weight_to_the_objective_whose_contribution_lowers_the_lo
         assert float(after[0]) > float(before[0]) + 0.1
     assert int(own.steps) == 50
     assert int(gate.steps) == 0
+
+
+def test_a_long_gradient_of_the_gate_is_cut_to_the_bound_and_a_short_one_is_left() -> None:
+    fresh, slope = fresh_gate(4, torch.Generator().manual_seed(0)), torch.tensor([1.0, -1.0])  # of root mean square 1
+    lengths = {}
+    for temperature in (1e-2, 10.0):
+        whole = gate_gradient(fresh.phi, LOUD, slope, temperature)
+        taken = learned(fresh, LOUD, slope, temperature, 1e-2).first / 0.1
+        lengths[temperature] = float(whole.norm())
+        torch.testing.assert_close(taken, whole / max(1.0, float(whole.norm())), atol=1e-6, rtol=1e-4)
+    assert lengths[10.0] < 1 < lengths[1e-2]
