@@ -7,12 +7,26 @@ from pathlib import Path
 
 import polars as pl
 
+from models.backbone import CONTROL_TOKENS
+from models.words import WordVocabulary
+from stages.config import Config
+from stages.dataset import Dataset, load_dataset
 from stages.workspace import Workspace
 from tests import tiny
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 Row = tuple[str, str, int, str | None]
 """user, item, minute, query; a row without a query is a purchase."""
+WORDS = WordVocabulary(["find", "item"], CONTROL_TOKENS)
+VISIT: list[Row] = [
+    ("u", "i00", 0, None),
+    ("u", "i01", 10, None),
+    ("u", "i01", 10, "red shoe"),
+    ("u", "i02", 20, "blue shoe"),
+    ("u", "i03", 20, "blue shoe"),
+    ("u", "i04", 30, None),
+]
+"""Stage 0 of one user: a purchase, a search with its purchase, two searches for one thing, a purchase."""
 
 
 def ring(root: Path, stages: int = 3, users: int = 24, length: int = 9) -> Workspace:
@@ -66,3 +80,8 @@ def log(root: Path, stages: list[list[Row]]) -> Workspace:
 def minute(number: int) -> datetime:
     """The instant of a minute."""
     return START + timedelta(minutes=number)
+
+
+def dataset(root: Path, stages: list[list[Row]], config: Config | None = None) -> Dataset:
+    """A prepared log of these stages."""
+    return load_dataset(config or tiny.config(), log(root, stages))

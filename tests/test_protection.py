@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from torch.nn import Parameter, ParameterDict
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.generative import GenerativeModel, TokenBatch
 from models.input_moments import linear_maps
-from regularizers.null_space import Protection, protect
+from regularizers.null_space import Protection
 from stages.checkpoint import KEPT, read_tensors
-from stages.commit import checkpoint_folder, commit_key, lineage_jobs, method_of
 from stages.config import Config
 from stages.dataset import load_dataset
 from stages.deltas import in_words, put, smallest
@@ -34,9 +28,10 @@ from stages.methods.gems_step import GemsStep
 from stages.methods.protection import _warn, protections
 from stages.past import past_of
 from stages.search_examples import query_vocabulary
-from stages.train import bare_model, begin_stage, restore_model, train_stage, training_log
+from stages.train import begin_stage, restore_model, train_stage, training_log
 from stages.workspace import Workspace, read_json, write_json
 from tests import searching, tiny
+from tests.tiny import at_start, folder
 
 QUICK = {"training": {"first_epochs": 2, "epochs": 2}}
 
@@ -50,19 +45,6 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def job(stage: int, method: str = "gems") -> Job:
     return Job(method, 0, "same_stage", stage)
-
-
-def folder(config: Config, workspace: Workspace, own: Job) -> Path:
-    return checkpoint_folder(config, workspace, load_dataset(config, workspace), own)
-
-
-def at_start(config: Config, workspace: Workspace, own: Job) -> tuple[GenerativeModel, Past]:
-    """The model `own`'s last stage starts from, and what it may look back on."""
-    dataset = load_dataset(config, workspace)
-    model = bare_model(config, dataset, 0)
-    lineage = [checkpoint_folder(config, workspace, dataset, part) for part in lineage_jobs(config, own)[:-1]]
-    method_of(config, own.method).restore(model, lineage)
-    return model, past_of(config, workspace, dataset, own, query_vocabulary(config, dataset))
 
 
 def at_end(config: Config, workspace: Workspace, own: Job) -> dict[str, Tensor]:
@@ -214,16 +196,6 @@ def read_steps(file: Path) -> int:
     return int(load_file(file)["stack0.steps"][0])
 
 
-def test_the_key_of_a_checkpoint_names_the_text_that_was_protected(board: Workspace, tmp_path: Path) -> None:
-    text = tmp_path / "words.txt"
-    keys = []
-    for words in ("one", "two"):
-        text.write_text(words)
-        config = tiny.config(**QUICK).model_copy(update={"methods": {"own": GemsConfig(corpus=str(text))}})
-        keys.append(commit_key(config, load_dataset(config, board), job(1, "own")))
-    assert keys[0] != keys[1]
-
-
 def test_protected_outputs_drift_less_at_equal_weight_change_and_the_loss_still_falls(tmp_path: Path) -> None:
     """Acceptance test 13 on a stage whose users walk the ring the other way round, on seen and on unseen windows."""
     workspace, unseen = (walks(tmp_path / name, seed) for name, seed in (("seen", 0), ("unseen", 1)))
@@ -339,44 +311,6 @@ def test_queries_of_the_stage_before_are_protected_too(ring: Workspace) -> None:
     assert protections(model, GemsConfig(), past).keys() == linear_maps(model.stack).keys()
 
 
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained backbone with a tokenizer of fifty words."""
-    folder = tmp_path_factory.mktemp("backbone") / "reader"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=50, bos_token_id=1, **sizes)).save_pretrained(folder)
-    words = Tokenizer(WordLevel({f"w{n}": n for n in range(50)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-    return folder
-
-
-def test_a_pretrained_backbone_protects_the_inputs_of_a_text(reader: Path, board: Workspace, tmp_path: Path) -> None:
-    text = tmp_path / "glosses.txt"
-    numbers = torch.randint(0, 50, (600, 4), generator=torch.Generator().manual_seed(0))
-    text.write_text("\n\n".join(" ".join(f"w{n}" for n in row) for row in numbers.tolist()))
-    config = tiny.config(backbone={"path": str(reader)}, **QUICK)
-    model = bare_model(config, load_dataset(config, board), 0)
-    past = Past(tokens=[], folder=tmp_path / "kept")
-    seen: list[int] = []
-    settings = GemsConfig(corpus=str(text), corpus_tokens=2048, k_rule="fixed", k_value=8)
-    kept = protections(model, settings, past, seen.append)
-    assert seen == [2048]  # the ninth row of 256 is not read any more
-    assert len({id(one.basis) for one in kept.values()}) == 4
-    caught: list[Tensor] = []
-    handle = linear_maps(model.stack)["layers.0.self_attn.q_proj"].register_forward_pre_hook(
-        lambda _, own: caught.append(own[0])
-    )
-    with torch.no_grad():
-        model.stack(input_ids=numbers.flatten()[:2048].view(8, 256))
-    handle.remove()
-    rows = caught[0].flatten(0, 1)
-    expected = protect(rows.T @ rows, 2048, "fixed", 8).basis
-    found = kept["layers.0.self_attn.k_proj"].basis
-    torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-3, rtol=0)
-
-
 def test_a_limit_below_what_an_input_needs_is_told_apart_from_too_small_a_log(board: Workspace) -> None:
     model, past = at_start(tiny.config(**QUICK), board, job(1))
     one = TokenBatch(torch.zeros(1, 12, dtype=torch.int64), torch.empty(0), torch.empty(0))
@@ -391,29 +325,6 @@ def test_one_loud_direction_that_satisfies_the_rule_is_worth_a_warning() -> None
         _warn(loud, "one", GemsConfig())
     with pytest.warns(UserWarning, match="protects 95% of the inputs of one; little is left to train"):
         _warn(Protection(torch.eye(200, 190), 0.99), "one", GemsConfig())
-
-
-def test_reading_a_corpus_is_logged_by_tenths(board: Workspace, caplog: pytest.LogCaptureFixture) -> None:
-    model, past = at_start(tiny.config(**QUICK), board, job(1))
-    with caplog.at_level("INFO", logger="stages.protection"):
-        protections(model, GemsConfig(corpus_tokens=500, k_rule="fixed", k_value=3), past)
-    assert caplog.messages == [f"null space: {n} of at most 500 corpus tokens read" for n in (168, 504)]
-
-
-def test_a_missing_text_and_a_backbone_without_words_are_said(reader: Path, board: Workspace, tmp_path: Path) -> None:
-    config = tiny.config(backbone={"path": str(reader)}, **QUICK)
-    past = Past(tokens=[], folder=tmp_path / "kept")
-    model = bare_model(config, load_dataset(config, board), 0)
-    with pytest.raises(ValueError, match=r"corpus = '.*nowhere.txt' is no file; name a text file"):
-        protections(model, GemsConfig(corpus=str(tmp_path / "nowhere.txt")), past)
-    (tmp_path / "words.txt").write_text("w1 w2")
-    with pytest.raises(ValueError, match=r"words.txt' has fewer than 256 tokens; give a larger text"):
-        protections(model, GemsConfig(corpus=str(tmp_path / "words.txt")), past)
-    silent = tmp_path / "silent"
-    shutil.copytree(reader, silent, ignore=shutil.ignore_patterns("tokenizer*"))
-    model = bare_model(tiny.config(backbone={"path": str(silent)}, **QUICK), load_dataset(config, board), 0)
-    with pytest.raises(ValueError, match="has no tokenizer to read"):
-        protections(model, GemsConfig(corpus=str(tmp_path / "words.txt")), past)
 
 
 def test_a_move_is_stored_whole_or_as_factors_whichever_is_smaller() -> None:

@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from stages.commit import checkpoint_folder
+from models.generative import GenerativeModel
+from stages.commit import checkpoint_folder, lineage_jobs, method_of
 from stages.config import Config
 from stages.dataset import load_dataset
 from stages.jobs import Job
+from stages.methods.contract import Past
+from stages.past import past_of
+from stages.search_examples import query_vocabulary
+from stages.train import bare_model
 from stages.workspace import Workspace, sha256_file, write_json
 
 ITEMS, LEVELS, CODES = 16, 3, 4
@@ -115,3 +120,12 @@ def job(method: str, stage: int, seed: int = 0) -> Job:
 def folder(config: Config, workspace: Workspace, own: Job) -> Path:
     """Where its checkpoint is."""
     return checkpoint_folder(config, workspace, load_dataset(config, workspace), own)
+
+
+def at_start(config: Config, workspace: Workspace, own: Job) -> tuple[GenerativeModel, Past]:
+    """The model `own`'s last stage starts from, and what it may look back on."""
+    dataset = load_dataset(config, workspace)
+    model = bare_model(config, dataset, 0)
+    lineage = [checkpoint_folder(config, workspace, dataset, part) for part in lineage_jobs(config, own)[:-1]]
+    method_of(config, own.method).restore(model, lineage)
+    return model, past_of(config, workspace, dataset, own, query_vocabulary(config, dataset))
