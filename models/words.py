@@ -91,7 +91,12 @@ class BackboneVocabulary:
                 f"backbone.path = {path!r} has no tokenizer, which searches need: {reason}; "
                 'add its files, or set search.objectives = ["recommendation"]'
             ) from None
-        self.control = frozenset(self.tokenizer.all_special_ids)
+        # A word that the tokenizer does not have is still a word, unless its token controls something besides.
+        core = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
+        unknown = getattr(core, "unk_token", None)
+        also = {self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.pad_token}
+        kept = set() if unknown is None or unknown in also else {self.tokenizer.convert_tokens_to_ids(unknown)}
+        self.control = frozenset(self.tokenizer.all_special_ids) - kept
 
     def encode(self, text: str) -> list[int]:
         """The tokenizer's rows of the text; what looks like a control token is split into its characters' tokens."""

@@ -51,6 +51,12 @@ def test_control_tokens_in_a_query_are_only_characters_to_a_pretrained_tokenizer
     assert rows == [3, 4, 5, 6, 8, 4, 7, 5, 6]
 
 
+def test_a_word_that_a_pretrained_tokenizer_does_not_have_is_a_word_all_the_same(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    assert BackboneVocabulary(str(tmp_path)).encode("zebra item") == [0, 3]
+    assert BackboneVocabulary(str(tmp_path)).encode("<unk>") == [4, 0, 6]
+
+
 def test_a_pretrained_backbone_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     own = dataset(tmp_path / "log", [VISIT])
     with pytest.raises(UserError, match="has no tokenizer, which searches need"):
