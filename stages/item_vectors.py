@@ -6,6 +6,8 @@ are left out.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -21,8 +23,10 @@ from models.vectors import CooccurrenceVectors, EncoderVectors, TextVectors
 from stages.config import Config, expand
 from stages.errors import UserError
 from stages.interactions import stage_events, used_objectives
-from stages.workspace import Workspace, read_json, replacing, write_json
+from stages.workspace import Workspace, make_folder, read_json, replacing, sync_folder, write_json
 
+FITTED, READY = "quantizer", ".next"
+"""Folders of `catalogue/`: what its manifest vouches for, and what a fit under way makes to take its place."""
 IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.floating]
 Progress: TypeAlias = Callable[[str], None]
@@ -49,11 +53,11 @@ class FrozenCoder:
 
 
 def fit_coder(config: Config, workspace: Workspace, items: pl.DataFrame, progress: Progress) -> FrozenCoder:
-    """Fit vectors and quantizer on the items of stage 0 and save them.
+    """Fit vectors and quantizer on the items of stage 0 and save them beside those that are there.
 
     Args:
         config: the `items` table decides; `evaluation.baskets` decides what is held out.
-        workspace: its stages are read, its `catalogue/quantizer/` is written.
+        workspace: its stages are read, its `catalogue/.next/` is written.
         items: item_id, first_stage, title, text, categories in the order of item numbers.
         progress: told what is fitted.
 
@@ -76,8 +80,8 @@ def fit_coder(config: Config, workspace: Workspace, items: pl.DataFrame, progres
 
 
 def load_coder(config: Config, workspace: Workspace) -> FrozenCoder:
-    """Read what `fit_coder` saved; the encoder's path is the config's, for a workspace can be moved and holds none."""
-    folder = workspace.catalogue / "quantizer"
+    """Read what counts of what `fit_coder` saved; the encoder's path is the config's: a workspace can be moved, and holds none."""
+    folder = workspace.catalogue / FITTED
     settings, arrays = read_json(folder / "quantizer.json"), load_file(folder / "vectors.safetensors")
     kind = settings["vectors"]
     if kind == "tfidf":
@@ -161,7 +165,7 @@ def _fit_vectors(
 
 
 def _save(config: Config, workspace: Workspace, coder: FrozenCoder) -> None:
-    folder = workspace.catalogue / "quantizer"
+    folder = workspace.catalogue / READY
     for name, arrays in (("vectors", coder.vectors.arrays()), ("codebooks", coder.quantizer.arrays())):
         with replacing(folder / f"{name}.safetensors") as temporary:
             save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, temporary)
@@ -169,3 +173,21 @@ def _save(config: Config, workspace: Workspace, coder: FrozenCoder) -> None:
     if isinstance(coder.vectors, TextVectors):
         settings["terms"] = coder.vectors.terms
     write_json(folder / "quantizer.json", settings)
+
+
+def settle_fitted(workspace: Workspace) -> None:
+    """Let what was fitted anew take the old one's place, file by file: killed in between, the rest follows."""
+    ready, fitted = (workspace.catalogue / name for name in (READY, FITTED))
+    if ready.is_dir():
+        make_folder(fitted)
+        for source in sorted(ready.glob("[!.]*")):
+            os.replace(source, fitted / source.name)
+        sync_folder(fitted)
+
+
+def drop_fitted(workspace: Workspace) -> None:
+    """Remove what was fitted anew, where that does not count."""
+    ready = workspace.catalogue / READY
+    if ready.is_symlink():
+        ready.unlink()
+    shutil.rmtree(ready, ignore_errors=True)

@@ -25,7 +25,7 @@ from stages.config import Config
 from stages.errors import UserError
 from stages.interactions import coding_order
 from stages.item_table import is_mended, mend_item_table, read_item_table
-from stages.item_vectors import fit_coder, load_coder, stage_vectors
+from stages.item_vectors import FITTED, READY, drop_fitted, fit_coder, load_coder, settle_fitted, stage_vectors
 from stages.stage_files import read_stages, stage_rows
 from stages.workspace import (
     SCHEMA,
@@ -327,7 +327,8 @@ def _write(workspace: Workspace, frame: pl.DataFrame, facts: Mapping[str, Any]) 
     path = workspace.catalogue / "items.parquet"
     columns = ["item_id", *_TEXT_COLUMNS, "first_stage", "codes", "coded"]
     codes = np.array(frame["codes"].to_list(), dtype=np.int64)
-    folder = workspace.catalogue / "quantizer"
+    ready = workspace.catalogue / READY
+    folder = ready if ready.is_dir() else workspace.catalogue / FITTED
     fitted = sorted(folder.iterdir()) if facts["source"] == "fitted" else []
     manifest = {
         "schema": SCHEMA,
@@ -336,7 +337,7 @@ def _write(workspace: Workspace, frame: pl.DataFrame, facts: Mapping[str, Any]) 
         "collisions": asdict(collisions(codes)),
         "prefixes": [len(np.unique(codes[:, :depth], axis=0)) for depth in range(1, codes.shape[1] + 1)],
         **facts,
-        "files": {f"quantizer/{file.name}": sha256_file(file) for file in fitted if not file.name.startswith(".")},
+        "files": {f"{FITTED}/{file.name}": sha256_file(file) for file in fitted if not file.name.startswith(".")},
     }
     with replacing(path) as temporary:
         frame.select(columns).write_parquet(temporary)
@@ -347,7 +348,7 @@ def _write(workspace: Workspace, frame: pl.DataFrame, facts: Mapping[str, Any]) 
 
 
 def settle_codes(workspace: Workspace) -> bool:
-    """End a build that a kill cut short: its manifest counts where its rows are there, and the old one where not.
+    """End a build that a kill cut short: it counts where its rows are there, and the old one where not.
 
     Returns:
         Whether there was one.
@@ -355,16 +356,19 @@ def settle_codes(workspace: Workspace) -> bool:
     folder = workspace.catalogue
     decided = folder / NEXT
     if not decided.is_file():
+        drop_fitted(workspace)
         return False
     try:
         done = read_json(decided)["digest"] == _digest_if_there(folder / "items.parquet")
     except UserError:
         done = False
     if done:
+        settle_fitted(workspace)
         os.replace(decided, folder / "manifest.json")
         sync_folder(folder)
     else:
         decided.unlink()
+    drop_fitted(workspace)
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -204,6 +205,29 @@ def test_a_catalogue_killed_while_it_is_written_is_the_old_one_or_the_new_one(
     assert not any("differ from their manifest" in line for line in said)
     after = rows_of(workspace)
     assert {item: after[item] for item in before} == before
+
+
+@pytest.mark.parametrize("writes", range(9))
+def test_a_refit_killed_at_any_write_leaves_the_old_quantizer_or_the_new_one(
+    shop: tuple[Config, Workspace], monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    config, workspace = shop
+    other = config.model_copy(update={"items": config.items.model_copy(update={"dimensions": 3})})
+    done, replace = iter(range(writes)), os.replace
+
+    def dying(*paths: Path) -> None:
+        if next(done, None) is None:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        build_semantic_ids(other, workspace)
+    monkeypatch.undo()
+    catalogue.settle_codes(workspace)
+    decided = writes > 4  # vectors, codebooks, quantizer.json, next.json, items.parquet
+    assert build_semantic_ids(other if decided else config, workspace).reused
+    assert not (workspace.catalogue / ".next").exists()
 
 
 def test_a_mending_that_was_killed_still_says_that_rows_were_lost_and_moves_no_code(
