@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from stages.shapes import shaped
 from stages.workspace import Workspace, read_json, write_json
 
 DATA_TABLES = ("log", "catalogue", "stages", "items")
+SETTLED = ("catalogue", "stages", "items", "adapter", "training", "retrain", "analysis", "methods", "compare", "seeds")
+"""Tables that a trained model is asked without: its checkpoint holds the settings it was trained under."""
+log = logging.getLogger("flows")
 _held: set[Path] = set()
 """Workspaces that this process holds."""
 
@@ -42,7 +46,7 @@ def open_workspace(config: Config, folder: Path | None) -> tuple[Config, Workspa
     workspace = Workspace(root)
     workspace.claim(config.name)
     found, values = see_fit(config, workspace)
-    write_json(root / "config.json", {**found, "schema": 1, "config": {**values, "workspace": "."}})
+    write_json(root / "config.json", {**found, "schema": 1, "config": {**values, "workspace": "."}}, seal=True)
     return config, workspace
 
 
@@ -72,23 +76,57 @@ def see_fit(config: Config, workspace: Workspace) -> tuple[dict[str, Any], dict[
     return found, values
 
 
-def remembered_config(root: Path) -> tuple[Config, Workspace]:
+def remembered_config(root: Path, answering: bool = False) -> tuple[Config, Workspace]:
     """The config a workspace was last used with, its source paths made absolute again.
+
+    Args:
+        root: of the workspace.
+        answering: for a model that is there already; settings of `SETTLED` that break a rule of this version count as
+            absent, with a warning.
 
     Raises:
         UserError: not a workspace, one in which nothing has run, or one whose settings break a rule of this version.
     """
     workspace, stored = made(root), root / "config.json"
     values = _with_places(_settings(stored)["config"], lambda path: os.path.normpath(root.resolve() / path))
+    values["workspace"] = str(root)
     try:
-        config = Config.model_validate({**values, "workspace": str(root)})
+        config = Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(
-            f"{stored}: written by another version of driftrec: {explain(error)}; run `compare` again with the config "
-            "file, which writes it anew"
-        ) from None
+        fault = f"{stored}: this version of driftrec refuses {explain(error)}"
+        remedy = f"mend the config file and run `driftrec resume -w {root}`, which writes its settings anew"
+        found = _without_refused(values) if answering else None
+        if found is None:
+            raise UserError(f"{fault}; {remedy}") from None
+        log.warning("%s; no answer rests on it; %s", fault, remedy)
+        config = found
     workspace.claim(config.name)
     return config, workspace
+
+
+def _without_refused(values: dict[str, Any]) -> Config | None:
+    """The settings but those of `SETTLED` that break a rule; None where others do."""
+    values = copy.deepcopy(values)
+    while values:
+        try:
+            return Config.model_validate(values)
+        except ValidationError as error:
+            places = [problem["loc"] for problem in error.errors()]
+        if any(place[:1] not in [(table,) for table in SETTLED] for place in places):
+            return None
+        for place in places:
+            _drop(values, place)
+    return None
+
+
+def _drop(values: dict[str, Any], place: tuple[int | str, ...]) -> None:
+    """Take the setting at `place` away, or the narrowest table around it that is there."""
+    table, found = values, None
+    for part in place:
+        if isinstance(table, dict) and part in table:
+            found, table = (table, part), table[part]
+    if found is not None:
+        del found[0][found[1]]
 
 
 def made(root: Path) -> Workspace:
@@ -119,7 +157,7 @@ def check_log(workspace: Workspace, digest: str) -> None:
             f"{workspace.root}: the log's rows changed since this workspace was made (digest {digest[:12]}, "
             f"was {found['log_digest'][:12]}); choose another workspace, or let `driftrec retrain` take new rows"
         )
-    write_json(stored, {**found, "log_digest": digest})
+    write_json(stored, {**found, "log_digest": digest}, seal=True)
 
 
 def remember_command(workspace: Workspace, command: str, arguments: dict[str, Any], flow_run: str | None) -> None:
@@ -289,8 +327,8 @@ class _Settings:
 
 def _settings(path: Path) -> dict[str, Any]:
     """config.json, in which every place that is made relative or absolute is there."""
-    found = read_json(path)
-    remedy = "move it away and run the last command again with its config file, which writes it anew"
+    remedy = f"move it away and run `driftrec resume -w {path.parent}`, which writes it anew from the config file"
+    found = read_json(path, remedy)
     shaped(_Settings, found, path, "not the settings of a workspace", remedy)
     return found
 

@@ -53,7 +53,7 @@ def _retrain_plainly(config: str, new: str | None, close_now: bool, workspace: s
 
 
 def _roll_back_plainly(workspace: str) -> str:
-    config, place = experiment.remembered_config(Path(workspace))
+    config, place = experiment.remembered_config(Path(workspace), answering=True)
     last = read_history(place)[0][-1]
     retraining.mirrored(place, config.name, last)
     return "\n".join(retraining.told([last]))

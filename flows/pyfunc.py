@@ -196,7 +196,7 @@ def _save(folder: Path, part: Path, sources: Sequence[Path]) -> None:
 
 def _copy_part(root: Path, part: Path, method: str | None, seed: int | None) -> None:
     """The files that answering reads: config, stages, catalogue and the checkpoints of one model, named as champion."""
-    config, workspace = remembered_config(root)
+    config, workspace = remembered_config(root, answering=True)
     dataset = load_dataset(config, workspace)
     chosen = models_in_service(workspace, method, seed)[0]  # nothing stands in for it: it is registered as the champion
     job = chosen.job

@@ -74,7 +74,7 @@ def recommend(
 
     if user is not None and history is not None:
         raise UserError(f"--user {user} and --history exclude each other; give one, as a user's history is the log's")
-    config, workspace = remembered_config(root)
+    config, workspace = remembered_config(root, answering=True)
     objective: Objective = "recommendation" if query is None else "search"
     chosen = models_in_service(workspace, method, seed, objective)
     if not 1 <= k <= config.evaluation.beam:

@@ -18,7 +18,7 @@ def rollback(workspace: str) -> str:
     Returns:
         What was done, in Markdown.
     """
-    config, place = remembered_config(Path(workspace))
+    config, place = remembered_config(Path(workspace), answering=True)
     with exclusive(place, reentrant=True):
         retraining.mirrored(place, config.name, read_history(place)[0][-1])
         return artifacts.publish_rollback(place)

@@ -67,7 +67,7 @@ def rollback(workspace: ThisFolder) -> None:
     from flows.promotion import champion
     from flows.promotion.telling import told_apart
 
-    config, place = remembered_config(workspace)
+    config, place = remembered_config(workspace, answering=True)
     gone, back = champion.roll_back(config, place)
     said = "{} is in service again, {} is not".format(*told_apart([back, gone]))
     terminal.stdout().print(said, soft_wrap=True)
@@ -125,7 +125,7 @@ def gc(
     from flows.experiment import exclusive, remembered_config
     from flows.promotion.retention import removable, remove, superseded
 
-    config, place = remembered_config(workspace)
+    config, place = remembered_config(workspace, answering=True)
     console = terminal.stdout()
     with exclusive(place):
         found = [*removable(place, keep, forget_report), *superseded(place, config.name, keep)]

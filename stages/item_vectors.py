@@ -80,7 +80,10 @@ def fit_coder(config: Config, workspace: Workspace, items: pl.DataFrame, progres
 
 
 def load_coder(config: Config, workspace: Workspace) -> FrozenCoder:
-    """Read what counts of what `fit_coder` saved; the encoder's path is the config's: a workspace can be moved, and holds none."""
+    """Read what `fit_coder` saved and `settle_fitted` put in place.
+
+    The encoder's path is the config's, for a workspace can be moved and holds none.
+    """
     folder = workspace.catalogue / FITTED
     settings, arrays = read_json(folder / "quantizer.json"), load_file(folder / "vectors.safetensors")
     kind = settings["vectors"]

@@ -236,8 +236,12 @@ def write_json(path: Path, value: Any, seal: bool = False) -> None:
         temporary.write_text(indented(value) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str = "remove it and run the command again that made it") -> Any:
     """Read a JSON file; the seal of a sealed one is checked and left out.
+
+    Args:
+        path: the file.
+        remedy: what to do where it is no good.
 
     Raises:
         UserError: it is missing, not JSON, or not what was sealed.
@@ -245,14 +249,12 @@ def read_json(path: Path) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: not a readable JSON file: {error}; remove it and run the command again that made it"
-        ) from None
+        raise UserError(f"{path}: not a readable JSON file: {error}; {remedy}") from None
     if not (isinstance(value, dict) and SEAL in value):
         return value
     content = {key: part for key, part in value.items() if key != SEAL}
     if digest_of(content) != value[SEAL]:
-        raise UserError(f"{path}: altered since it was written; remove it and run the command again that made it")
+        raise UserError(f"{path}: altered since it was written; {remedy}")
     return content
 
 

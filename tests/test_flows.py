@@ -95,7 +95,9 @@ def test_a_remembered_config_that_breaks_a_rule_of_today_is_told_in_a_sentence(t
     found = read_json(root / "config.json")
     found["config"]["evaluation"]["beam"] = 3
     write_json(root / "config.json", found)
-    with pytest.raises(UserError, match=r"config\.json.*another version.*beam \(3\) is below"):
+    with pytest.raises(
+        UserError, match=r"config\.json: this version .* refuses .*beam \(3\) is below.*driftrec resume -w"
+    ):
         remembered_config(root)
 
 

@@ -18,7 +18,7 @@ from flows.promotion.history import read_history
 from flows.recommending import recommend
 from flows.serving.served import InService, load_served
 from stages.errors import UserError
-from stages.workspace import Workspace, read_json
+from stages.workspace import Workspace, read_json, write_json
 
 
 class Quietly:
@@ -394,3 +394,46 @@ def test_a_file_of_another_shape_is_named_with_its_remedy(
         assert ");" in told, "no remedy"
     else:
         assert (code, shop.served.job.stage) == (0, 1), "the history writes champion.json anew"
+
+
+REFUSED = {
+    "methods.odd": {"odd": {"method": "single", "gone": 1}},
+    "seeds": [1, 1],
+    "training.gone": {"gone": 1},
+    "retrain.gate.users": {"gate": {"users": -1}},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_stored_setting_that_this_version_refuses_keeps_no_model_from_answering(
+    shop: Shop, driftrec: Any, caplog: pytest.LogCaptureFixture, key: str
+) -> None:
+    answered, path, table = shop.listed(), shop.workspace.root / "config.json", key.partition(".")[0]
+    found = read_json(path)
+    given = REFUSED[key]
+    found["config"][table] = {**found["config"][table], **given} if isinstance(given, dict) else given
+    write_json(path, found, seal=True)
+    assert shop.listed() == answered
+    assert load_served(shop.workspace.root).job == shop.served.job
+    assert table in caplog.text
+    assert f"`driftrec resume -w {shop.workspace.root}`" in caplog.text
+    code, said, _ = driftrec("rollback", "-w", shop.workspace.root)
+    assert (code, "newest stage of single" in said) == (0, True)
+
+
+@pytest.mark.parametrize("rot", ["cut", "empty", "bytes", "edited", "shape"])
+@pytest.mark.parametrize(
+    "command", [("recommend", "--user", "u03"), ("rollback",), ("serve", "--port", "0"), RETRAIN[:3]]
+)
+def test_settings_that_rotted_are_named_with_their_remedy(
+    shop: Shop, driftrec: Any, monkeypatch: pytest.MonkeyPatch, rot: str, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(shop.folder)
+    path = shop.workspace.root / "config.json"
+    whole = path.read_bytes()
+    contents = {"cut": whole[:300], "empty": b"", "bytes": b"\xff" + whole, "shape": b'{"config": {"log": 1}}'}
+    path.write_bytes({**contents, "edited": whole.replace(b'"beam": 20', b'"beam": 24')}[rot])
+    code, _, error = driftrec(*command, "-w", shop.workspace.root)
+    assert (code, "defect" in error) == (2, False)
+    assert f"{path}: " in error
+    assert f"move it away and run `driftrec resume -w {shop.workspace.root}`" in error

@@ -142,7 +142,7 @@ def load_served(root: Path, method: str | None = None, seed: int | None = None) 
     Raises:
         UserError: nothing is trained there, or what is there is damaged or being written.
     """
-    config, workspace = remembered_config(root)
+    config, workspace = remembered_config(root, answering=True)
     chosen = models_in_service(workspace, method, seed)
     dataset = load_dataset(config, workspace, answering=True)
     model, fault = first_that_loads(chosen, partial(loaded, config, workspace, dataset))
