@@ -147,6 +147,33 @@ def test_beyond_the_limit_one_is_told_so_and_the_others_are_served(
     assert sum("3 connections are open" in line for line in caplog.messages) == 1
 
 
+def told_first(client: socket.socket) -> bytes:
+    """The first line of an answer."""
+    with suppress(ConnectionError):
+        client.sendall(ASK)
+    return client.recv(65536).partition(b"\r\n")[0]
+
+
+def test_at_the_limit_a_newcomer_takes_the_place_of_who_is_idle_longest(
+    server: uvicorn.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "IDLE", LIMIT)
+    with ExitStack() as stack:
+        silent, first, second = (stack.enter_context(calling(server)) for _ in range(3))
+        for client in (first, second):
+            well_answered(client)
+            time.sleep(0.05)
+        newcomer = stack.enter_context(calling(server))
+        assert told_first(newcomer) == b"HTTP/1.1 503 Service Unavailable"  # nobody has been idle for long
+        silent.sendall(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n")
+        time.sleep(LIMIT)
+        newcomer = stack.enter_context(calling(server))
+        assert told_first(newcomer) == b"HTTP/1.1 200 OK"
+        assert first.recv(1) == b""
+        well_answered(second)
+        assert silent.recv(65536).startswith(b"HTTP/1.1 200 OK")
+
+
 def test_the_limit_stays_below_the_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, allowed in ((1024, 768), (64, 48), (10**6, 1000), (resource.RLIM_INFINITY, 1000)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))

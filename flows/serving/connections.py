@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import resource
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -21,6 +23,8 @@ MOST = 1000
 """Connections open at once, at most."""
 QUEUE = 64
 """Connections that are taken at a time; asyncio may go over the limit by so many."""
+IDLE = 1.0
+"""Seconds after an answer from which a connection that brought nothing since may be closed for a newcomer."""
 SHARE = 0.75
 """Of the process's descriptors; the rest is for models, logs, and connections about to be refused."""
 EXHAUSTED = "socket.accept() out of system resource"
@@ -57,14 +61,14 @@ _full = Seldom(1.0)
 
 
 class Punctual(H11Protocol):
-    """uvicorn's protocol, which waits for nobody longer than `LIMIT` and refuses whoever comes beyond `most`."""
+    """uvicorn's protocol, which waits for nobody longer than `LIMIT`, and has no more than `most` open."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take the connection, or say that there are too many."""
+        """Take the connection, in place of the longest idle one where need be, or say that there are too many."""
         super().connection_made(transport)
         self._stalled, self._looks = self._waits(), 0
         self._timer: asyncio.TimerHandle | None = None
-        if len(self.connections) > (allowed := most()):
+        if len(self.connections) > (allowed := most()) and not self._take_place():
             if _full():
                 log.warning("%d connections are open, as many as there may be; more are refused", allowed)
             transport.write(REFUSAL)
@@ -77,6 +81,14 @@ class Punctual(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
+
+    def _take_place(self) -> bool:
+        """Close the connection that has been idle longest since its last answer; False where none is for `IDLE`."""
+        longest = _idle_longest(self.connections)
+        if self.loop.time() - _idle_since(longest) < IDLE:
+            return False
+        longest.timeout_keep_alive_handler()
+        return True
 
     def _look_again(self) -> None:
         self._timer = self.loop.call_later(LIMIT / 2, self._look)
@@ -99,6 +111,17 @@ class Punctual(H11Protocol):
         if untaken or self.cycle is None or self.cycle.response_complete:
             return self.cycle, untaken
         return None
+
+
+def _idle_longest(connections: Iterable[Any]) -> Any:
+    return min(connections, key=_idle_since)
+
+
+def _idle_since(connection: Any) -> float:
+    """When, by the loop's clock, it was last answered; infinity for one that is asked, closed, new or takes nothing."""
+    waiting: asyncio.TimerHandle | None = connection.timeout_keep_alive_task
+    gone, untaken = connection.transport.is_closing(), connection.transport.get_write_buffer_size()
+    return math.inf if waiting is None or gone or untaken else waiting.when() - connection.timeout_keep_alive
 
 
 def _refusal() -> bytes:
