@@ -9,13 +9,14 @@ machine, from which data. Each part stands between marks of its own, and writing
 
 from __future__ import annotations
 
-import sys
+import argparse
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import percent
 from flows.reporting.findings import Cell, Difference, Findings
+from stages.errors import UserError
 from stages.workspace import read_json, replacing
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
@@ -49,10 +50,14 @@ counted and set aside. Written by `make faults`.
 
 
 def refresh_reports(workspaces: list[Path], page: Path = PAGE) -> None:
-    """Write the introduction, and the section of each workspace's newest report; other sections stay."""
+    """Write the introduction, and the section of each workspace's newest report; other sections stay.
+
+    Raises:
+        UserError: a workspace without a report; nothing is written.
+    """
+    reports = [newest(folder) for folder in workspaces]
     replace_part(page, "introduction", INTRODUCTION)
-    for folder in workspaces:
-        found = newest(folder)
+    for found in reports:
         replace_part(page, f"report {found.report['name']}", section(found))
 
 
@@ -286,9 +291,20 @@ def number(value: float | None, unit: float, form: str) -> str:
     return "–" if value is None else form.format(value / unit)
 
 
+def main() -> None:
+    """Refresh what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("workspaces", nargs="*", type=Path, help="whose reports; absent: benchmarks and faults")
+    wish = parser.parse_args()
+    try:
+        if wish.workspaces:
+            refresh_reports(wish.workspaces)
+        else:
+            refresh_benchmarks()
+            refresh_faults()
+    except UserError as error:
+        parser.error(str(error))
+
+
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        refresh_reports([Path(argument) for argument in sys.argv[1:]])
-    else:
-        refresh_benchmarks()
-        refresh_faults()
+    main()

@@ -121,12 +121,14 @@ def _without_refused(values: dict[str, Any]) -> Config | None:
 
 def _drop(values: dict[str, Any], place: tuple[int | str, ...]) -> None:
     """Take the setting at `place` away, or the narrowest table around it that is there."""
-    table, found = values, None
-    for part in place:
+    way: list[tuple[dict[str, Any], str]] = []
+    table: Any = values
+    for part in map(str, place):
         if isinstance(table, dict) and part in table:
-            found, table = (table, part), table[part]
-    if found is not None:
-        del found[0][found[1]]
+            way.append((table, part))
+            table = table[part]
+    if way:
+        del way[-1][0][way[-1][1]]
 
 
 def made(root: Path) -> Workspace:

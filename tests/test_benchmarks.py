@@ -179,3 +179,16 @@ def test_glosses_are_read_from_wordnet_s_own_format_and_cut_in_two(
     kept, held = ((tmp_path / "out" / name).read_text().splitlines() for name in ("glosses.txt", "held_out.txt"))
     assert (len(kept), len(held)) == (18, 2)
     assert {*kept, *held} == {'hot dog, frank: a sausage; "eat a frank"'}
+
+
+@pytest.mark.parametrize(("word", "code", "said"), [("--help", 0, "usage: "), ("nowhere", 2, "not a readable JSON")])
+def test_the_page_s_script_explains_itself_and_writes_nothing_without_a_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: str, code: int, said: str
+) -> None:
+    before = results.PAGE.read_bytes()
+    monkeypatch.setattr("sys.argv", ["results", word])
+    with pytest.raises(SystemExit) as end:
+        results.main()
+    assert end.value.code == code
+    assert said in "".join(capsys.readouterr())
+    assert results.PAGE.read_bytes() == before
