@@ -32,6 +32,8 @@ FALLBACK = "recent_popularity"
 """Who answers where nothing is known of a person."""
 MOST = 4
 """Threads that rank at the same time, at most: Python runs one of them at a time between two operations of torch."""
+SELDOM = 64
+"""Looks from one try to the next, at most, where the machine keeps failing on the same files."""
 NOBODY = Past(np.empty(0, dtype=np.int64), np.empty(0, dtype=bool))
 Mark = tuple[object, ...]
 log = logging.getLogger("flows")
@@ -149,6 +151,26 @@ def load_served(root: Path, method: str | None = None, seed: int | None = None) 
     return Served(model.config, dataset, model.job, model.recommender, fault)
 
 
+class Retries:
+    """Which looks try the same files again after the machine failed on them: the next one, then ever fewer."""
+
+    def __init__(self) -> None:
+        self._mark: Mark | None = None
+        self._failures = self._passed_over = 0
+
+    def due(self, mark: Mark) -> bool:
+        """Whether this look tries."""
+        if mark != self._mark or not self._passed_over:
+            return True
+        self._passed_over -= 1
+        return False
+
+    def failed(self, mark: Mark) -> None:
+        """Another try of these files failed."""
+        self._failures = self._failures + 1 if mark == self._mark else 0
+        self._mark, self._passed_over = mark, min(2**self._failures, SELDOM) - 1
+
+
 class InService:
     """The model that answers now; `look` puts its successor in its place once that is loaded whole.
 
@@ -174,6 +196,7 @@ class InService:
         self.current = load(root, method, seed)
         if self.current.passing:
             self.mark = ()
+        self._retries = Retries()
         self.swaps, self.failures = 0, int(self.current.fault is not None)
         self._looking = threading.Lock()
         self.fault: str | None = self.current.fault
@@ -183,15 +206,15 @@ class InService:
         """Load what is to be served now if the workspace says otherwise than before; True after a swap.
 
         One assignment replaces the model, so a request sees the old one or the new one, whole. A model that cannot be
-        loaded leaves the old one in service and is tried again when the files change, or at the next look where the
-        machine failed and not the files.
+        loaded leaves the old one in service and is tried again when the files change, and where the machine failed and
+        not the files, at the next look and then ever more seldom.
         """
         with self._looking:
             return self._look()
 
     def _look(self) -> bool:
         found = self._mark()
-        if found == self.mark:
+        if found == self.mark or not self._retries.due(found):
             return False
         try:
             served = self.load(self.root, self.method, self.seed)
@@ -205,6 +228,7 @@ class InService:
             if not (passing and fault == self.fault):
                 log.warning("still serving %s: %s", self.current.job, fault)
             self.mark, self.fault = self.mark if passing else found, fault
+            self._retries.failed(found)
             self.failures += 1
             return False
         if self._mark() != found:
