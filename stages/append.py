@@ -190,7 +190,7 @@ def _end_of(stage: Stage) -> datetime:
 def _incoming(config: Config, new: str | None, progress: Progress, waiting: Waiting) -> Incoming:
     """What the sources hold, or the files given; sources that a damaged table's rows must come from are not empty."""
     if new is None:
-        return read_events(config, progress, waiting.files, quiet=not waiting.damaged)
+        return read_events(config, progress, waiting.files, quiet=not waiting.damaged, growing=True)
     if len(config.log.sources) != 1 or config.log.sources[0].distinct:
         raise UserError(
             f"--new {new}: needs a config with one log source and without `distinct`, whose form the files have; "

@@ -6,6 +6,7 @@ import glob
 import gzip
 import io
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -27,6 +28,8 @@ ENDINGS: dict[str, Format] = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
+YOUNG = 60.0
+"""Seconds since the last write within which text that ends in the middle of a line is taken for unfinished."""
 HIDDEN = (".", "_")
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -112,6 +115,18 @@ def file_format(path: Path, source: Source) -> Format:
     if ending not in ENDINGS:
         raise UserError(f'{path}: the ending {ending!r} tells no format; set format = "csv", "jsonl" or "parquet"')
     return ENDINGS[ending]
+
+
+def is_unfinished(path: Path, source: Source) -> bool:
+    """Whether its producer seems to be writing it: text ends within a line, and was written to a moment ago.
+
+    The last row of such a file could be half an item's name and yet look like any other.
+    """
+    if path.name.lower().endswith(".gz") or file_format(path, source) == "parquet" or not path.stat().st_size:
+        return False
+    with path.open("rb") as handle:
+        handle.seek(-1, os.SEEK_END)
+        return handle.read() not in (b"\n", b"\r") and abs(time.time() - path.stat().st_mtime) < YOUNG
 
 
 def separator_of(path: Path, source: Source) -> str:

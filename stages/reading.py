@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import polars as pl
 from stages.clock import Window, window
 from stages.coded import ORDER, Coded, Coder
 from stages.config import Config, Source
-from stages.files import File, is_emptied, shown, source_files
+from stages.files import File, is_emptied, is_unfinished, shown, source_files
 from stages.log_files import NUMBERS_FILE
 from stages.long_files import raw_file
 from stages.rows import EVENT_FIELDS, INSTANT, ITEM_FIELDS, Sifted, sift_events, sift_items
@@ -28,6 +28,7 @@ ITEM_SCHEMA = {
     "categories": pl.List(pl.String),
     "timestamp": INSTANT,
 }
+UNFINISHED = "the file's last line has no end and was just written; the next look takes it"
 log = logging.getLogger("stages.reading")
 
 
@@ -78,7 +79,11 @@ def silent(message: str) -> None:
 
 
 def read_events(
-    config: Config, progress: Callable[[str], None], known: Collection[str] = frozenset(), quiet: bool = False
+    config: Config,
+    progress: Callable[[str], None],
+    known: Collection[str] = frozenset(),
+    quiet: bool = False,
+    growing: bool = False,
 ) -> Incoming:
     """The events of `config.log.sources` as they are now; nothing is stored.
 
@@ -87,6 +92,7 @@ def read_events(
         progress: receives one line a file.
         known: keys of files to leave unread.
         quiet: a source whose folder holds no file at all gives no rows and a warning, and is no error.
+        growing: files may be under their producers' hands: a last row that may be half there is refused for now.
 
     Raises:
         UserError: a file that is missing, empty, unreadable or inconsistent.
@@ -95,7 +101,8 @@ def read_events(
         config = _of_sources_with_files(config)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / NUMBERS_FILE
-        table, coded, _ = event_table(config, window(config.log.earliest, config.log.latest), progress, path, known)
+        plausible = window(config.log.earliest, config.log.latest)
+        table, coded, _ = event_table(config, plausible, progress, path, known, growing)
         rows = coded.whole().drop("block")
         return Incoming(rows, table.rejects, table.clean, table.unread, table.accepted)
 
@@ -123,6 +130,7 @@ def event_table(
     progress: Callable[[str], None],
     path: Path,
     known: Collection[str] | None = None,
+    growing: bool = False,
 ) -> tuple[Table, Coded, int | None]:
     """The events of the sources as numbers, stored at `path`; nobody has counted the short users (the last part).
 
@@ -131,8 +139,10 @@ def event_table(
     required = ("user_id", "item_id", "timestamp")
 
     def sift(source: Source, file: File) -> Iterable[Sifted]:
+        unfinished = growing and is_unfinished(file.path, source)
         raw = raw_file(source, file, EVENT_FIELDS, required)
-        return sift_events(raw, source.event, source.time_unit, plausible, str(file.path))
+        parts = sift_events(raw, source.event, source.time_unit, plausible, str(file.path))
+        return _without_last(parts) if unfinished else parts
 
     coder, keyed = Coder(path.parent), []
     by_key = any(source.distinct for source in config.log.sources)
@@ -149,6 +159,19 @@ def event_table(
         return table, coder.sorted_distinct(path), None
     coder.add(_earliest_of_a_key(pl.concat(keyed, how="diagonal")))
     return table, coder.as_met(path), None
+
+
+def _without_last(parts: Iterable[Sifted]) -> Iterator[Sifted]:
+    """The parts, with the last accepted row refused for now: the next look reads the file again."""
+    last = None
+    for part in parts:
+        if last is not None:
+            yield last
+        last = part
+    if last is not None:
+        row = last.accepted.tail(1).select(pl.lit(None, pl.Int64).alias("row"), pl.lit(UNFINISHED).alias("reason"), "*")
+        refused = row.select(pl.col(name).cast(kind) for name, kind in last.rejects.schema.items())
+        yield replace(last, accepted=last.accepted.head(-1), rejects=pl.concat([last.rejects, refused]))
 
 
 def _earliest_of_a_key(frame: pl.DataFrame) -> pl.DataFrame:

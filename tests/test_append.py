@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from datetime import timedelta
@@ -205,6 +206,25 @@ def test_a_file_that_goes_while_it_is_read_leaves_its_rows(
     assert (take(config, workspace).open, take(config, workspace).unread) == (160, 1)
 
 
+def test_a_row_that_its_producer_is_in_the_middle_of_is_left_to_the_next_look(
+    shop: tuple[Config, Workspace, Path],
+) -> None:
+    config, workspace, events = shop
+    lines = "".join(f"{at},{user},{item}\n" for user, item, at in week(2))
+    path = events / "week2.csv"
+    path.write_text(f"timestamp,user_id,item_id\n{lines}"[:-2])  # of "i09" there is "i0"
+    first = take(config, workspace)
+    assert (first.open, first.refused, first.reason) == (159, 1, reading.UNFINISHED)
+    path.write_text(f"timestamp,user_id,item_id\n{lines}")
+    second = take(config, workspace)
+    assert (second.taken, second.open, second.refused) == (1, 160, 0)
+    rows = load_waiting(workspace).open
+    assert "i0" not in rows["item_id"].to_list()
+    path.write_text(f"timestamp,user_id,item_id\n{lines[:-1]}")  # long written, no last end of line: nothing waits
+    os.utime(path, (0, 0))
+    assert (take(config, workspace).refused, take(config, workspace).open) == (0, 160)
+
+
 @pytest.mark.parametrize("content", ["grown", "the same"])
 def test_a_file_that_is_written_while_it_is_read_is_read_again(
     shop: tuple[Config, Workspace, Path], monkeypatch: pytest.MonkeyPatch, content: str
@@ -360,7 +380,7 @@ def test_a_gate_that_looks_at_events_the_log_has_not_is_refused_before_anything_
     assert listing(workspace.root) == before
     header, *rows = (events / "week2.csv").read_text().splitlines()
     searched = [f"{header},event,query", *(f"{row},search,red chair" for row in rows)]
-    (events / "week2.csv").write_text("\n".join(searched))
+    (events / "week2.csv").write_text("\n".join([*searched, ""]))
     assert take(config, workspace).taken == 160
 
 
