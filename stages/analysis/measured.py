@@ -310,20 +310,25 @@ def preservation_rows(scope: Scope, notes: list[str]) -> Row:
     if own.text is not None:
         scope.say("what the untuned backbone makes of the text")
         found["untuned"], _ = measure(bare_model(scope.config, scope.dataset, scope.seed).eval(), 0)
+
+    def after(method: str, stage: int) -> tuple[float | None, float | None, dict[str, float]]:
+        """Perplexity now and that which the next stage starts with, and every map's drift."""
+        scope.say(f"what {method} kept after stage {stage}")
+        model = scope.model(method, stage)
+        moved = preservation.drifts(start, model, moments)
+        return *measure(model, stage), moved | preservation.mixture_drifts(base, model, stream, own.text is not None)
+
+    common = after(START, 0)  # every method's
     for method in scope.methods:
         earlier: float | None = None
         for stage in range(scope.last + 1):
-            scope.say(f"what {method} kept after stage {stage}")
-            model = scope.model(method, stage)
-            now, earlier_next = measure(model, stage)
+            now, earlier_next, own_drifts = after(method, stage) if stage else common
             if now is not None:
                 row = {"method": method, "stage": stage, "before": earlier, "value": now}
                 found["perplexity"].append(row)
             if own.text is None or stage == 0:
                 earlier = earlier_next
             kept = protected(scope, method, stage)
-            own_drifts = preservation.drifts(start, model, moments)
-            own_drifts |= preservation.mixture_drifts(base, model, stream, own.text is not None)
             for name, value in own_drifts.items():
                 layer, kind = place_of(name)
                 place = {"method": method, "stage": stage, "layer": layer, "map": kind, **kept.get(name, {})}
