@@ -196,7 +196,7 @@ def table(found: Findings, protocol: str, objective: str) -> list[str]:
     rows = [
         f"**{title}** (nothing can score above {oracle:.3f}: the share of targets in the catalogue at that time)",
         "",
-        "| method | Hit@10 | NDCG@10 | Hit@10 less `single` | p (Holm) | users |",
+        f"| method | Hit@10 | NDCG@10 | Hit@10 less `{found.reference}` | p (Holm) | users |",
         "|---|---|---|---|---|---|",
     ]
     for line in found.lines(protocol, objective):

@@ -17,7 +17,8 @@ from stages.omissions import log_counts, omission_notes
 from stages.statistics import holm, interval, paired_differences, two_sided_p
 from stages.workspace import Workspace, read_json
 
-REFERENCE = "single"
+USUAL = "single"
+"""What the others are compared with, where it was run."""
 """Every other method is compared with this one."""
 COMPARED = ("hit_at_10", "ndcg_at_10")
 """Metrics of the differences and of R[i][j]."""
@@ -60,6 +61,7 @@ def summarise(
     metrics = [name for name in METRICS if config.evaluation.baskets or not name.startswith("recall")]
     report: dict[str, Any] = {"schema": 1, "name": config.name}
     report |= {part: [] for part in ("rows", "differences", "matrix", "continual", "oracle")}
+    report["reference"] = reference_of(evaluations)
     grids: dict[str, dict[tuple[Protocol, bool], Grids]] = {}
     for protocol in config.evaluation.protocols:
         measured = [evaluation for evaluation in evaluations if evaluation.job.protocol == protocol]
@@ -114,7 +116,7 @@ def _add_estimates(
         found = estimates(cells, users, Tier(tuple(columns), size), BOOTSTRAP_SEED)
         names = [(SLICES[part], metrics[column]) for part, column in columns]
         report["rows"] += _rows(found, names, labels)
-        report["differences"] += _differences(found, names, labels, size)
+        report["differences"] += _differences(found, report["reference"], names, labels, size)
 
 
 def _rows(found: Mapping[Key, Estimate], names: Sequence[tuple[str, str]], labels: Row) -> list[Row]:
@@ -129,31 +131,41 @@ def _rows(found: Mapping[Key, Estimate], names: Sequence[tuple[str, str]], label
     return rows
 
 
-def _differences(found: Mapping[Key, Estimate], names: Sequence[tuple[str, str]], labels: Row, draws: int) -> list[Row]:
+def reference_of(evaluations: Sequence[Evaluation]) -> str:
+    """What each method's differences are to: `single`, else the first method in order."""
+    methods = [one.job.method for one in evaluations if one.job.method not in BASELINES]
+    return methods[0] if methods and USUAL not in methods else USUAL
+
+
+def _differences(
+    found: Mapping[Key, Estimate], reference: str, names: Sequence[tuple[str, str]], labels: Row, draws: int
+) -> list[Row]:
     """Each method minus the reference, paired by user and, where both have several, by training seed."""
     rows: list[Row] = []
     for method, stage in dict.fromkeys((method, stage) for method, _, stage in found):
-        pair = _pair(found, method, stage, draws)
-        if method == REFERENCE or pair is None:
+        pair = _pair(found, method, reference, stage, draws)
+        if method == reference or pair is None:
             continue
-        mine, reference = pair
-        change = paired_differences(mine.draws, reference.draws)
+        mine, theirs = pair
+        change = paired_differences(mine.draws, theirs.draws)
         (low, high), p = interval(change), two_sided_p(change)
         for column, (part, metric) in enumerate(names):
             if metric not in COMPARED or (part != "all" and stage != "mean"):
                 continue
-            both = mine.who[SLICES.index(part)] & reference.who[SLICES.index(part)]
-            row = {"method": method, "reference": REFERENCE, "stage": stage, **labels, "slice": part, "metric": metric}
-            row |= _bounds(mine.value[column] - reference.value[column], low[column], high[column])
-            row |= {"p": _number(p[column]), "users": int(both.sum()), "seeds": len(reference.seeds)}
+            both = mine.who[SLICES.index(part)] & theirs.who[SLICES.index(part)]
+            row = {"method": method, "reference": reference, "stage": stage, **labels, "slice": part, "metric": metric}
+            row |= _bounds(mine.value[column] - theirs.value[column], low[column], high[column])
+            row |= {"p": _number(p[column]), "users": int(both.sum()), "seeds": len(theirs.seeds)}
             rows.append(row)
     return rows
 
 
-def _pair(found: Mapping[Key, Estimate], method: str, stage: Place, draws: int) -> tuple[Estimate, Estimate] | None:
+def _pair(
+    found: Mapping[Key, Estimate], method: str, reference: str, stage: Place, draws: int
+) -> tuple[Estimate, Estimate] | None:
     """The two sides of a difference: over the seeds both have; a baseline has no seed and meets all of them."""
     mine = {key[1]: found[key] for key in found if key[0] == method and key[1] is not None and key[2] == stage}
-    theirs = {key[1]: found[key] for key in found if key[0] == REFERENCE and key[1] is not None and key[2] == stage}
+    theirs = {key[1]: found[key] for key in found if key[0] == reference and key[1] is not None and key[2] == stage}
     if method not in BASELINES:
         shared = mine.keys() & theirs.keys()
         mine, theirs = ({seed: side[seed] for seed in shared} for side in (mine, theirs))
@@ -345,8 +357,8 @@ def _notes(config: Config, evaluations: Sequence[Evaluation], shipped: bool) -> 
         notes.insert(0, f"Quick look: a seeded sample of {config.evaluation.users} test users, not all of them.")
     if trained and seeds < 3:
         notes.append(f"Training seeds: {seeds}. Fewer than three say little about the spread between trainings.")
-    if trained and not any(job.method == REFERENCE for job in trained):
-        notes.append(f"{REFERENCE} was not run, so there are no differences to it; add it to the methods compared.")
+    if trained and (reference := reference_of(evaluations)) != USUAL:
+        notes.append(f"Differences are to {reference}, the first of the methods: {USUAL} is not among them.")
     if shipped:
         notes.append("The semantic IDs were fitted on the catalogue of all stages: it was known in advance.")
     return notes

@@ -153,6 +153,18 @@ def test_differences_have_the_sign_of_the_better_method_and_holm_over_the_table(
     assert not [row for row in report["differences"] if row["slice"] != "all" and row["stage"] != "mean"]
 
 
+def test_without_single_the_first_method_is_what_the_others_are_compared_with(space: Workspace) -> None:
+    report = summarise(settings(), space, everything(space, {"popularity": 0.2, "peso": 0.6, "frozen": 0.3}), [])
+    leading = {"stage": "mean", "slice": "all", "metric": "hit_at_10"}
+    assert report["reference"] == "peso"
+    assert pick(report["differences"], method="frozen", **leading)["value"] == pytest.approx(-0.3)
+    assert {(row["method"], row["reference"]) for row in report["differences"]} == {
+        ("frozen", "peso"),
+        ("popularity", "peso"),
+    }
+    assert "Differences are to peso, the first of the methods: single is not among them." in report["notes"]
+
+
 def test_training_seeds_widen_the_interval_of_their_mean(space: Workspace) -> None:
     cells = [
         measured(space, Job("single", seed, "same_stage", 1), 1, crowd(share, users=400))
@@ -266,7 +278,7 @@ def test_what_a_reader_must_know_is_in_the_notes(space: Workspace) -> None:
     cells = [measured(space, Job("peso", 0, "same_stage", 1), 1, crowd(0.5))]
     report = summarise(settings(users=40), space, cells, [])
     notes = " ".join(report["notes"])
-    for phrase in ("seeded sample of 40", "Training seeds: 1", "single was not run", "known in advance", "500 draws"):
+    for phrase in ("seeded sample of 40", "Training seeds: 1", "Differences are to peso", "known in advance", "500 draws"):
         assert phrase in notes
     assert report["differences"] == []
     assert report["sampled_users"] == 40

@@ -9,7 +9,6 @@ from typing import Any
 from stages.jobs import BASELINES
 
 HEADLINE = ("hit_at_10", "ndcg_at_10")
-REFERENCE = "single"
 PROTOCOL_TITLES = {"next_stage": "Next stage", "same_stage": "Same stage"}
 PROTOCOL_ORDER = ("next_stage", "same_stage")
 
@@ -141,9 +140,14 @@ class Findings:
             row = self._rows.get((*place, only[0]))
         return None if row is None else Cell(row["value"], row["low"], row["high"], row["users"])
 
+    @property
+    def reference(self) -> str:
+        """The method that differences are to."""
+        return self.report.get("reference", "single")
+
     def difference(self, method: str, protocol: str, metric: str, objective: str | None = None) -> Difference | None:
         """The mean-over-stages difference of `method` to the reference."""
-        wanted = (method, REFERENCE, protocol, objective or self.leading_objective, "all", metric, "mean")
+        wanted = (method, self.reference, protocol, objective or self.leading_objective, "all", metric, "mean")
         keys = ("method", "reference", "protocol", "objective", "slice", "metric", "stage")
         for row in self.report["differences"]:
             if tuple(row[key] for key in keys) == wanted:

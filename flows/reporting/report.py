@@ -11,7 +11,6 @@ from flows.reporting.charts import draw_charts
 from flows.reporting.findings import (
     HEADLINE,
     PROTOCOL_TITLES,
-    REFERENCE,
     Cell,
     Difference,
     Findings,
@@ -136,7 +135,7 @@ def _protocol(findings: Findings, protocol: str, objective: str) -> Markup:
     if not lines:
         return Markup("")
     tops = {m: max((_high(line.cells.get(m)) for line in lines), default=0.0) for m in HEADLINE}
-    names = [title for m in HEADLINE for title in (metric_title(m), f"{metric_title(m)} minus {REFERENCE}")]
+    names = [title for m in HEADLINE for title in (metric_title(m), f"{metric_title(m)} minus {findings.reference}")]
     users = max((cell.users for line in lines for cell in line.cells.values()), default=0)
     title = _titled(findings, protocol, objective)
     losers = _losers(lines)

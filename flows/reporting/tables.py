@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from flows.reporting.findings import (
     HEADLINE,
     PROTOCOL_TITLES,
-    REFERENCE,
     Difference,
     Findings,
     Line,
@@ -55,7 +54,7 @@ def _table(findings: Findings, protocol: str, objective: str, best: dict[str, fl
     table.add_column("method", no_wrap=True)
     for metric in HEADLINE:
         table.add_column(metric_title(metric), justify="right", no_wrap=True)
-        table.add_column(f"minus {REFERENCE}", justify="right", no_wrap=True)
+        table.add_column(f"minus {findings.reference}", justify="right", no_wrap=True)
         table.add_column("p", justify="right", no_wrap=True)
     for line in findings.lines(protocol, objective):
         table.add_row(*(cell.replace(SPACE, gap) for cell in _line(line)), style="dim" if line.baseline else None)
