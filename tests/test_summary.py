@@ -278,7 +278,13 @@ def test_what_a_reader_must_know_is_in_the_notes(space: Workspace) -> None:
     cells = [measured(space, Job("peso", 0, "same_stage", 1), 1, crowd(0.5))]
     report = summarise(settings(users=40), space, cells, [])
     notes = " ".join(report["notes"])
-    for phrase in ("seeded sample of 40", "Training seeds: 1", "Differences are to peso", "known in advance", "500 draws"):
+    for phrase in (
+        "seeded sample of 40",
+        "Training seeds: 1",
+        "Differences are to peso",
+        "known in advance",
+        "500 draws",
+    ):
         assert phrase in notes
     assert report["differences"] == []
     assert report["sampled_users"] == 40
