@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FILE = "analysis.json"
 LEFT = "Not asked for and not measured: "
+FLAT = "No two methods of this workspace differ in one setting of GEMS alone, so there is no sensitivity to draw."
 
 
 def analyse(
@@ -165,9 +166,7 @@ def _measured(
     moved = drift_report(found["preservation"]["drift"], scope.last, report, scope.protocol, scope.seed)
     curves = sensitivity([moved, *reports])
     if not curves:
-        found["notes"].append(
-            "No two methods of this workspace differ in one setting of GEMS alone, so there is no sensitivity to draw."
-        )
+        found["notes"].append(FLAT)
     return {**found, "sensitivity": curves}
 
 
@@ -178,7 +177,7 @@ def _fill(found: dict[str, Any], earlier: dict[str, Any]) -> None:
     if all(earlier.get(key) == found[key] for key in ("protocol", "seed", "stage", "methods", "settings")):
         known = [part for part in earlier.get("parts", PARTS) if part not in found["parts"]]
         found |= {key: earlier[key] for part in known for key in PARTS[part] if key in earlier}
-        kept = [note for note in earlier["notes"] if not note.startswith(LEFT)]
+        kept = [note for note in earlier["notes"] if not note.startswith((LEFT, FLAT))]
         found["parts"], found["notes"] = [*found["parts"], *known], list(dict.fromkeys([*kept, *found["notes"]]))
     if left := [part for part in PARTS if part not in found["parts"]]:
         found["notes"].append(f"{LEFT}{', '.join(left)}.")

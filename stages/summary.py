@@ -18,8 +18,7 @@ from stages.statistics import holm, interval, paired_differences, two_sided_p
 from stages.workspace import Workspace, read_json
 
 USUAL = "single"
-"""What the others are compared with, where it was run."""
-"""Every other method is compared with this one."""
+"""Every other method is compared with this one where it was run."""
 COMPARED = ("hit_at_10", "ndcg_at_10")
 """Metrics of the differences and of R[i][j]."""
 LEADING = "hit_at_10"

@@ -230,11 +230,15 @@ def test_parts_are_measured_one_by_one_and_those_measured_before_stay(
     first = read_json(file)
     assert first["memory"]
     assert first["preservation"]["drift"] == []
-    assert driftrec(monkeypatch, capsys, *words, "preservation")[0] == 0
+    code, out, _ = driftrec(monkeypatch, capsys, *words, "preservation")
+    assert code == 0
+    assert "Bytes besides weights" in out  # measured before
     second = read_json(file)
     assert second["memory"] == first["memory"]
     assert second["preservation"]["drift"]
     assert any(note.endswith("not measured: conflict, transitions, titles.") for note in second["notes"])
-    monkeypatch.chdir(tmp_path)
-    assert driftrec(monkeypatch, capsys, *words[:3], "--parts", "memory")[0] == 0
-    assert read_json(file)["preservation"]["drift"] == []  # of other methods
+    assert len(set(second["notes"])) == len(second["notes"])
+    code, out, _ = driftrec(monkeypatch, capsys, *words[:3], "--parts", "transitions")
+    assert code == 0
+    assert read_json(file)["memory"] == []  # that was of other methods
+    assert "Bytes besides weights" not in out

@@ -17,27 +17,20 @@ from models.input_moments import linear_maps
 from regularizers.null_space import protect
 from stages.commit import commit_key
 from stages.dataset import load_dataset
-from stages.jobs import Job
 from stages.method_config import GemsConfig
 from stages.methods.contract import Past
 from stages.methods.protection import protections
-from stages.train import bare_model, train_stage
+from stages.train import bare_model
 from stages.workspace import Workspace
 from tests import tiny
-from tests.tiny import at_start
+from tests.tiny import at_start, job
 
 QUICK = {"training": {"first_epochs": 2, "epochs": 2}}
 
 
 @pytest.fixture(scope="module")
 def board(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = tiny.checkerboard(tmp_path_factory.mktemp("board"))
-    train_stage(tiny.config(**QUICK), workspace, job(2))
-    return workspace
-
-
-def job(stage: int, method: str = "gems") -> Job:
-    return Job(method, 0, "same_stage", stage)
+    return tiny.protecting(tmp_path_factory.mktemp("board"))
 
 
 def test_the_key_of_a_checkpoint_names_the_text_that_was_protected(board: Workspace, tmp_path: Path) -> None:
@@ -46,7 +39,7 @@ def test_the_key_of_a_checkpoint_names_the_text_that_was_protected(board: Worksp
     for words in ("one", "two"):
         text.write_text(words)
         config = tiny.config(**QUICK).model_copy(update={"methods": {"own": GemsConfig(corpus=str(text))}})
-        keys.append(commit_key(config, load_dataset(config, board), job(1, "own")))
+        keys.append(commit_key(config, load_dataset(config, board), job("own", 1)))
     assert keys[0] != keys[1]
 
 
@@ -89,7 +82,7 @@ def test_a_pretrained_backbone_protects_the_inputs_of_a_text(reader: Path, board
 
 
 def test_reading_a_corpus_is_logged_by_tenths(board: Workspace, caplog: pytest.LogCaptureFixture) -> None:
-    model, past = at_start(tiny.config(**QUICK), board, job(1))
+    model, past = at_start(tiny.config(**QUICK), board, job("gems", 1))
     with caplog.at_level("INFO", logger="stages.protection"):
         protections(model, GemsConfig(corpus_tokens=500, k_rule="fixed", k_value=3), past)
     assert caplog.messages == [f"null space: {n} of at most 500 corpus tokens read" for n in (168, 504)]

@@ -38,9 +38,7 @@ QUICK = {"training": {"first_epochs": 2, "epochs": 2}}
 
 @pytest.fixture(scope="module")
 def board(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = tiny.checkerboard(tmp_path_factory.mktemp("board"))
-    train_stage(tiny.config(**QUICK), workspace, job(2))
-    return workspace
+    return tiny.protecting(tmp_path_factory.mktemp("board"))
 
 
 def job(stage: int, method: str = "gems") -> Job:

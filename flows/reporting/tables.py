@@ -173,7 +173,7 @@ def analysis(found: dict[str, Any]) -> list[Table]:
         memory.add_column(name, justify="right" if name else "left")
     for row in insights.rows("memory"):
         memory.add_row(f"{row['name']}, {row['part']}", f"{row['counted']:,}", f"{row['predicted']:,}")
-    return [table, memory]
+    return [table, memory] if memory.row_count else [table]
 
 
 def _measured(points: dict[str, float], name: str) -> str:
