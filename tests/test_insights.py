@@ -92,7 +92,7 @@ def test_an_interval_stands_beside_its_number_on_the_page_in_mlflow_and_in_the_t
     page = str(analysis_sections.analysis(found, {}))
     for words in ("40.0% [25.0%, 62.5%]", "+0.250 [-0.125, +0.500]", "15.0% [0.0%, 37.5%]"):
         assert words in page
-    (table, _) = tables.analysis(found)
+    (table,) = tables.analysis(found)
     names, cells = (list(column.cells) for column in table.columns)
     assert not [name for name in names if str(name).endswith(("_low", "_high"))]
     assert cells[names.index("lost/search_earlier")] == "0.400\n\\[0.250, 0.625]"
