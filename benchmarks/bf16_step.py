@@ -12,7 +12,8 @@ import torch
 from benchmarks.measure import Row, Work, alternate, faster, flops, pretrained_folder, report
 from benchmarks.subjects import SCHEDULE, generated_batch, mean_loss, with_codes
 from models import adapter as lora
-from models.backbone import cpu_features, pretrained_backbone, wants_bfloat16
+from models import processor
+from models.backbone import pretrained_backbone, wants_bfloat16
 from stages.config import AdapterConfig
 from stages.methods.contract import Losses
 from stages.methods.parts import adamw_step, let_train
@@ -26,7 +27,7 @@ def main() -> None:
     if wants_bfloat16("auto", torch.device("cpu")):
         report(NAME, [row(pretrained_folder(NAME))])
         return
-    known = " ".join(sorted(name for name in cpu_features() if name.startswith(("avx", "amx")))) or "none named"
+    known = " ".join(sorted(name for name in processor.features() if name.startswith(("avx", "amx")))) or "none named"
     reason = f"not applicable: this processor has neither AMX nor AVX-512 BF16 ({known}); float32 is chosen by itself"
     report(NAME, [Row(CLAIM, RIVAL, mark=2.0, note=reason)])
 
@@ -45,7 +46,7 @@ def row(folder: str) -> Row:
         yield losses
 
     pair = alternate(lambda: step(halved()), lambda: step(mean_loss(model, batch)), repetitions=5)
-    amx = "amx_bf16" in cpu_features()
+    amx = "amx_bf16" in processor.features()
     return faster(
         CLAIM,
         RIVAL,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Pair, Row, Work, alternate, dearer, faster, flops, report, timed, using_threads
-from models import beam
+from models import beam, packed
 from models.backbone import small_backbone
 from models.generative import GenerativeModel
 from models.trie import Trie
@@ -57,7 +58,7 @@ def main() -> None:
     for users, width, mark in ((32, 10, 5), (8, 50, 10)):
         name = f"decoding, small, {users} users × {width} beams"
         rows += [compared(name, task(model, users, width), mark), masking_share(name, task(model, users, width))]
-    report("decoding", rows)
+    report("decoding", [*rows, *(packing(model, users) for users in (1, 16))])
 
 
 def spread_out(model: GenerativeModel) -> GenerativeModel:
@@ -106,6 +107,24 @@ def compared(name: str, one: Task, mark: float, repetitions: int = 5, note: str 
     note = f"identical item sets for all users, largest gap of scores {gap:.1g}, no invalid item{note}"
     work = Work(flops=flops(one.ours))
     return faster(name, "generate()", pair, mark=mark, unit="users/s", amount=one.users, work=work, note=note)
+
+
+def packing(model: GenerativeModel, users: int, width: int = 20) -> Row:
+    """The search with packed linear maps beside the same with plain ones."""
+    name = f"decoding, packed maps, small, {users} {'user' if users == 1 else 'users'} × {width} beams"
+    twin = deepcopy(model)
+    plain, ours = task(model, users, width), task(twin, users, width)
+    packed.pack(twin.stack)
+    (leaves, scores), (expected, theirs) = ours.ours(), plain.ours()
+    same = int((leaves.sort().values == expected.sort().values).all(dim=1).sum())
+    gap = float((scores - theirs).abs().max())
+    if same != users:
+        raise SystemExit(f"{name}: {same} of {users} users get the same items; a time would mean nothing")
+    pair = alternate(ours.ours, plain.ours, repetitions=15, warm=True)
+    used = "packed" if packed.gains(model.device) else "plain"
+    note = f"identical item sets for all users, largest gap of scores {gap:.1g}; {used} maps are used on this machine"
+    work = Work(flops=flops(plain.ours))
+    return faster(name, "torch's own linear maps", pair, mark=1, unit="users/s", amount=users, work=work, note=note)
 
 
 def masking_share(name: str, one: Task, repetitions: int = 7) -> Row:

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from models import processor
 from stages.errors import UserError
 
 LIBRARIES = (
@@ -52,7 +53,7 @@ def description() -> dict[str, Any]:
     """Processor, cores this process may use, memory in bytes, thread setting; no host name, no user name."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _cpu_line("model name") or platform.processor() or "unknown",
+        "processor": processor.told("model name") or platform.processor() or "unknown",
         "cores": cores(),
         "features": features(),
         "memory_bytes": memory(),
@@ -138,13 +139,5 @@ def memory() -> int | None:
 
 def features() -> list[str]:
     """Which of the instruction sets that matter here the processor has; empty where the system does not say."""
-    flags = set((_cpu_line("flags") or "").split())
-    return [name for name in FEATURES if name in flags]
-
-
-def _cpu_line(key: str) -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == key), None)
+    found = processor.features()
+    return [name for name in FEATURES if name in found]

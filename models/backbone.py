@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedModel
 
+from models import processor
 from models.untrusted import check_model_folder
 
 CONTROL_TOKENS = 4
@@ -131,14 +132,4 @@ def wants_bfloat16(precision: str, device: torch.device) -> bool:
         return precision == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool({"amx_bf16", "avx512_bf16"} & cpu_features())
-
-
-def cpu_features() -> set[str]:
-    """Instruction-set flags of this machine's processor; empty where the system does not list them."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as handle:
-            flags = next((line for line in handle if line.startswith("flags")), "")
-    except OSError:
-        return set()
-    return set(flags.partition(":")[2].split())
+    return bool({"amx_bf16", "avx512_bf16"} & processor.features())

@@ -73,14 +73,8 @@ def attach(
             least = min(min(one.weight.shape) for _, one in found)
             raise ValueError(f"rank {rank} exceeds {name}, which is {d_out} x {d_in}; give at most {least}")
         mixtures[name] = MixtureLinear(module, experts, rank, alpha, generator).to(module.weight.device)
-        replace_module(stack, name, mixtures[name])
+        stack.set_submodule(name, mixtures[name])
     return mixtures
-
-
-def replace_module(stack: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the one called `name` is."""
-    parent, _, last = name.rpartition(".")
-    setattr(stack.get_submodule(parent), last, module)
 
 
 def matrices(mixtures: Mapping[str, MixtureLinear]) -> dict[str, nn.Parameter]:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from models.mixture import replace_module
-
 if TYPE_CHECKING:
     from peft.tuners.osf.layer import Linear as OsfLinear
 
@@ -52,7 +50,7 @@ def attach(stack: nn.Module, targets: Sequence[str], preserved: float) -> dict[s
                 f"give at least {1 / size:g}"
             )
         layers[name] = OsfLinear(module, NAME, config=OSFConfig(), effective_rank=rank)
-        replace_module(stack, name, layers[name])
+        stack.set_submodule(name, layers[name])
     return layers
 
 

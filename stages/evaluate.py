@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from models import packed
 from models.generative_recommender import GenerativeRecommender
 from models.recommender import Recommender
 from stages.baselines import fit_baseline
@@ -153,8 +154,11 @@ def as_recommender(found: Stored, dataset: Dataset, job: Job) -> Recommender:
     vocabulary = query_vocabulary(config, dataset)
     encoder = Encoder(dataset.interactions, dataset.catalogue, vocabulary, config.search.query_tokens)
     offered = None if found.coded is None else dataset.catalogue.coded[:known] < found.coded
+    model = put_together(found, dataset, job)
+    if packed.gains(model.device):
+        packed.pack(model.stack)
     return GenerativeRecommender(
-        put_together(found, dataset, job),
+        model,
         codes=dataset.catalogue.codes[:known],
         sizes=dataset.catalogue.sizes,
         prompts=encoder.prompts,

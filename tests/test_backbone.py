@@ -151,7 +151,7 @@ def test_precision_is_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wants_bfloat16("bfloat16", cpu)
     assert not wants_bfloat16("float32", cpu)
     for flags, wanted in (({"avx2"}, False), ({"amx_bf16"}, True), ({"avx512_bf16"}, True)):
-        monkeypatch.setattr("models.backbone.cpu_features", lambda flags=flags: flags)
+        monkeypatch.setattr("models.processor.features", lambda flags=flags: flags)
         assert wants_bfloat16("auto", cpu) is wanted
 
 

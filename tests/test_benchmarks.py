@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import bench, general_text, results, whole_job, wrk
 from benchmarks.measure import Pair, Row, Work, alternate, dearer, faster, flops, report, skip, stored
+from models.packed import PackedLinear
 
 TWICE_AS_FAST = Pair(ours=(1.0, 1.0, 2.0), rival=(2.0, 3.0, 4.0), clock="cpu", threads=1)
 
@@ -53,8 +55,6 @@ def test_the_wall_clock_sees_a_sleep_and_the_processor_clock_does_not() -> None:
 
 
 def test_arithmetic_is_counted_two_a_multiply_add() -> None:
-    import torch
-
     left, right = torch.ones(3, 4), torch.ones(4, 5)
     assert flops(lambda: left @ right) == 2 * 3 * 4 * 5
 
@@ -192,3 +192,11 @@ def test_the_page_s_script_explains_itself_and_writes_nothing_without_a_report(
     assert end.value.code == code
     assert said in "".join(capsys.readouterr())
     assert results.PAGE.read_bytes() == before
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
+def test_a_packed_map_is_counted_like_a_plain_one() -> None:
+    plain = torch.nn.Linear(30, 50)
+    one, x = PackedLinear(plain), torch.ones(4, 7, 30)
+    with torch.inference_mode():
+        assert flops(lambda: one(x)) == flops(lambda: plain(x)) == 2 * 4 * 7 * 30 * 50
