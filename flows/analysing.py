@@ -17,7 +17,7 @@ from stages.errors import UserError
 from stages.jobs import Evaluation, Job
 from stages.method_config import AnyMethod, MethodConfig
 from stages.settings import nearest
-from stages.workspace import Workspace, read_json, write_json
+from stages.workspace import Workspace, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
     from stages.analysis.measured import Scope
@@ -158,6 +158,7 @@ def _measured(
         "stage": scope.last,
         "methods": list(scope.methods),
         "settings": scope.config.analysis.model_dump(exclude={"text"}),
+        "text": _digest(scope.config.analysis.text),
         "parts": list(parts or PARTS),
         **measured(scope, parts or PARTS),
     }
@@ -176,11 +177,17 @@ def _fill(found: dict[str, Any], earlier: dict[str, Any]) -> None:
 
     if all(earlier.get(key) == found[key] for key in ("protocol", "seed", "stage", "methods", "settings")):
         known = [part for part in earlier.get("parts", PARTS) if part not in found["parts"]]
+        if "preservation" in known and earlier.get("text", found["text"]) != found["text"]:
+            known.remove("preservation")
         found |= {key: earlier[key] for part in known for key in PARTS[part] if key in earlier}
         kept = [note for note in earlier["notes"] if not note.startswith((LEFT, FLAT))]
         found["parts"], found["notes"] = [*found["parts"], *known], list(dict.fromkeys([*kept, *found["notes"]]))
     if left := [part for part in PARTS if part not in found["parts"]]:
         found["notes"].append(f"{LEFT}{', '.join(left)}.")
+
+
+def _digest(text: str | None) -> str | None:
+    return sha256_file(Path(text)) if text is not None and Path(text).is_file() else None
 
 
 def _reports(workspace: Workspace) -> list[dict[str, Any]]:

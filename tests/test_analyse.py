@@ -238,6 +238,14 @@ def test_parts_are_measured_one_by_one_and_those_measured_before_stay(
     assert second["preservation"]["drift"]
     assert any(note.endswith("not measured: conflict, transitions, titles.") for note in second["notes"])
     assert len(set(second["notes"])) == len(second["notes"])
+    # The same of another text is another measurement; the others do not read it.
+    write_json(file, {**second, "text": "0" * 64}, seal=True)
+    code, out, _ = driftrec(monkeypatch, capsys, *words, "titles")
+    assert code == 0
+    third = read_json(file)
+    assert third["memory"] == first["memory"]
+    assert third["preservation"]["drift"] == []
+    assert any(note.endswith("not measured: conflict, transitions, preservation.") for note in third["notes"])
     code, out, _ = driftrec(monkeypatch, capsys, *words[:3], "--parts", "transitions")
     assert code == 0
     assert read_json(file)["memory"] == []  # that was of other methods
