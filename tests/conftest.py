@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from benchmarks.generated import TINY, write_experiment
+from benchmarks.growing import load_config, opened
 from flows.environment import set_defaults
 from flows.serving.guarding import Access
 from stages.workspace import Workspace
+from tests.intake import WeeklyShop
 from tests.storefront import HERE, crown
 
 if TYPE_CHECKING:
@@ -100,6 +102,21 @@ def client(shop: Path) -> Iterator[TestClient]:
 def write_tiny_experiment(folder: Path) -> Path:
     """A generated log of two stages and a config whose models train in a second."""
     return write_experiment(folder, "tiny", TINY + QUICK, users=60, items=40)
+
+
+@pytest.fixture(scope="session")
+def two_weeks(tmp_path_factory: pytest.TempPathFactory) -> WeeklyShop:
+    """A shop whose log grows week by week, cut into its first two; tests work on copies."""
+    folder = tmp_path_factory.mktemp("shop") / "base"
+    return *opened(folder), folder / "events"
+
+
+@pytest.fixture
+def weekly_shop(two_weeks: WeeklyShop, tmp_path: Path) -> WeeklyShop:
+    """Such a shop of one's own."""
+    folder = tmp_path / "shop"
+    shutil.copytree(two_weeks[1].root.parent, folder)
+    return load_config(folder / "shop.toml"), Workspace(folder / "workspace"), folder / "events"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib
 import os
 import stat
 import subprocess
@@ -79,6 +80,7 @@ def test_another_machine_s_server_and_a_profile_get_no_login_of_ours(bare: dict[
 @pytest.fixture
 def strange() -> Iterator[str]:
     """The address of a server that answers, and asks for a login that nobody has."""
+    importlib.import_module("prefect.main")  # the first import sets up logging, and takes off a test's handler
 
     class Page(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -108,7 +110,7 @@ def test_a_schedule_beside_a_server_of_another_login_is_told_how_to_get_in(
 
 
 def test_the_doctor_does_without_a_server_of_another_login(strange: str, tmp_path: Path) -> None:
-    from tests.test_append import opened
+    from benchmarks.growing import opened
 
     _, workspace = opened(tmp_path)
     words = ["doctor", "-w", str(workspace.root), "--repair"]
