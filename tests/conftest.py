@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from benchmarks.generated import TINY, write_experiment
-from benchmarks.growing import load_config, opened
+from benchmarks.growing import OPEN_GATE, load_config, opened, seconds, week, write_rows, write_shop
 from flows.environment import set_defaults
 from flows.serving.guarding import Access
 from stages.workspace import Workspace
 from tests.intake import WeeklyShop
+from tests.nights import FourNights, ShopCopy
 from tests.storefront import HERE, crown
 
 if TYPE_CHECKING:
@@ -117,6 +118,34 @@ def weekly_shop(two_weeks: WeeklyShop, tmp_path: Path) -> WeeklyShop:
     folder = tmp_path / "shop"
     shutil.copytree(two_weeks[1].root.parent, folder)
     return load_config(folder / "shop.toml"), Workspace(folder / "workspace"), folder / "events"
+
+
+@pytest.fixture(scope="session")
+def four_nights(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> FourNights:
+    """Such a shop, retrained four times; tests only read it."""
+    from flows.retrain import retrain
+
+    folder = tmp_path_factory.mktemp("retrained")
+    config, place = write_shop(folder, OPEN_GATE), folder / "workspace"
+
+    def nightly() -> str:
+        return retrain(str(config), workspace=str(place))
+
+    said = [nightly(), nightly()]
+    write_rows(folder / "events" / "week2.csv", week(2) + week(3)[:1])
+    said.append(nightly())
+    config.write_text(config.read_text().replace("minimum = -1", "minimum = 1"))
+    write_rows(folder / "events" / "week3.csv", [*week(3), ("u00", "i01", seconds(28))])
+    said.append(nightly())
+    return config, Workspace(place), said
+
+
+@pytest.fixture
+def own_nights(four_nights: FourNights, tmp_path: Path) -> ShopCopy:
+    """A copy of it, to be changed."""
+    config, workspace, _ = four_nights
+    shutil.copytree(config.parent, tmp_path / "shop")
+    return tmp_path / "shop" / config.name, Workspace(tmp_path / "shop" / workspace.root.name)
 
 
 @pytest.fixture
