@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.generated import TINY, write_experiment
 from benchmarks.growing import OPEN_GATE, load_config, opened, seconds, week, write_rows, write_shop
+from flows import cli, endings, environment
 from flows.environment import set_defaults
 from flows.serving.guarding import Access
 from stages.workspace import Workspace
@@ -56,6 +57,15 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture
+def environment_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command in this process leaves its variables, signals and umask alone; no earlier one's workspace is known."""
+    monkeypatch.setattr(cli, "set_defaults", lambda root=None: None)
+    environment.RUNNING_IN.clear()
+    monkeypatch.setattr(endings, "own_process", lambda: None)
+    monkeypatch.setenv("DRIFTREC_LOG_FORMAT", "text")
 
 
 @dataclass(frozen=True)

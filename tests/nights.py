@@ -1,15 +1,14 @@
-"""A shop that `retrain` looked at on four nights, and the command line in this process."""
+"""A shop that `retrain` looked at on four nights, and the command line with its output in one line."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TypeAlias
 
 import pytest
 
-from flows import cli
 from stages.workspace import Workspace
+from tests import commanding
 
 FourNights: TypeAlias = tuple[Path, Workspace, list[str]]
 """Config, workspace, and what four runs said: first, quiet, a stage let in, a stage turned away."""
@@ -20,9 +19,6 @@ ShopCopy: TypeAlias = tuple[Path, Workspace]
 def driftrec(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
 ) -> tuple[int, str, str]:
-    """Run the command line in this process: exit code, output, error output."""
-    monkeypatch.setattr(sys, "argv", ["driftrec", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(end.value.code or 0), " ".join(captured.out.split()), captured.err
+    """Run the command line in this process: exit code, output without its line breaks, error output."""
+    code, out, err = commanding.driftrec(monkeypatch, capsys, *words)
+    return code, " ".join(out.split()), err

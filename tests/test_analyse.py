@@ -15,7 +15,7 @@ from flows.reporting.report import write_page
 from stages.method_config import BUILT_IN, GemsConfig
 from stages.workspace import Workspace, read_json, write_json
 from tests import conftest
-from tests.test_cli import driftrec
+from tests.commanding import driftrec
 
 VARIANTS = """
 [analysis]

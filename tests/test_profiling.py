@@ -25,8 +25,8 @@ from stages.stage_examples import Examples, Part
 from stages.train import train_stage
 from stages.workspace import read_json
 from tests import tiny
+from tests.commanding import driftrec
 from tests.conftest import Trained, write_tiny_experiment
-from tests.test_cli import driftrec
 
 
 def table(page: Path) -> dict[str, float]:

@@ -18,7 +18,7 @@ from stages.errors import UserError
 from stages.jobs import BASELINES
 from stages.workspace import Workspace, read_json
 from tests import conftest
-from tests.test_cli import driftrec
+from tests.commanding import driftrec
 
 
 @pytest.fixture(scope="module")
