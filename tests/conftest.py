@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,15 @@ from flows import cli, endings, environment
 from flows.environment import set_defaults
 from flows.serving.guarding import Access
 from stages.workspace import Workspace
+from tests import nights
 from tests.intake import WeeklyShop
 from tests.nights import FourNights, ShopCopy
 from tests.storefront import HERE, crown
 
 if TYPE_CHECKING:
     from fastapi.testclient import TestClient
+
+    from tests.standing import Shop
 
 set_defaults()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -156,6 +160,26 @@ def own_nights(four_nights: FourNights, tmp_path: Path) -> ShopCopy:
     config, workspace, _ = four_nights
     shutil.copytree(config.parent, tmp_path / "shop")
     return tmp_path / "shop" / config.name, Workspace(tmp_path / "shop" / workspace.root.name)
+
+
+@pytest.fixture(scope="session")
+def promoted_shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """Such a shop with a first model at stage 1 and a promoted one at stage 2; tests work on copies."""
+    from tests.standing import Shop
+
+    folder = tmp_path_factory.mktemp("standing")
+    write_shop(folder, OPEN_GATE)
+    return Shop(folder).begin()
+
+
+@pytest.fixture
+def driftrec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The command line in this process, without Prefect and MLflow: exit code, output, error output."""
+    from flows import retraining
+
+    monkeypatch.setenv("DRIFTREC_PREFECT", "off")
+    monkeypatch.setattr(retraining, "mirrored", lambda *_: None)
+    return partial(nights.driftrec, monkeypatch, capsys)
 
 
 @pytest.fixture

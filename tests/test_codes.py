@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,8 @@ from stages.checkpoint import MANIFEST
 from stages.dataset import load_dataset
 from stages.errors import UserError
 from stages.workspace import read_json, sha256_file, write_json
+from tests.standing import Shop
 from tests.stocked import rows_of
-from tests.test_standing import Shop
 
 KINDS = ("tfidf", "cooccurrence")
 LATE = {
@@ -42,8 +41,7 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def shop(opened: Shop, tmp_path: Path) -> Shop:
     """A copy of it, to be changed."""
-    shutil.copytree(opened.folder, tmp_path / "shop")
-    return Shop(tmp_path / "shop")
+    return opened.copied(tmp_path)
 
 
 def codes(shop: Shop) -> dict[str, list[int]]:

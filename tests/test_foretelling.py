@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from flows.promotion import champion
 from flows.promotion.history import history_file
 from stages.errors import UserError
 from stages.workspace import Workspace
-from tests.test_standing import Quietly, Shop
+from tests.standing import Quietly, Shop
 
 FIRST = "single would be trained for stage 1; the gate decides afterwards"
 ANEW = (
@@ -23,19 +22,10 @@ ANEW = (
 )
 
 
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    """A first model at stage 1 and a promoted one at stage 2."""
-    folder = tmp_path_factory.mktemp("foretelling")
-    write_shop(folder, OPEN_GATE)
-    return Shop(folder).begin()
-
-
 @pytest.fixture
-def shop(opened: Shop, tmp_path: Path) -> Shop:
-    """A copy of it, to be changed."""
-    shutil.copytree(opened.folder, tmp_path / "shop")
-    return Shop(tmp_path / "shop")
+def shop(promoted_shop: Shop, tmp_path: Path) -> Shop:
+    """A copy of the promoted shop, to be changed."""
+    return promoted_shop.copied(tmp_path)
 
 
 def told(shop: Shop, **more: Any) -> list[str]:
