@@ -18,7 +18,7 @@ from benchmarks.growing import OPEN_GATE, load_config, opened, seconds, week, wr
 from flows import cli, endings, environment
 from flows.environment import set_defaults
 from flows.serving.guarding import Access
-from stages.workspace import Workspace
+from stages.workspace import Workspace, write_json
 from tests import nights
 from tests.intake import WeeklyShop
 from tests.nights import FourNights, ShopCopy
@@ -188,6 +188,15 @@ def workspace(tmp_path: Path) -> Workspace:
     found = Workspace(tmp_path / "workspace")
     found.claim("invented")
     return found
+
+
+@pytest.fixture
+def space(workspace: Workspace) -> Workspace:
+    """The same with three stages and a catalogue, known by their manifests alone."""
+    stages = [{"index": number} for number in range(3)]
+    write_json(workspace.stages / "manifest.json", {"schema": 1, "stages": stages, "digest": "s", "log_digest": "l"})
+    write_json(workspace.catalogue / "manifest.json", {"schema": 1, "digest": "c", "source": "shipped"})
+    return workspace
 
 
 @pytest.fixture

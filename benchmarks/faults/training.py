@@ -304,5 +304,5 @@ TABLE = (
         2,
         "`driftrec split` alone, RLIMIT_AS; no ceiling can be configured, so none is checked before work",
     ),
-    Row(39, "leakage probes", "pass", leakage, 1, 10, "probe e is tests/test_summary.py's"),
+    Row(39, "leakage probes", "pass", leakage, 1, 10, "probe e is tests/test_notes.py's"),
 )
