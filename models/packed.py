@@ -28,9 +28,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
-        d_out, d_in = base.weight.shape
         operators: Any = torch.ops.mkldnn
-        self.shape, self.operator = (d_out, d_in), operators._linear_pointwise
+        self.operator = operators._linear_pointwise
         self.packed: Tensor = operators._reorder_linear_weight(base.weight.detach(), ROWS)
         self.added = None if base.bias is None else base.bias.detach()
 
